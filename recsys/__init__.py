@@ -1,0 +1,1 @@
+"""HiloRec: a production recommender on TorchRec with a HiLoMoE tower."""
