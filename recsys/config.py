@@ -1,0 +1,485 @@
+"""The configuration: frozen schema, YAML loading, command-line overrides.
+
+Everything a run depends on stands in one `Config`. It is read from YAML, overridden by `path=value` pairs and validated
+as a whole before any process group starts, so that a mistake costs seconds and names its path.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import field_validator, model_validator
+
+ShardingType = Literal[
+    "table_wise",
+    "column_wise",
+    "row_wise",
+    "table_row_wise",
+    "table_column_wise",
+    "grid_shard",
+    "data_parallel",
+]
+ComputeKernel = Literal["dense", "fused", "fused_uvm", "fused_uvm_caching"]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+"""Tables, features and stages are named by a path on the command line and in state dicts, where a dot separates."""
+
+DEFAULT_CONFIG = "configs/default.yaml"
+
+
+class UserError(ValueError):
+    """Something that the user can put right; the message names the thing and the way out, and is all that is shown."""
+
+
+class ConfigError(UserError):
+    """The configuration is wrong; the message names the path, what was found and what is allowed."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class TableConfig(_Section):
+    """One embedding table.
+
+    `embedding_dim` must divide by 4 (fbgemm's kernels read vectors of four floats). `sharding` and `compute_kernel`
+    restrict the planner, null leaves it free; `min_partition` is the least width of a column-wise shard.
+    """
+
+    num_embeddings: PositiveInt
+    embedding_dim: Annotated[int, Field(gt=0, multiple_of=4)]
+    pooling: Literal["sum", "mean"] = "mean"
+    sharding: Annotated[tuple[ShardingType, ...], Field(min_length=1)] | None = None
+    compute_kernel: ComputeKernel | None = None
+    min_partition: Annotated[int, Field(gt=0, multiple_of=4)] | None = None
+
+    @property
+    def data_parallel(self) -> bool:
+        """Whether every rank holds a replica, trained by the data-parallel optimizer instead of a fused one."""
+        return self.sharding == ("data_parallel",)
+
+    @model_validator(mode="after")
+    def _replicated_or_sharded(self) -> Self:
+        if self.sharding and "data_parallel" in self.sharding and not self.data_parallel:
+            raise ValueError(
+                "sharding mixes data_parallel with sharded types, which have different optimizers; "
+                "write [data_parallel] alone or leave it out"
+            )
+        if (self.compute_kernel == "dense") != self.data_parallel and self.compute_kernel is not None:
+            raise ValueError("compute_kernel dense goes with sharding [data_parallel], and only with it")
+        return self
+
+
+class SparseFeatureConfig(_Section):
+    """An id feature: int or list-of-int column `column` (the feature's own name if null), looked up in `table`."""
+
+    table: Name
+    column: str | None = None
+
+
+class DenseFeatureConfig(_Section):
+    """A numeric feature; `fill` replaces nulls, null `fill` refuses them."""
+
+    column: str | None = None
+    fill: float | None = None
+
+
+class FeaturesConfig(_Section):
+    """The model's inputs by feature name; their order is that of the config and part of the model."""
+
+    sparse: Annotated[dict[Name, SparseFeatureConfig], Field(min_length=1)]
+    dense: dict[Name, DenseFeatureConfig] = {}
+
+
+class SyntheticConfig(_Section):
+    """The embedded synthetic click log (recsys.data.synthetic), written to `directory` before training if absent."""
+
+    directory: str
+    seed: int = 7
+    train_rows: PositiveInt
+    valid_rows: PositiveInt
+    test_rows: PositiveInt
+    files: PositiveInt = 8
+    row_group_rows: PositiveInt = 8192
+    hierarchy: bool = True
+
+
+class DataConfig(_Section):
+    """Where the shards are and how they are read.
+
+    `train`, `valid` and `test` are globs (relative to the working directory). `label` names a 0/1 column; `reference` a
+    column of probabilities whose metrics are reported beside the model's (the model in production, or the true
+    probability of a synthetic log). `batch_size` is per rank. Rows are shuffled within windows of `window_row_groups`
+    row groups, which are themselves in random order; two windows are in memory at a time.
+    """
+
+    train: str | tuple[str, ...]
+    valid: str | tuple[str, ...] | None = None
+    test: str | tuple[str, ...] | None = None
+    label: str = "label"
+    reference: str | None = None
+    batch_size: PositiveInt
+    eval_batch_size: PositiveInt | None = None
+    shuffle: bool = True
+    window_row_groups: PositiveInt = 8
+    prefetch_batches: PositiveInt = 4
+    synthetic: SyntheticConfig | None = None
+
+    def patterns(self, split: str) -> tuple[str, ...]:
+        """The globs of a split.
+
+        Raises:
+            ConfigError: the config has no such split.
+        """
+        found = getattr(self, split, None) if split in ("train", "valid", "test") else None
+        if found is None:
+            raise ConfigError(f"data.{split} is not set; the config has no {split} split to read")
+        return (found,) if isinstance(found, str) else found
+
+
+class HiLoMoEConfig(_Section):
+    """Experts attached to every linear of the tower (arXiv 2510.10432): L layers of K rank-1 experts."""
+
+    num_layers: PositiveInt = 3
+    num_experts: PositiveInt = 8
+    top_k: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _top_k_fits(self) -> Self:
+        if self.top_k is not None and self.top_k > self.num_experts:
+            raise ValueError(f"top_k {self.top_k} exceeds num_experts {self.num_experts}")
+        return self
+
+
+class MLPTowerConfig(_Section):
+    """A multi-layer perceptron; no hidden layers make the ranker a logistic regression on its embeddings."""
+
+    type: Literal["mlp"]
+    hidden: tuple[PositiveInt, ...] = (256, 128, 64)
+    dropout: Probability = 0.0
+
+
+class DCNv2TowerConfig(_Section):
+    """Cross layers in front of a perceptron (arXiv 2008.13535, stacked)."""
+
+    type: Literal["dcn_v2"]
+    num_cross_layers: PositiveInt = 3
+    hidden: tuple[PositiveInt, ...] = (256, 128)
+    dropout: Probability = 0.0
+
+
+class TransformerTowerConfig(_Section):
+    """Pre-norm encoder blocks over one token per feature (plus one for the dense features)."""
+
+    type: Literal["transformer"]
+    model_dim: PositiveInt = 32
+    num_blocks: PositiveInt = 2
+    num_heads: PositiveInt = 4
+    feedforward_dim: PositiveInt = 64
+    dropout: Probability = 0.0
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.model_dim % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide model_dim {self.model_dim}")
+        return self
+
+
+TowerConfig = Annotated[MLPTowerConfig | DCNv2TowerConfig | TransformerTowerConfig, Field(discriminator="type")]
+
+
+class ModelConfig(_Section):
+    """The replicated part of the ranker: dense features are projected to `dense_dim`; null `hilomoe` is the baseline."""
+
+    tower: TowerConfig
+    hilomoe: HiLoMoEConfig | None = None
+    dense_dim: PositiveInt = 16
+
+
+class SparseOptimizerConfig(_Section):
+    """The optimizer fused into the backward pass of the sharded tables; which of them exist depends on the device."""
+
+    type: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
+    weight_decay: NonNegativeFloat = 0.0
+    eps: PositiveFloat = 1e-8
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+
+    @model_validator(mode="after")
+    def _sgd_has_no_decay(self) -> Self:
+        if self.type == "sgd" and self.weight_decay:
+            raise ValueError("fbgemm's fused SGD has no weight decay; set weight_decay to 0 or take another type")
+        return self
+
+
+class DataParallelOptimizerConfig(_Section):
+    """The optimizer of the data-parallel tables, which have dense gradients.
+
+    `weight_decay` is an L2 term of the gradient, so it moves every row at every step.
+    """
+
+    type: Literal["adam", "adagrad", "sgd"] = "adam"
+    weight_decay: NonNegativeFloat = 0.0
+
+
+class DenseOptimizerConfig(_Section):
+    """AdamW for everything replicated but the tables."""
+
+    weight_decay: NonNegativeFloat = 0.0
+    eps: PositiveFloat = 1e-8
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+
+
+class OptimizersConfig(_Section):
+    """The three optimizers; their learning rates belong to the stages."""
+
+    sparse: SparseOptimizerConfig = SparseOptimizerConfig()
+    data_parallel: DataParallelOptimizerConfig = DataParallelOptimizerConfig()
+    dense: DenseOptimizerConfig = DenseOptimizerConfig()
+
+
+class StageConfig(_Section):
+    """One stage of training.
+
+    `trains` is `backbone` (embeddings and base weights; experts that no earlier stage trained are not even computed),
+    `experts` (backbone frozen) or `all`. The stage lasts `epochs` or `steps`. With `patience` it is evaluated on the
+    valid split after each epoch, stops after that many epochs without a better `monitor`, and goes back to its best
+    state, the one it started from included. `sparse_learning_rate` is for the sharded tables,
+    `data_parallel_learning_rate` (`learning_rate` if null) for the data-parallel ones.
+    """
+
+    trains: Literal["backbone", "experts", "all"]
+    epochs: PositiveInt | None = None
+    steps: PositiveInt | None = None
+    learning_rate: PositiveFloat
+    sparse_learning_rate: PositiveFloat | None = None
+    data_parallel_learning_rate: PositiveFloat | None = None
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    balance_weight: NonNegativeFloat = 0.0
+    z_weight: NonNegativeFloat = 0.0
+    patience: PositiveInt | None = None
+    monitor: Literal["log_loss", "auc"] = "log_loss"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either epochs or steps")
+        if self.patience is not None and self.epochs is None:
+            raise ValueError("patience counts epochs, so the stage's length must be given in epochs")
+        if self.trains != "experts" and self.sparse_learning_rate is None:
+            raise ValueError(f"a stage that trains {self.trains} needs sparse_learning_rate")
+        return self
+
+
+class MetricsConfig(_Section):
+    """AUC is exact up to `exact_examples` (over all ranks), beyond that binned with a bound on its error reported."""
+
+    exact_examples: PositiveInt = 1 << 22
+    num_bins: Annotated[int, Field(ge=2)] = 1 << 16
+
+
+class LoggingConfig(_Section):
+    """Steps between two lines of the log, which are also the points of TensorBoard and the train windows' length."""
+
+    every_steps: PositiveInt = 50
+    eval_every_steps: PositiveInt | None = None
+
+
+class Config(_Section):
+    """A whole run. See docs/config.md for every key."""
+
+    name: str
+    output_dir: str
+    seed: int = 17
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    data: DataConfig
+    tables: Annotated[dict[Name, TableConfig], Field(min_length=1)]
+    features: FeaturesConfig
+    model: ModelConfig
+    optimizers: OptimizersConfig = OptimizersConfig()
+    stages: Annotated[dict[Name, StageConfig], Field(min_length=1)]
+    metrics: MetricsConfig = MetricsConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _leave_out_null_stages(cls, stages: Any) -> Any:
+        if isinstance(stages, Mapping):
+            return {name: stage for name, stage in stages.items() if stage is not None}
+        return stages
+
+    @model_validator(mode="after")
+    def _references_resolve(self) -> Self:
+        used = {feature.table for feature in self.features.sparse.values()}
+        for name, feature in self.features.sparse.items():
+            if feature.table not in self.tables:
+                raise ValueError(
+                    f"features.sparse.{name}.table: no table {feature.table!r}; there are {_listed(self.tables)}"
+                )
+        if unused := set(self.tables) - used:
+            raise ValueError(f"tables.{min(unused)}: no feature in features.sparse uses this table; remove it")
+        if both := set(self.features.sparse) & set(self.features.dense):
+            raise ValueError(f"features: {min(both)!r} is both a sparse and a dense feature; rename one")
+        for name, stage in self.stages.items():
+            if stage.trains == "experts" and self.model.hilomoe is None:
+                raise ValueError(
+                    f"stages.{name} trains experts but model.hilomoe is null; leave the stage out with stages.{name}=null"
+                )
+            if stage.patience is not None and self.data.valid is None:
+                raise ValueError(f"stages.{name}.patience needs a valid split; set data.valid")
+        if self.logging.eval_every_steps is not None and self.data.valid is None:
+            raise ValueError("logging.eval_every_steps needs a valid split; set data.valid")
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved config as YAML which `load_config` reads back to an equal config."""
+        return yaml.safe_dump(json.loads(self.model_dump_json()), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config and apply `dotted.path=value` overrides (values are YAML too; `null` removes a stage).
+
+    `name` defaults to the file's stem and `output_dir` to `outputs/<name>`.
+
+    Raises:
+        ConfigError: the file cannot be read, an override is no `path=value`, or a value is not allowed; every fault of
+            the config is listed, one a line.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 - derives from SafeLoader
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path}: {error.strerror or error}; give one with --config") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path} is not valid YAML: {_one_line(str(error))}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"config {path} must be a mapping of sections, found {type(raw).__name__}")
+    for override in overrides:
+        _apply(raw, override)
+    raw.setdefault("name", path.stem)
+    raw.setdefault("output_dir", f"outputs/{raw['name']}")
+    return parse_config(raw, source=str(path))
+
+
+def parse_config(raw: Mapping[str, Any], *, source: str) -> Config:
+    """Validate a mapping as a config; `source` heads the error message.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    try:
+        # Through JSON, because pydantic's strict mode takes a JSON array for a tuple but not a Python list.
+        return Config.model_validate_json(json.dumps(raw, default=str))
+    except ValidationError as error:
+        faults = "\n".join(f"  {fault}" for fault in dict.fromkeys(_explain(error)))
+        raise ConfigError(f"{source}:\n{faults}") from None
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys and reads `1e-4` as a number (YAML 1.1 asks for `1.0e-4`)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    keys = dotted.split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"override {override!r} is not of the form path.to.key=value")
+    try:
+        value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - derives from SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {_one_line(str(error))}") from None
+    section: Any = raw
+    for depth, key in enumerate(keys[:-1]):
+        if section.get(key) is None:
+            section[key] = {}
+        section = section[key]
+        if not isinstance(section, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is a value, not a section")
+    section[keys[-1]] = value
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    for fault in error.errors():
+        # Tags of discriminated unions ('mlp') and of `str | tuple` alternatives are not part of the user's path.
+        path, model = _user_path(fault["loc"])
+        kind, found = fault["type"], fault["input"]
+        if kind == "extra_forbidden":
+            *section, key = path
+            allowed = list(model.model_fields) if model else []
+            close = difflib.get_close_matches(key, allowed, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            where = ".".join(section) or "the top level"
+            yield f"{'.'.join(path)}: unknown key; {hint}{where} takes {_listed(allowed)}"
+        elif kind == "missing":
+            yield f"{'.'.join(path)}: missing, and has no default"
+        elif kind == "value_error":
+            message = str(fault["ctx"]["error"])
+            yield f"{'.'.join(path)}: {message}" if path else message
+        else:
+            shown = json.dumps(found, default=str)
+            yield f"{'.'.join(path)}: {fault['msg']}, found {shown if len(shown) < 80 else type(found).__name__}"
+
+
+def _user_path(location: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel] | None]:
+    """Path as the user writes it, and the model of its last section, found by walking the schema along the way."""
+    path: list[str] = []
+    annotation: Any = Config
+    model: type[BaseModel] | None = None
+    for part in location:
+        candidates = list(_models(annotation))
+        if part in {_tag(candidate) for candidate in candidates}:
+            annotation = next(m for m in candidates if _tag(m) == part)
+            continue
+        if isinstance(part, str) and re.match(r"^(str|tuple\[|function-|\[key\])", part):
+            continue
+        path.append(str(part))
+        model = candidates[0] if len(candidates) == 1 else None
+        if model is not None and part in model.model_fields:
+            annotation = model.model_fields[str(part)].annotation
+        elif model is None:
+            arguments = get_args(annotation)
+            annotation = arguments[-1] if arguments else None
+    return path, model
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Models of a section's annotation: itself, or the members of a union; none for a mapping."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        if issubclass(annotation, BaseModel):
+            yield annotation
+    elif getattr(annotation, "__origin__", None) is not dict:
+        for argument in get_args(annotation):
+            yield from _models(argument)
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("type")
+    values = get_args(field.annotation) if field else ()
+    return values[0] if len(values) == 1 else None
+
+
+def _listed(names: Sequence[str] | Mapping[str, Any]) -> str:
+    return ", ".join(sorted(names)) or "nothing"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,54 @@
+"""The unit that travels from the reader through the pipeline to the model."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchrec import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+
+@dataclass
+class Batch(Pipelineable):
+    """One rank's rows of one step; B may differ between ranks and be 0.
+
+    Attributes:
+        dense_features: (B, F_d) float32, in the config's order.
+        sparse_features: one key a sparse feature, B bags each; a null or empty id list is an empty bag.
+        labels: (B,) float32, 0 or 1.
+        reference: (B,) float64 probabilities of the reference column; (0,) where there is none.
+        loss_scale: what the sum of this rank's losses is multiplied by so that the mean over ranks, which is what DDP
+            and TorchRec take of gradients, is the mean over the step's examples: world size / examples on all ranks.
+    """
+
+    dense_features: Tensor
+    sparse_features: KeyedJaggedTensor
+    labels: Tensor
+    reference: Tensor
+    loss_scale: float
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
+        """A copy on `device` (the batch itself where it already is there)."""
+        return Batch(
+            dense_features=self.dense_features.to(device, non_blocking=non_blocking),
+            sparse_features=self.sparse_features.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            reference=self.reference,  # only the host's metrics read it
+            loss_scale=self.loss_scale,
+        )
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory until work queued on `stream` is done."""
+        self.dense_features.record_stream(stream)
+        self.sparse_features.record_stream(stream)
+        self.labels.record_stream(stream)
+
+    def pin_memory(self) -> "Batch":
+        """A copy in page-locked memory, from which copies to a GPU are asynchronous."""
+        return Batch(
+            dense_features=self.dense_features.pin_memory(),
+            sparse_features=self.sparse_features.pin_memory(),
+            labels=self.labels.pin_memory(),
+            reference=self.reference,
+            loss_scale=self.loss_scale,
+        )

@@ -1,0 +1,163 @@
+"""The ranker: pooled embeddings -> tower -> click logit -> loss.
+
+Shapes: B rows of this rank's batch, F_d dense features, W the tower's input width, M HiLoMoE linears, L expert layers.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedTensor, PoolingType
+
+from recsys.config import Config, DCNv2TowerConfig, HiLoMoEConfig, MLPTowerConfig, ModelConfig, TransformerTowerConfig
+from recsys.data.batch import Batch
+from recsys.model.hilomoe import HiLoMoELinear, hilomoe_layers
+from recsys.model.towers import MLP, DCNv2, LinearFactory, Transformer
+
+
+class RankerOutput(NamedTuple):
+    """What a step tells, detached and on the model's device.
+
+    Attributes:
+        logits: (B,) click logits.
+        labels: (B,) as in the batch.
+        bce: scalar, this rank's share of the step's mean binary cross entropy (the mean over ranks is the step's).
+        balance: scalar, mean balance loss over this rank's expert layers; 0 when no expert is active.
+        z: scalar, mean router z-loss likewise.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    bce: Tensor
+    balance: Tensor
+    z: Tensor
+
+
+class DenseArch(nn.Module):
+    """Everything that is replicated and trained by the dense optimizer: dense projection, tower and head.
+
+    Args:
+        num_dense_features: F_d, may be 0.
+        dense_dim: width to which the dense features are projected.
+        tower: module from (B, W) to (B, `out_features`).
+        out_features: the tower's output width.
+    """
+
+    def __init__(self, num_dense_features: int, dense_dim: int, tower: nn.Module, out_features: int) -> None:
+        super().__init__()
+        self.dense_projection = (
+            nn.Sequential(nn.Linear(num_dense_features, dense_dim), nn.ReLU()) if num_dense_features else None
+        )
+        self.tower = tower
+        self.head = nn.Linear(out_features, 1)
+        for layer in hilomoe_layers(self).values():
+            layer.record_routing = True
+
+    def forward(self, pooled: Tensor, dense_features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pooled embeddings (B, sum of dims) and dense features (B, F_d) to logits (B,), balance and z loss (scalars).
+
+        The auxiliary losses are means over all expert layers of this rank's batch, 0 when no expert is active.
+        """
+        parts = [pooled]
+        if self.dense_projection is not None:
+            parts.append(self.dense_projection(dense_features))
+        logits: Tensor = self.head(self.tower(torch.cat(parts, 1))).squeeze(-1)
+        routings = [
+            layer.routing
+            for layer in hilomoe_layers(self).values()
+            if layer.experts_active and layer.routing is not None
+        ]
+        if not routings:
+            return logits, logits.new_zeros(()), logits.new_zeros(())
+        balance = torch.stack([routing.balance_loss() for routing in routings]).mean()
+        z = torch.stack([routing.z_loss() for routing in routings]).mean()
+        return logits, balance, z
+
+
+class Ranker(nn.Module):
+    """Embedding tables and dense arch; `forward(batch)` is what TorchRec's pipelines expect.
+
+    Args:
+        embedding_bag_collection: the tables, unsharded or sharded.
+        dense_arch: the replicated part; training wraps it in DDP.
+        feature_names: order in which pooled features enter the tower. A sharded collection yields them in the order of
+            the sharding plan, so they are regrouped by name on every call.
+
+    Attributes:
+        embeddings_frozen: True pools without a graph: no backward, no gradient communication, and neither weights nor
+            optimizer state of any table change.
+        balance_weight: factor of the balance loss in the total.
+        z_weight: factor of the router z-loss in the total.
+    """
+
+    def __init__(
+        self, embedding_bag_collection: nn.Module, dense_arch: nn.Module, feature_names: Sequence[str]
+    ) -> None:
+        super().__init__()
+        self.embedding_bag_collection = embedding_bag_collection
+        self.dense_arch = dense_arch
+        self.feature_names = list(feature_names)
+        self.embeddings_frozen = False
+        self.balance_weight = 0.0
+        self.z_weight = 0.0
+
+    def forward(self, batch: Batch) -> tuple[Tensor, RankerOutput]:
+        """Total loss (scalar, with graph) and what to log of it."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.embeddings_frozen):
+            pooled = self.embedding_bag_collection(batch.sparse_features)
+            (features,) = KeyedTensor.regroup([pooled], [self.feature_names])
+        logits, balance, z = self.dense_arch(features, batch.dense_features)
+        bce = F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="sum") * batch.loss_scale
+        loss = bce + self.balance_weight * balance + self.z_weight * z
+        output = RankerOutput(logits.detach(), batch.labels, bce.detach(), balance.detach(), z.detach())
+        return loss, output
+
+
+def build_ranker(config: Config, *, seed: int, device: torch.device | None = None) -> Ranker:
+    """The ranker of a config: tables on `device` (meta by default, for sharding), dense arch on the CPU.
+
+    The dense arch's initial weights depend on `seed` alone; the tables' are set when they are sharded.
+    """
+    tables = [
+        EmbeddingBagConfig(
+            name=name,
+            num_embeddings=table.num_embeddings,
+            embedding_dim=table.embedding_dim,
+            feature_names=[feature for feature, f in config.features.sparse.items() if f.table == name],
+            pooling=PoolingType.SUM if table.pooling == "sum" else PoolingType.MEAN,
+        )
+        for name, table in config.tables.items()
+    ]
+    collection = EmbeddingBagCollection(tables=tables, device=device or torch.device("meta"))
+    dims = [config.tables[feature.table].embedding_dim for feature in config.features.sparse.values()]
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        dense_arch = build_dense_arch(config.model, dims, num_dense_features=len(config.features.dense))
+    return Ranker(collection, dense_arch, list(config.features.sparse))
+
+
+def build_dense_arch(config: ModelConfig, embedding_dims: Sequence[int], *, num_dense_features: int) -> DenseArch:
+    """The replicated part: tokens are the sparse features' pooled embeddings and the projected dense features."""
+    tokens = [*embedding_dims, *([config.dense_dim] if num_dense_features else [])]
+    linear = _linear_factory(config.hilomoe)
+    tower: MLP | DCNv2 | Transformer
+    match config.tower:
+        case MLPTowerConfig() as t:
+            tower = MLP(sum(tokens), t.hidden, linear, dropout=t.dropout)
+        case DCNv2TowerConfig() as t:
+            tower = DCNv2(sum(tokens), t.num_cross_layers, t.hidden, linear, dropout=t.dropout)
+        case TransformerTowerConfig() as t:
+            tower = Transformer(
+                tokens, t.model_dim, t.num_blocks, t.num_heads, t.feedforward_dim, linear, dropout=t.dropout
+            )
+    return DenseArch(num_dense_features, config.dense_dim, tower, tower.out_features)
+
+
+def _linear_factory(config: HiLoMoEConfig | None) -> LinearFactory:
+    if config is None:
+        return nn.Linear
+    return lambda in_features, out_features: HiLoMoELinear(
+        in_features, out_features, config.num_layers, config.num_experts, top_k=config.top_k
+    )

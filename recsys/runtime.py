@@ -1,0 +1,75 @@
+"""Where a process stands among its ranks, and the seeds it draws from."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from recsys.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all.
+
+    Attributes:
+        rank: 0 .. world_size - 1.
+        world_size: number of processes.
+        local_rank: rank within this machine.
+        local_world_size: processes on this machine.
+        device: where this rank computes.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def process_group(device: str) -> Iterator[Ranks]:
+    """Join the process group that torchrun or TorchX prepared, or make one of this process alone.
+
+    Args:
+        device: `auto` (CUDA where every process of this machine has a GPU), `cpu` or `cuda`.
+
+    Raises:
+        ConfigError: `cuda` is asked for and there are fewer GPUs than processes.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    gpus = torch.cuda.device_count()
+    if device == "cuda" and gpus < local_world_size:
+        raise ConfigError(
+            f"device: cuda needs a GPU for each of this machine's {local_world_size} processes, and it has {gpus}; "
+            "start fewer processes or set device=cpu"
+        )
+    use_cuda = device == "cuda" or (device == "auto" and gpus >= local_world_size)
+    chosen = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(chosen)
+    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    yield Ranks(rank, world_size, local_rank, local_world_size, chosen)
+    # Not in a finally: after a failure the other ranks may never come, and the process is about to end anyway.
+    dist.destroy_process_group()
+
+
+def derive_seed(seed: int, purpose: str) -> int:
+    """A seed for one purpose, such as `order` or `dropout`, independent of the seeds for other purposes."""
+    return int(np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1, np.uint32)[0])

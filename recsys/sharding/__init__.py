@@ -1,0 +1,1 @@
+"""Placing the embedding tables on ranks: the plan and its execution."""

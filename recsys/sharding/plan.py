@@ -1,0 +1,117 @@
+"""Which table lives where: TorchRec's planner under the config's constraints, and the plan as a report."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from rich.table import Table
+from torch import nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
+from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingPlan
+
+from recsys.config import ConfigError, TableConfig
+from recsys.runtime import Ranks
+
+_CPU_SHARDING = ("table_wise", "column_wise", "data_parallel")
+_RESERVED = 0.15
+"""Share of a device's memory kept from the planner, for activations, the dense arch and the allocator."""
+
+
+def make_plan(
+    model: nn.Module,
+    sharder: ModuleSharder[nn.Module],
+    tables: Mapping[str, TableConfig],
+    ranks: Ranks,
+    *,
+    batch_size: int,
+) -> ShardingPlan:
+    """Plan a model's tables over all ranks; a collective call with the same result on each.
+
+    Args:
+        model: holds one `EmbeddingBagCollection`, on the meta device.
+        sharder: says how that collection can be sharded.
+        tables: the config's tables, whose constraints bind the planner.
+        ranks: this process among all.
+        batch_size: rows of a rank's step, from which the planner estimates the cost of a lookup.
+
+    Raises:
+        ConfigError: a constraint that this device cannot meet, or tables that do not fit.
+    """
+    on_cpu = ranks.device.type == "cpu"
+    for name, table in tables.items():
+        lacking = sorted(set(table.sharding or ()) - set(_CPU_SHARDING)) if on_cpu else []
+        if lacking:
+            raise ConfigError(
+                f"tables.{name}.sharding: {', '.join(lacking)} needs GPUs; on a CPU there are {', '.join(_CPU_SHARDING)}"
+            )
+        if on_cpu and table.compute_kernel in ("fused_uvm", "fused_uvm_caching"):
+            raise ConfigError(
+                f"tables.{name}.compute_kernel: {table.compute_kernel} needs GPUs; on a CPU there are dense and fused"
+            )
+    topology = Topology(
+        world_size=ranks.world_size, local_world_size=ranks.local_world_size, compute_device=ranks.device.type
+    )
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=batch_size,
+        storage_reservation=FixedPercentageStorageReservation(_RESERVED),
+        constraints={name: _constraint(table) for name, table in tables.items()},
+    )
+    try:
+        return planner.collective_plan(model, [sharder], dist.group.WORLD)
+    except PlannerError as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "no plan found")
+        raise ConfigError(
+            f"tables: the planner found no placement on {ranks.world_size} ranks ({reason.strip()}); "
+            "loosen tables.*.sharding, shrink tables or add ranks"
+        ) from None
+
+
+def _constraint(table: TableConfig) -> ParameterConstraints:
+    kernel = table.compute_kernel
+    if kernel is None and table.data_parallel:
+        kernel = EmbeddingComputeKernel.DENSE.value
+    # Data-parallel tables have an optimizer of their own, so they are never the planner's choice.
+    sharding = table.sharding or ("table_wise", "column_wise", "row_wise", "table_row_wise", "table_column_wise")
+    return ParameterConstraints(
+        sharding_types=list(sharding),
+        compute_kernels=[kernel] if kernel else None,
+        min_partition=table.min_partition,
+    )
+
+
+def plan_rows(plan: ShardingPlan, tables: Mapping[str, TableConfig], path: str) -> list[dict[str, str]]:
+    """The plan as one mapping a table: sharding, kernel, ranks, shards, size in MiB of the weights over all ranks."""
+    module_plan = plan.get_plan_for_module(path)
+    assert module_plan is not None
+    rows = []
+    for name, table in tables.items():
+        sharding: ParameterSharding = module_plan[name]  # type: ignore[index]
+        shards = getattr(sharding.sharding_spec, "shards", None)
+        replicas = 1 if shards else len(sharding.ranks or [])
+        mebibytes = table.num_embeddings * table.embedding_dim * torch.float32.itemsize * replicas / 2**20
+        rows.append(
+            {
+                "table": name,
+                "rows x dim": f"{table.num_embeddings} x {table.embedding_dim}",
+                "sharding": sharding.sharding_type,
+                "kernel": sharding.compute_kernel,
+                "ranks": " ".join(map(str, sharding.ranks or [])),
+                "shards": " ".join("x".join(map(str, shard.shard_sizes)) for shard in shards) if shards else "replicated",
+                "MiB": f"{mebibytes:.2f}",
+            }
+        )
+    return rows
+
+
+def plan_table(rows: list[dict[str, str]]) -> Table:
+    """The rows of `plan_rows` for a terminal."""
+    table = Table(title="Embedding plan", title_justify="left")
+    for column in rows[0]:
+        table.add_column(column, justify="right" if column == "MiB" else "left")
+    for row in rows:
+        table.add_row(*row.values())
+    return table

@@ -1,0 +1,143 @@
+"""From a ranker with tables on the meta device to one whose tables are sharded and have their optimizers.
+
+The only module that knows how TorchRec shards. The tables are sharded alone, without DistributedModelParallel: the
+dense arch is wrapped in DDP anew for each stage (recsys.training.stages), because what requires a gradient differs
+between stages and must not change once DDP has seen it.
+"""
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.shard import shard as torchrec_shard
+from torchrec.distributed.types import ShardingEnv, ShardingPlan
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
+
+from recsys.config import Config, ConfigError, DataParallelOptimizerConfig, SparseOptimizerConfig, TableConfig
+from recsys.model.ranker import Ranker
+from recsys.runtime import Ranks
+from recsys.sharding.plan import make_plan
+
+COLLECTION = "embedding_bag_collection"
+_FUSED = {
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "sgd": EmbOptimType.EXACT_SGD,
+    "adam": EmbOptimType.ADAM,
+}
+_FUSED_ON_CPU = ("rowwise_adagrad", "adagrad", "sgd")
+_DATA_PARALLEL = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
+_INIT_BLOCK_ROWS = 1 << 16
+
+
+@dataclass
+class ShardedRanker:
+    """A ranker on its ranks.
+
+    Attributes:
+        ranker: with a sharded collection; its dense arch is on the device and not wrapped.
+        plan: where each table is.
+        sparse_optimizer: fused into the backward of the sharded tables; its step only passes on learning rates.
+        data_parallel_optimizer: of the replicated tables, or None where there are none.
+    """
+
+    ranker: Ranker
+    plan: ShardingPlan
+    sparse_optimizer: CombinedOptimizer
+    data_parallel_optimizer: KeyedOptimizer | None
+
+
+def shard(ranker: Ranker, config: Config, ranks: Ranks, *, seed: int) -> ShardedRanker:
+    """Place the ranker on all ranks; a collective call.
+
+    The tables' initial weights depend on `seed` alone, not on how or over how many ranks they are sharded.
+
+    Raises:
+        ConfigError: an optimizer or a sharding that the device lacks, or tables that do not fit.
+    """
+    sharder = EmbeddingBagCollectionSharder(fused_params=_fused_params(config.optimizers.sparse, ranks.device))
+    plan = make_plan(ranker, sharder, config.tables, ranks, batch_size=config.data.batch_size)
+    module_plan = plan.get_plan_for_module(COLLECTION)
+    assert module_plan is not None
+    env = ShardingEnv.from_process_group(dist.group.WORLD)
+    collection = torchrec_shard(ranker.embedding_bag_collection, module_plan, env, ranks.device, sharder)
+    ranker.embedding_bag_collection = collection
+    ranker.dense_arch.to(ranks.device)
+    _initialise_tables(collection, config.tables, seed)
+    replicated = {
+        name: parameter
+        for name, parameter in collection.named_parameters()
+        if config.tables[_table_of(name)].data_parallel
+    }
+    fused = collection.fused_optimizer
+    return ShardedRanker(
+        ranker=ranker,
+        plan=plan,
+        sparse_optimizer=fused,
+        data_parallel_optimizer=_data_parallel_optimizer(replicated, config.optimizers.data_parallel),
+    )
+
+
+def _fused_params(config: SparseOptimizerConfig, device: torch.device) -> dict[str, object]:
+    if device.type == "cpu" and config.type not in _FUSED_ON_CPU:
+        raise ConfigError(
+            f"optimizers.sparse.type: fbgemm has no fused {config.type} on a CPU; there are {', '.join(_FUSED_ON_CPU)}"
+        )
+    # The learning rate here is a placeholder: each stage sets it before every step.
+    params: dict[str, object] = {"optimizer": _FUSED[config.type], "learning_rate": 0.0}
+    if config.type != "sgd":
+        params["eps"] = config.eps
+    if config.weight_decay:
+        params["weight_decay"] = config.weight_decay
+        params["weight_decay_mode"] = WeightDecayMode.L2
+    if config.type == "adam":
+        params["beta1"], params["beta2"] = config.betas
+    return params
+
+
+def _data_parallel_optimizer(
+    parameters: Mapping[str, nn.Parameter], config: DataParallelOptimizerConfig
+) -> KeyedOptimizer | None:
+    if not parameters:
+        return None
+    return KeyedOptimizerWrapper(
+        dict(parameters),
+        lambda params: _DATA_PARALLEL[config.type](params, lr=0.0, weight_decay=config.weight_decay),
+    )
+
+
+@torch.no_grad()
+def _initialise_tables(collection: nn.Module, tables: Mapping[str, TableConfig], seed: int) -> None:
+    """TorchRec's default, uniform within +-sqrt(1 / rows), drawn in blocks of rows that each have a seed of their own."""
+    for name, value in collection.state_dict().items():
+        table = tables[_table_of(name)]
+        for local, row, column in _local_parts(value):
+            for start in range(row - row % _INIT_BLOCK_ROWS, row + local.shape[0], _INIT_BLOCK_ROWS):
+                rows = min(_INIT_BLOCK_ROWS, table.num_embeddings - start)
+                generator = np.random.default_rng((seed, zlib.crc32(_table_of(name).encode()), start))
+                block = generator.random((rows, table.embedding_dim), dtype=np.float32)
+                block = (2 * block - 1) * np.float32(sqrt(1 / table.num_embeddings))
+                low, high = max(start, row), min(start + rows, row + local.shape[0])
+                part = block[low - start : high - start, column : column + local.shape[1]]
+                local[low - row : high - row].copy_(torch.from_numpy(np.ascontiguousarray(part)))
+
+
+def _local_parts(value: Tensor | ShardedTensor) -> list[tuple[Tensor, int, int]]:
+    """This rank's pieces of a table, each with the row and the column at which it begins."""
+    if isinstance(value, ShardedTensor):
+        return [(part.tensor, *part.metadata.shard_offsets) for part in value.local_shards()]  # type: ignore[misc]
+    return [(value, 0, 0)]
+
+
+def _table_of(name: str) -> str:
+    """`user` of `embedding_bags.user.weight`."""
+    return name.split(".")[1]

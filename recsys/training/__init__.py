@@ -1,0 +1,1 @@
+"""Training: stages, the loop, metrics, checkpoints and what a person watches."""

@@ -1,0 +1,152 @@
+"""Binary classification metrics over all ranks: the same figures for any world size."""
+
+from dataclasses import asdict, dataclass
+from math import log
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+_LOGIT_RANGE = 16.0
+"""Bins of the AUC beyond its exact limit are even in logit space over +-this, so rare clicks are resolved as well."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Figures of a set of examples; None where they are undefined (no examples, or one class only).
+
+    Attributes:
+        examples: number of examples.
+        positives: number with label 1.
+        auc: area under the ROC curve, ties counting half.
+        auc_error: bound on |auc - exact auc|; 0 when it is exact.
+        log_loss: mean binary cross entropy in nats.
+        ne: normalised entropy, log loss over that of always predicting the label rate (He et al., ADKDD 2014).
+        calibration: sum of predictions over number of positives.
+    """
+
+    examples: int
+    positives: int
+    auc: float | None
+    auc_error: float
+    log_loss: float | None
+    ne: float | None
+    calibration: float | None
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        """All figures by name, for JSON."""
+        return asdict(self)
+
+
+class BinaryMetrics:
+    """Accumulates logits and labels on their device without synchronising; `compute` is the one collective.
+
+    AUC is exact up to `exact_examples` over all ranks. Beyond that it is that of the logits rounded to `num_bins` bins;
+    the memory is then 16 bytes a bin, and the error is at most half the share of pairs of a positive and a negative
+    that fall into one bin, which is computed and reported.
+
+    Args:
+        exact_examples: limit of the exact AUC; each rank keeps at most this many scores and labels (8 bytes each).
+        num_bins: bins beyond it.
+    """
+
+    def __init__(self, *, exact_examples: int = 1 << 22, num_bins: int = 1 << 16) -> None:
+        self._exact_examples = exact_examples
+        self._num_bins = num_bins
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._examples = 0
+        self._sums: Tensor | None = None  # positives, sum of probabilities, sum of losses; float64
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._bins: Tensor | None = None  # (2, num_bins) negatives and positives; int64
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Add examples: logits (B,) and labels (B,) of 0 and 1, on one device."""
+        wide, truth = logits.detach().double(), labels.double()
+        loss = F.binary_cross_entropy_with_logits(wide, truth, reduction="sum")
+        sums = torch.stack([truth.sum(), wide.sigmoid().sum(), loss])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._examples += len(labels)
+        self._kept.append((logits.detach().float(), labels.float()))
+        if self._examples > self._exact_examples:
+            self._bin_kept()
+
+    def compute(self) -> Metrics:
+        """The figures over all ranks, the same on each; a collective call."""
+        sums = torch.zeros(3, dtype=torch.float64) if self._sums is None else self._sums.cpu()
+        totals = torch.cat([sums, torch.tensor([self._examples], dtype=torch.float64)])
+        dist.all_reduce(totals)
+        positives, predicted, loss = totals[:3].tolist()
+        examples = int(totals[3])
+        if examples == 0:
+            return Metrics(0, 0, None, 0.0, None, None, None)
+        auc, error = self._exact_auc() if examples <= self._exact_examples else self._binned_auc()
+        rate = positives / examples
+        entropy = -(rate * log(rate) + (1 - rate) * log(1 - rate)) if 0 < rate < 1 else None
+        return Metrics(
+            examples=examples,
+            positives=int(positives),
+            auc=auc,
+            auc_error=error,
+            log_loss=loss / examples,
+            ne=loss / examples / entropy if entropy else None,
+            calibration=predicted / positives if positives else None,
+        )
+
+    def _exact_auc(self) -> tuple[float | None, float]:
+        """Every score goes to rank 0, which tells the result."""
+        kept = torch.cat([torch.stack(pair) for pair in self._kept], 1).cpu() if self._kept else torch.empty(2, 0)
+        sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+        sizes[dist.get_rank()] = kept.shape[1]
+        dist.all_reduce(sizes)
+        padded = torch.zeros(2, int(sizes.max()))
+        padded[:, : kept.shape[1]] = kept
+        gathered = [torch.empty_like(padded) for _ in sizes] if dist.get_rank() == 0 else None
+        dist.gather(padded, gathered)
+        result = torch.zeros(1, dtype=torch.float64)
+        if gathered is not None:
+            scores, labels = torch.cat([part[:, :size] for part, size in zip(gathered, sizes, strict=True)], 1).numpy()
+            order = np.argsort(scores, kind="stable")
+            scores, positive = scores[order], labels[order] == 1
+            starts = np.flatnonzero(np.concatenate(([True], scores[1:] != scores[:-1])))
+            negatives = np.add.reduceat(~positive, starts, dtype=np.int64)
+            positives = np.add.reduceat(positive, starts, dtype=np.int64)
+            auc, _ = _auc(negatives, positives)
+            result[0] = float("nan") if auc is None else auc
+        dist.broadcast(result, 0)
+        auc = result.item()
+        return (None if np.isnan(auc) else auc), 0.0
+
+    def _binned_auc(self) -> tuple[float | None, float]:
+        self._bin_kept()
+        assert self._bins is not None
+        bins = self._bins.cpu()
+        dist.all_reduce(bins)
+        negatives, positives = bins.numpy()
+        return _auc(negatives, positives)
+
+    def _bin_kept(self) -> None:
+        if self._bins is None:
+            device = self._kept[0][0].device if self._kept else None
+            self._bins = torch.zeros(2 * self._num_bins, dtype=torch.int64, device=device).view(2, -1)
+        for logits, labels in self._kept:
+            place = (logits / (2 * _LOGIT_RANGE) + 0.5).clamp(0, 1) * (self._num_bins - 1)
+            index = place.round().long() + labels.long() * self._num_bins
+            self._bins.view(-1).scatter_add_(0, index, torch.ones_like(index))
+        self._kept = []
+
+
+def _auc(negatives: NDArray[np.int64], positives: NDArray[np.int64]) -> tuple[float | None, float]:
+    """AUC of groups of tied scores in rising order, and half the share of tied pairs; None with one class only."""
+    pairs = int(negatives.sum()) * int(positives.sum())
+    if pairs == 0:
+        return None, 0.0
+    below = np.cumsum(negatives) - negatives
+    tied = float(np.dot(positives.astype(np.float64), negatives.astype(np.float64)))
+    won = float(np.dot(positives.astype(np.float64), below.astype(np.float64)))
+    return (won + 0.5 * tied) / pairs, 0.5 * tied / pairs
