@@ -130,15 +130,20 @@ class DataConfig(_Section):
     prefetch_batches: PositiveInt = 4
     synthetic: SyntheticConfig | None = None
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits that are set."""
+        return tuple(split for split in ("train", "valid", "test") if getattr(self, split) is not None)
+
     def patterns(self, split: str) -> tuple[str, ...]:
         """The globs of a split.
 
         Raises:
             ConfigError: the config has no such split.
         """
-        found = getattr(self, split, None) if split in ("train", "valid", "test") else None
-        if found is None:
-            raise ConfigError(f"data.{split} is not set; the config has no {split} split to read")
+        if split not in self.splits:
+            raise ConfigError(f"data.{split} is not set; the config has {', '.join(self.splits)}")
+        found = getattr(self, split)
         return (found,) if isinstance(found, str) else found
 
 
@@ -363,15 +368,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         _apply(raw, override)
     raw.setdefault("name", path.stem)
     raw.setdefault("output_dir", f"outputs/{raw['name']}")
-    return parse_config(raw, source=str(path))
+    return _validate(raw, source=str(path))
 
 
-def parse_config(raw: Mapping[str, Any], *, source: str) -> Config:
-    """Validate a mapping as a config; `source` heads the error message.
-
-    Raises:
-        ConfigError: as `load_config`.
-    """
+def _validate(raw: Mapping[str, Any], *, source: str) -> Config:
     try:
         # Through JSON, because pydantic's strict mode takes a JSON array for a tuple but not a Python list.
         return Config.model_validate_json(json.dumps(raw, default=str))

@@ -60,6 +60,9 @@ def process_group(device: str) -> Iterator[Ranks]:
     chosen = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(chosen)
+    if "OMP_NUM_THREADS" not in os.environ:
+        # One core stays free for the reader: OpenMP threads that lose theirs make all others spin.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size - 1))
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timedelta(minutes=30))

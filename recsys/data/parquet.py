@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torchrec import KeyedJaggedTensor
 
-from recsys.config import Config, UserError
+from recsys.config import UserError
 from recsys.data.batch import Batch
 from recsys.data.stream import Epoch, RowSlice, Window
 
@@ -363,25 +363,6 @@ class Loader:
             loss_scale=self._epoch.world_size / self._epoch.global_batch_rows(step),
         )
         return batch.pin_memory() if self._pin_memory else batch
-
-
-def open_split(config: Config, split: str) -> ParquetShards:
-    """The shards of a config's split.
-
-    Raises:
-        ConfigError: the config has no such split.
-        DataError: as `ParquetShards`.
-    """
-    columns = Columns(
-        label=config.data.label,
-        reference=config.data.reference,
-        dense={name: DenseColumn(f.column or name, f.fill) for name, f in config.features.dense.items()},
-        sparse={
-            name: SparseColumn(f.column or name, config.tables[f.table].num_embeddings)
-            for name, f in config.features.sparse.items()
-        },
-    )
-    return ParquetShards(config.data.patterns(split), columns, source=f"data.{split}")
 
 
 def _numbers(table: pa.Table, name: str, fill: float | None, where: str) -> NDArray[Any]:

@@ -100,7 +100,9 @@ def plan_rows(plan: ShardingPlan, tables: Mapping[str, TableConfig], path: str) 
                 "sharding": sharding.sharding_type,
                 "kernel": sharding.compute_kernel,
                 "ranks": " ".join(map(str, sharding.ranks or [])),
-                "shards": " ".join("x".join(map(str, shard.shard_sizes)) for shard in shards) if shards else "replicated",
+                "shards": " ".join("x".join(map(str, shard.shard_sizes)) for shard in shards)
+                if shards
+                else "replicated",
                 "MiB": f"{mebibytes:.2f}",
             }
         )

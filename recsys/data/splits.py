@@ -1,0 +1,46 @@
+"""The splits of a config, opened and checked."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from recsys.config import Config
+from recsys.data.parquet import Columns, DenseColumn, ParquetShards, SparseColumn
+from recsys.data.synthetic import write_synthetic
+from recsys.runtime import Ranks
+
+
+def open_splits(config: Config, ranks: Ranks, names: Sequence[str]) -> dict[str, ParquetShards]:
+    """The shards of the named splits, the embedded synthetic log written first if the config asks for it.
+
+    A collective call.
+
+    Raises:
+        ConfigError: the config lacks one of the splits.
+        DataError: as `ParquetShards`.
+    """
+    spec = config.data.synthetic
+    if spec is not None:
+        if ranks.local_rank == 0:
+            write_synthetic(
+                Path(spec.directory),
+                seed=spec.seed,
+                train_rows=spec.train_rows,
+                valid_rows=spec.valid_rows,
+                test_rows=spec.test_rows,
+                files=spec.files,
+                row_group_rows=spec.row_group_rows,
+                hierarchy=spec.hierarchy,
+            )
+        dist.barrier()
+    columns = Columns(
+        label=config.data.label,
+        reference=config.data.reference,
+        dense={name: DenseColumn(f.column or name, f.fill) for name, f in config.features.dense.items()},
+        sparse={
+            name: SparseColumn(f.column or name, config.tables[f.table].num_embeddings)
+            for name, f in config.features.sparse.items()
+        },
+    )
+    return {name: ParquetShards(config.data.patterns(name), columns, source=f"data.{name}") for name in names}

@@ -1,0 +1,28 @@
+"""Evaluate a checkpoint: `python -m recsys.evaluate --checkpoint DIR [--split test] [path.to.key=value ...]`."""
+
+import argparse
+
+from recsys.cli import run_entry
+
+
+def main() -> None:
+    """Read the arguments and evaluate."""
+    parser = argparse.ArgumentParser(
+        prog="recsys.evaluate", description="Figures of a checkpoint on a split, on any number of ranks."
+    )
+    parser.add_argument("--checkpoint", required=True, help="a directory step-<n> that training wrote")
+    parser.add_argument("--split", default="test", choices=("train", "valid", "test"))
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("overrides", nargs="*", metavar="path.to.key=value", help="settings that replace the run's")
+    arguments = parser.parse_args()
+
+    def body() -> None:
+        from recsys.training.evaluation import evaluate_checkpoint
+
+        evaluate_checkpoint(arguments.checkpoint, arguments.split, arguments.overrides, as_json=arguments.json)
+
+    run_entry(body)
+
+
+if __name__ == "__main__":
+    main()

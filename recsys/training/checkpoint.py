@@ -1,0 +1,203 @@
+"""Checkpoints: what they hold, when one is complete, and reading them without running code.
+
+A checkpoint is a directory `step-<n>` with the tensors in PyTorch's distributed format (DCP), the resolved
+`config.yaml`, and `meta.json`. It is written beside its final name and renamed when complete, so a directory with a
+final name is whole. Only tensors go into DCP: everything else is JSON or YAML, and what DCP itself pickles (its index)
+is read with an unpickler that knows DCP's own classes alone.
+"""
+
+import json
+import pickle
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
+from torchrec.optim.keyed import KeyedOptimizer
+
+from recsys.config import Config, UserError
+from recsys.model.ranker import DenseArch
+from recsys.sharding.shard import COLLECTION, ShardedRanker
+
+FORMAT = 1
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be read or does not fit; the message names the path and the way out."""
+
+
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        stage: last stage that had begun.
+        step: optimizer steps done, over all stages.
+        stage_step: those of the stage.
+        world_size: number of ranks that wrote it; any number can read the model.
+        format: version of this layout.
+    """
+
+    stage: str
+    step: int
+    stage_step: int
+    world_size: int
+    format: int = FORMAT
+
+
+def save_checkpoint(
+    directory: Path,
+    config: Config,
+    meta: CheckpointMeta,
+    sharded: ShardedRanker,
+    dense_arch: DenseArch,
+    dense_optimizer: KeyedOptimizer,
+) -> None:
+    """Write model and all optimizers, replacing `directory` if it exists; a collective call."""
+    partial = directory.with_name(directory.name + ".partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    state = {
+        **_model_state(sharded, dense_arch),
+        **_table_optimizer_state(sharded),
+        **_optimizer_state("dense", dense_optimizer),
+    }
+    dcp.save(state, checkpoint_id=partial)
+    if dist.get_rank() == 0:
+        (partial / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        (partial / "meta.json").write_text(json.dumps(vars(meta), indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+    dist.barrier()
+
+
+def read_meta(directory: Path) -> CheckpointMeta:
+    """What a checkpoint says of itself.
+
+    Raises:
+        CheckpointError: no complete checkpoint is there, or it was written by another version.
+    """
+    try:
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        found = sorted(str(path.parent) for path in directory.glob("**/meta.json"))
+        hint = (
+            f"; there are {', '.join(found)}"
+            if found
+            else "; name a directory such as outputs/default/checkpoints/step-100"
+        )
+        raise CheckpointError(
+            f"{directory} is no complete checkpoint ({type(error).__name__}: {error}){hint}"
+        ) from None
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{directory} has checkpoint format {meta.get('format')}, this version reads {FORMAT}; use the version that wrote it"
+        )
+    return CheckpointMeta(**meta)
+
+
+def load_model(directory: Path, sharded: ShardedRanker, dense_arch: DenseArch) -> None:
+    """Read the model's weights, on any number of ranks; a collective call.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape than the config's model.
+    """
+    _load(directory, _model_state(sharded, dense_arch))
+
+
+def load_model_and_tables_optimizers(directory: Path, sharded: ShardedRanker, dense_arch: DenseArch) -> None:
+    """As `load_model`, with the state of the tables' optimizers, on as many ranks as wrote them."""
+    _load(directory, {**_model_state(sharded, dense_arch), **_table_optimizer_state(sharded)})
+
+
+def _load(directory: Path, state: dict[str, Any]) -> None:
+    # The tensors of `state` share memory with the model and are filled in place.
+    try:
+        dcp.load(state, storage_reader=_Reader(directory), planner=_TensorsOnly())
+    except (dcp.CheckpointException, pickle.UnpicklingError, RuntimeError, ValueError) as error:
+        causes = error.failures.values() if isinstance(error, dcp.CheckpointException) else ()
+        detail = next((str(cause[0]) for cause in causes), str(error)).strip().splitlines()[0]
+        raise CheckpointError(f"{directory}: cannot be loaded into the model of its config: {detail}") from error
+
+
+def _model_state(sharded: ShardedRanker, dense_arch: DenseArch) -> dict[str, Any]:
+    tables = sharded.ranker.embedding_bag_collection.state_dict(prefix=f"model.{COLLECTION}.")
+    return {**tables, **dense_arch.state_dict(prefix="model.dense_arch.")}
+
+
+def _table_optimizer_state(sharded: ShardedRanker) -> dict[str, Any]:
+    state = _optimizer_state("sparse", sharded.sparse_optimizer)
+    if sharded.data_parallel_optimizer is not None:
+        state.update(_optimizer_state("data_parallel", sharded.data_parallel_optimizer))
+    return state
+
+
+def _optimizer_state(name: str, optimizer: KeyedOptimizer) -> dict[str, Tensor | ShardedTensor]:
+    """Every tensor of an optimizer's state under a flat name. Learning rates are the config's, so they are not state."""
+    return dict(_flatten(f"optimizer.{name}", optimizer.state_dict()["state"]))
+
+
+def _flatten(path: str, value: Any) -> Iterator[tuple[str, Tensor | ShardedTensor]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flatten(f"{path}.{key}", item)
+    elif isinstance(value, Tensor | ShardedTensor):
+        yield path, value
+    else:
+        raise TypeError(f"{path}: optimizer state of type {type(value).__name__} cannot be checkpointed")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the classes of DCP's index and nothing else, so that a checkpoint cannot run code."""
+
+    _ALLOWED_MODULES = (
+        "torch.distributed.checkpoint.metadata",
+        "torch.distributed.checkpoint.filesystem",
+        "torch.distributed._shard.metadata",
+    )
+    _ALLOWED = frozenset(
+        {
+            ("builtins", "set"),
+            ("collections", "OrderedDict"),
+            ("pathlib", "PosixPath"),
+            ("torch", "Size"),
+            ("torch", "device"),
+            ("torch.serialization", "_get_layout"),
+            ("torch.distributed.remote_device", "_remote_device"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (
+            module in self._ALLOWED_MODULES
+            or (module, name) in self._ALLOWED
+            or (module == "torch" and name.startswith(("float", "bfloat", "int", "uint", "bool", "strided")))
+        ):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"the index names {module}.{name}, which no checkpoint of ours has")
+
+
+class _Reader(FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = self._get_metadata_path(kwargs.get("rank"))
+        with self.fs.create_stream(path, "rb") as stream:
+            metadata: Metadata = _Unpickler(stream).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _TensorsOnly(DefaultLoadPlanner):
+    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
+        raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is not a tensor; checkpoints hold nothing else")

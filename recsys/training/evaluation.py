@@ -1,0 +1,111 @@
+"""Evaluating a ranker on a split, over all ranks."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from recsys.config import Config, load_config
+from recsys.data.parquet import Loader, ParquetShards
+from recsys.data.splits import open_splits
+from recsys.data.stream import Epoch
+from recsys.model.ranker import Ranker, build_ranker
+from recsys.runtime import Ranks, process_group
+from recsys.sharding.shard import shard
+from recsys.training.checkpoint import load_model, read_meta
+from recsys.training.metrics import BinaryMetrics, Metrics
+
+
+def evaluate_checkpoint(
+    directory: str, split: str, overrides: Sequence[str] = (), *, as_json: bool = False
+) -> dict[str, Metrics]:
+    """Figures of a checkpoint's model on a split, printed by the first rank; `reference` beside `model` if there is one.
+
+    Args:
+        directory: of the checkpoint.
+        split: train, valid or test.
+        overrides: of the config that the checkpoint holds.
+        as_json: print one JSON object instead of a table.
+
+    Raises:
+        CheckpointError: no checkpoint is there, or it does not fit.
+        ConfigError: the config has no such split, or an override is wrong.
+        DataError: as `recsys.data.parquet.ParquetShards`.
+    """
+    path = Path(directory)
+    meta = read_meta(path)
+    config = load_config(path / "config.yaml", overrides)
+    with process_group(config.device) as ranks:
+        shards = open_splits(config, ranks, [split])[split]
+        ranker = build_ranker(config, seed=0)
+        dense_arch = ranker.dense_arch
+        sharded = shard(ranker, config, ranks, seed=0)
+        load_model(path, sharded, dense_arch)
+        model, reference = evaluate(ranker, shards, config, ranks)
+        results = {"model": model, **({"reference": reference} if reference else {})}
+        if ranks.is_first and as_json:
+            figures = {name: metrics.as_dict() for name, metrics in results.items()}
+            print(json.dumps({"checkpoint": directory, "split": split, "step": meta.step, **figures}, indent=2))
+        elif ranks.is_first:
+            table = Table(title=f"{directory}, {split}", title_justify="left")
+            table.add_column("")
+            for figure in model.as_dict():
+                table.add_column(figure.replace("_", " "), justify="right")
+            for name, metrics in results.items():
+                values = metrics.as_dict().values()
+                table.add_row(
+                    name, *("-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.6f}" for v in values)
+                )
+            console = Console()
+            (console if console.is_terminal else Console(width=120)).print(table)
+        return results
+
+
+@torch.no_grad()
+def evaluate(
+    ranker: Ranker,
+    shards: ParquetShards,
+    config: Config,
+    ranks: Ranks,
+    *,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> tuple[Metrics, Metrics | None]:
+    """Figures of the ranker on every row of a split, and those of the reference column if there is one.
+
+    A collective call; the figures are the same on all ranks and, but for rounding, for any number of them. The ranker
+    must not be attached to a pipeline. Its training mode is kept.
+
+    Args:
+        ranker: sharded.
+        shards: the split.
+        config: for batch size, features and metrics.
+        ranks: this process among all.
+        on_batch: told the batches done and their number, after each.
+    """
+    epoch = Epoch(
+        shards.row_counts, ranks.world_size, config.data.eval_batch_size or config.data.batch_size, shuffle=False
+    )
+    limits = {"exact_examples": config.metrics.exact_examples, "num_bins": config.metrics.num_bins}
+    model, reference = BinaryMetrics(**limits), BinaryMetrics(**limits)
+    was_training = ranker.training
+    ranker.eval()
+    pin = ranks.device.type == "cuda"
+    with Loader(shards, epoch, ranks.rank, prefetch_batches=config.data.prefetch_batches, pin_memory=pin) as loader:
+        for step, batch in enumerate(loader):
+            if config.data.reference:
+                reference.update(_logits(batch.reference), batch.labels)
+            _, output = ranker(batch.to(ranks.device, non_blocking=True))
+            model.update(output.logits, output.labels)
+            if on_batch is not None:
+                on_batch(step + 1, epoch.num_steps)
+    ranker.train(was_training)
+    return model.compute(), reference.compute() if config.data.reference else None
+
+
+def _logits(probabilities: Tensor) -> Tensor:
+    # A reference that is certain must not make its log loss infinite, so it counts as wrong once in 10^12 at worst.
+    return torch.logit(probabilities, eps=1e-12)

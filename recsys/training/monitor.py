@@ -1,0 +1,192 @@
+"""What a person watches and a machine reads: the terminal, TensorBoard and summary.json, from rank 0."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams as hparams_summary
+
+from recsys.model.hilomoe import hilomoe_layers
+from recsys.training.metrics import Metrics
+
+_FIGURES = ("auc", "log_loss", "ne", "calibration")
+
+
+class Monitor:
+    """Shows and records a run. On all ranks but the first every method does nothing.
+
+    One live bar where the terminal is one, plain lines where it is not.
+
+    Args:
+        output_dir: where `tensorboard/` and `summary.json` go.
+        enabled: whether this is the first rank.
+    """
+
+    def __init__(self, output_dir: Path, *, enabled: bool) -> None:
+        self.output_dir = output_dir
+        self._enabled = enabled
+        # TorchX and torchrun pipe the output: a fixed width keeps lines and tables whole there.
+        self._console = Console(quiet=not enabled)
+        if not self._console.is_terminal:
+            self._console = Console(quiet=not enabled, width=120)
+        self._writer = SummaryWriter(str(output_dir / "tensorboard")) if enabled else None
+        self._progress = Progress(
+            TextColumn("{task.description:<10}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not (enabled and self._console.is_terminal),
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        if self._writer is not None:
+            self._writer.close()
+
+    def say(self, what: str | Table) -> None:
+        """Print a line or a table."""
+        self._console.print(what, highlight=False)
+
+    def text(self, tag: str, markdown: str) -> None:
+        """Record a text."""
+        if self._writer is not None:
+            self._writer.add_text(tag, markdown)
+
+    def begin_stage(self, name: str, trains: str, num_steps: int) -> None:
+        """A stage of `num_steps` steps begins."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        if self._progress.disable:
+            self.say(f"{name}: {num_steps:,} steps, training {trains}")
+        else:
+            self._task = self._progress.add_task(name, total=num_steps, figures="")
+
+    def advance(self, stage_step: int) -> None:
+        """A step is done; moves the bar alone."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=stage_step)
+
+    def train_window(
+        self,
+        stage: str,
+        step: int,
+        stage_step: int,
+        num_steps: int,
+        metrics: Metrics,
+        scalars: Mapping[str, float],
+    ) -> None:
+        """The steps since the last window: their metrics, and scalars by TensorBoard tag.
+
+        `throughput/examples_per_second` and `throughput/data_wait` are among the scalars.
+        """
+        if self._writer is None:
+            return
+        self._record("train", step, metrics)
+        for tag, value in scalars.items():
+            self._writer.add_scalar(tag, value, step)
+        rate, wait = scalars["throughput/examples_per_second"], scalars["throughput/data_wait"]
+        figures = f"{_shown(metrics)}  {rate:,.0f} examples/s  data wait {wait:.1%}"
+        if self._task is not None:
+            self._progress.update(self._task, completed=stage_step, figures=figures)
+        else:
+            width = len(f"{num_steps:,}")
+            self.say(f"{stage:<10} step {stage_step:>{width},}/{num_steps:,}  {figures}")
+
+    def routing(self, dense_arch: nn.Module, step: int) -> None:
+        """Expert load and entropy of every expert layer, over the first rank's last batch."""
+        if self._writer is None:
+            return
+        for name, layer in hilomoe_layers(dense_arch).items():
+            if not layer.experts_active or layer.routing is None:
+                continue
+            entropies, loads = layer.routing.entropy().tolist(), layer.routing.load().tolist()
+            for number, (entropy, load) in enumerate(zip(entropies, loads, strict=True), start=1):
+                self._writer.add_scalar(f"expert_entropy/{name}/layer{number}", entropy, step)
+                for expert, share in enumerate(load, start=1):
+                    self._writer.add_scalar(f"expert_load/{name}/layer{number}/expert{expert}", share, step)
+
+    def evaluation(self, source: str, split: str, step: int, metrics: Metrics) -> None:
+        """Figures of a held-out split; `source` is a stage's name, `final` or `reference`."""
+        self._record(f"{split}_reference" if source == "reference" else split, step, metrics)
+        self.say(f"{source:<10} {split:<5} {_shown(metrics)}  {metrics.examples:,} examples")
+
+    def close_run(self, summary: Mapping[str, Any], hyperparameters: Mapping[str, str | int | float | bool]) -> None:
+        """Write summary.json, record hyperparameters with the final figures, print the closing table."""
+        if self._writer is None:
+            return
+        path = self.output_dir / "summary.json"
+        path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        rows = _summary_rows(summary)
+        held_out = summary["test"] or summary["valid"] or {}
+        final = {f"final/{key}": held_out[key] for key in _FIGURES if held_out.get(key) is not None}
+        for part in hparams_summary(dict(hyperparameters), final):
+            self._writer.file_writer.add_summary(part)  # type: ignore[no-untyped-call]
+        for tag, value in final.items():
+            self._writer.add_scalar(tag, value, summary["steps"])
+        self.text("stages", _markdown(rows))
+        self._progress.stop()
+        table = Table(title="Summary", title_justify="left")
+        for index, column in enumerate(rows[0]):
+            table.add_column(column, justify="left" if index == 0 else "right")
+        for row in rows:
+            table.add_row(*row.values())
+        self.say(table)
+        self.say(f"Outputs in {self.output_dir}: summary.json, config.yaml, plan.txt, checkpoints/, tensorboard/")
+        self.say(f"Last checkpoint: {summary['checkpoint']}")
+
+    def _record(self, split: str, step: int, metrics: Metrics) -> None:
+        if self._writer is None:
+            return
+        for figure in _FIGURES:
+            value = getattr(metrics, figure)
+            if value is not None:
+                self._writer.add_scalar(f"{split}/{figure}", value, step)
+
+
+def _shown(metrics: Metrics) -> str:
+    values = {figure: getattr(metrics, figure) for figure in _FIGURES}
+    return "  ".join(f"{name.replace('_', ' ')} {_number(value)}" for name, value in values.items())
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _summary_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    def row(name: str, stage: Mapping[str, Any] | None, metrics: Mapping[str, Any] | None) -> dict[str, str]:
+        return {
+            "": name,
+            "steps": f"{stage['steps']:,}" if stage else "",
+            "seconds": f"{stage['seconds']:.1f}" if stage else "",
+            "examples/s": f"{stage['examples_per_second']:,.0f}" if stage else "",
+            "data wait": f"{stage['data_wait']:.1%}" if stage else "",
+            **{figure.replace("_", " "): _number(metrics[figure]) if metrics else "" for figure in _FIGURES},
+        }
+
+    rows = [row(f"{name}, valid", stage, stage["valid"]) for name, stage in summary["stages"].items()]
+    if summary["test"]:
+        rows.append(row("test", None, summary["test"]))
+    if summary["reference"]:
+        rows.append(row("test, reference", None, summary["reference"]))
+    return rows
+
+
+def _markdown(rows: list[dict[str, str]]) -> str:
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
+    return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in rows)])
