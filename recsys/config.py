@@ -83,10 +83,11 @@ class SparseFeatureConfig(_Section):
 
 
 class DenseFeatureConfig(_Section):
-    """A numeric feature; `fill` replaces nulls, null `fill` refuses them."""
+    """A numeric feature; `fill` replaces nulls, null `fill` refuses them; `log1p` then takes log(1 + value)."""
 
     column: str | None = None
     fill: float | None = None
+    log1p: bool = False
 
 
 class FeaturesConfig(_Section):
@@ -100,12 +101,14 @@ class SyntheticConfig(_Section):
     """The embedded synthetic click log (recsys.data.synthetic), written to `directory` before training if absent."""
 
     directory: str
-    seed: int = 7
+    seed: Annotated[int, Field(ge=0)] = 7
     train_rows: PositiveInt
     valid_rows: PositiveInt
     test_rows: PositiveInt
     files: PositiveInt = 8
     row_group_rows: PositiveInt = 8192
+    num_users: PositiveInt = 2_000
+    num_items: PositiveInt = 1_000
     hierarchy: bool = True
 
 
@@ -300,7 +303,7 @@ class Config(_Section):
 
     name: str
     output_dir: str
-    seed: int = 17
+    seed: Annotated[int, Field(ge=0)] = 17
     device: Literal["auto", "cpu", "cuda"] = "auto"
     data: DataConfig
     tables: Annotated[dict[Name, TableConfig], Field(min_length=1)]

@@ -27,10 +27,11 @@ class DataError(UserError):
 
 
 class DenseColumn(NamedTuple):
-    """A numeric column; nulls become `fill`, or are refused if it is None."""
+    """A numeric column; nulls become `fill`, or are refused if it is None; then `log1p` takes log(1 + value)."""
 
     column: str
     fill: float | None
+    log1p: bool = False
 
 
 class SparseColumn(NamedTuple):
@@ -229,11 +230,13 @@ class ParquetShards:
                 raise DataError(f"{where}: reference column {columns.reference!r} has values outside 0..1")
         dense = np.empty((len(table), len(columns.dense)), dtype=np.float32)
         for index, (name, numeric) in enumerate(columns.dense.items()):
-            dense[:, index] = _numbers(table, numeric.column, numeric.fill, where)
+            values = _numbers(table, numeric.column, numeric.fill, where)
+            with np.errstate(invalid="ignore", divide="ignore", over="ignore"):  # what is not finite is refused below
+                dense[:, index] = np.log1p(values) if numeric.log1p else values
             if (wrong := ~np.isfinite(dense[:, index])).any():
                 raise DataError(
                     f"{where}: dense feature {name} (column {numeric.column!r}) has {_count(wrong)} that are "
-                    "NaN or infinite in float32; write nulls and give the feature a fill"
+                    f"NaN or infinite in float32{' after log1p' * numeric.log1p}; write nulls and give the feature a fill"
                 )
         sparse = tuple(_ids(table, name, spec, where) for name, spec in columns.sparse.items())
         return Rows(labels, reference, dense, sparse)
