@@ -34,6 +34,8 @@ INTERPRETER := $(shell command -v "$(PYTHON)")
 # As in the activated environment: torchrun, too, must be found.
 export VIRTUAL_ENV := $(VENV)
 export PATH := $(VENV)/bin:$(PATH)
+# TorchX notes each step at INFO; its errors and the run's own output stay.
+export LOGLEVEL ?= WARNING
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help setup train test lint format tensorboard doctor lock

@@ -115,7 +115,7 @@ def check_devices() -> Check:
         return Check(
             "devices",
             f"{cpus}; the CUDA packages are installed but torch sees no GPU",
-            "load the NVIDIA driver (in Docker: --gpus all) until nvidia-smi works, or make setup FLAVOUR=cpu",
+            "load the NVIDIA driver (Docker: --gpus all) until nvidia-smi works, or make setup FLAVOUR=cpu",
         )
     unused = (
         "; an NVIDIA driver is loaded but the CPU packages are installed: make setup FLAVOUR=cuda uses it"
