@@ -34,8 +34,6 @@ INTERPRETER := $(shell command -v "$(PYTHON)")
 # As in the activated environment: torchrun, too, must be found.
 export VIRTUAL_ENV := $(VENV)
 export PATH := $(VENV)/bin:$(PATH)
-# TorchX notes each step at INFO; its errors and the run's own output stay.
-export LOGLEVEL ?= WARNING
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help setup train test lint format tensorboard doctor lock
@@ -66,6 +64,8 @@ endif
 	@"$(VENV)/bin/python" -c 'from recsys.versions import check_versions; check_versions()'
 	@touch "$@"
 
+# TorchX notes each of its steps at INFO; its errors and the run's own output stay.
+train: export LOGLEVEL ?= WARNING
 train: $(READY) ## train: NPROC processes, ARGS to recsys/train.py
 	torchx run -s local_cwd dist.ddp -j 1x$(NPROC) recsys/train.py $(ARGS)
 
