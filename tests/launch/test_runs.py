@@ -25,11 +25,18 @@ def project(tmp_path):
 
 
 def torchx(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a component; stdout becomes what the processes wrote.
+
+    It is read from TorchX's log files: its console can lose what is written a moment before the end.
+    """
     binaries = Path(sys.executable).parent
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     env |= {"PATH": f"{binaries}{os.pathsep}{env['PATH']}", "LOGLEVEL": "WARNING"}
-    command = [str(binaries / "torchx"), "run", "-s", "local_cwd", *arguments]
-    return subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=120)
+    command = [str(binaries / "torchx"), "run", "-s", "local_cwd", "-cfg", "log_dir=logs", *arguments]
+    run = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=120)
+    logs = [*project.glob("logs/**/stdout.log"), *project.glob("logs/**/stderr.log")]
+    run.stdout = "".join(log.read_text() for log in logs)
+    return run
 
 
 def test_script_by_its_bare_path(project):
@@ -38,15 +45,15 @@ def test_script_by_its_bare_path(project):
     )
     assert run.returncode == 0, run.stderr
     for rank in range(2):
-        assert f"RAN {rank} of 2 ['--config', 'x.yaml', 'a.b=1', 'two words']" in run.stderr
-    assert "OMP_NUM_THREADS" not in run.stderr
+        assert f"RAN {rank} of 2 ['--config', 'x.yaml', 'a.b=1', 'two words']" in run.stdout
+    assert "OMP_NUM_THREADS" not in run.stdout
 
 
 @pytest.mark.parametrize("target", [("--script", "recsys/train.py"), ("-m", "recsys.train")])
 def test_script_and_module_by_name(project, target):
     run = torchx(project, "dist.ddp", "-j", "1x1", *target, "a=1")
     assert run.returncode == 0, run.stderr
-    assert "RAN 0 of 1 ['a=1']" in run.stderr
+    assert "RAN 0 of 1 ['a=1']" in run.stdout
 
 
 def test_two_nodes_on_one_machine_meet(project):
@@ -56,12 +63,13 @@ def test_two_nodes_on_one_machine_meet(project):
     run = torchx(project, "hilorec.train", "-j", "2x2", "--rdzv_port", port, "--config", "x.yaml", "a=1")
     assert run.returncode == 0, run.stderr
     for rank in range(4):
-        assert f"RAN {rank} of 4 ['--config', 'x.yaml', 'a=1']" in run.stderr
+        assert f"RAN {rank} of 4 ['--config', 'x.yaml', 'a=1']" in run.stdout
 
 
 def test_failure_is_the_exit_code(project):
     run = torchx(project, "dist.ddp", "-j", "1x1", "recsys/train.py", "fail")
     assert run.returncode == 1
+    assert "RAN 0 of 1 ['fail']" in run.stdout
 
 
 def test_missing_script_is_explained_without_a_traceback(project):
@@ -74,4 +82,4 @@ def test_missing_script_is_explained_without_a_traceback(project):
 def test_echo(project):
     run = torchx(project, "utils.echo", "--msg", "hello from stock")
     assert run.returncode == 0, run.stderr
-    assert "hello from stock" in run.stderr
+    assert "hello from stock" in run.stdout
