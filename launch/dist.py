@@ -129,9 +129,7 @@ def spmd(
     )
 
 
-def _target(
-    args: List[str], script: Optional[str], m: Optional[str]
-) -> tuple[Optional[str], Optional[str], List[str]]:
+def _target(args: List[str], script: Optional[str], m: Optional[str]) -> tuple[Optional[str], Optional[str], List[str]]:
     """What to run, and with which arguments."""
     if script is None and m is None and args and not args[0].startswith("-"):
         script, *args = args

@@ -117,9 +117,7 @@ def check_devices() -> Check:
             f"{cpus}; the CUDA packages are installed but torch sees no GPU",
             "load the NVIDIA driver (Docker: --gpus all) until nvidia-smi works, or make setup FLAVOUR=cpu",
         )
-    unused = (
-        "; an NVIDIA driver is loaded but the CPU packages are installed: make setup FLAVOUR=cuda uses it"
-    )
+    unused = "; an NVIDIA driver is loaded but the CPU packages are installed: make setup FLAVOUR=cuda uses it"
     return Check("devices", f"{cpus}; no GPU{unused if nvidia_driver() else ''}")
 
 
@@ -215,9 +213,7 @@ def report(checks: list[Check], console: Console) -> None:
     console.print(table)
     table = Table("check", "result", "found", title="Checks", title_justify="left")
     for check in checks:
-        table.add_row(
-            check.name, Text("ok", "green") if check.ok else Text("failed", "red"), Text(check.detail)
-        )
+        table.add_row(check.name, Text("ok", "green") if check.ok else Text("failed", "red"), Text(check.detail))
     console.print(table)
     for check in checks:
         if not check.ok:
@@ -227,9 +223,7 @@ def report(checks: list[Check], console: Console) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run all checks and report; 1 if any failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recsys.doctor", description="Check this machine and its packages."
-    )
+    parser = argparse.ArgumentParser(prog="python -m recsys.doctor", description="Check this machine and its packages.")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     as_json = parser.parse_args(arguments).json
     console = Console()

@@ -62,9 +62,7 @@ def check_versions() -> None:
     if not any(all(map(_same_minor, have, trio)) for trio in SUPPORTED):
         trio = _nearest(found.get("torch"))
         wheel = fbgemm[0] if fbgemm else _wheel_for_this_machine()
-        supported = "; ".join(
-            f"torch {t.torch} with torchrec {t.torchrec} and fbgemm {t.fbgemm}" for t in SUPPORTED
-        )
+        supported = "; ".join(f"torch {t.torch} with torchrec {t.torchrec} and fbgemm {t.fbgemm}" for t in SUPPORTED)
         raise VersionError(
             f"torch, torchrec and fbgemm do not match: {listing}. Supported: {supported}. Mend it with:\n"
             f"  pip install torch=={trio.torch} && "
@@ -112,9 +110,7 @@ def _wheel_for_this_machine() -> str:
 
 def _git(*arguments: str) -> str | None:
     try:
-        run = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        )
+        run = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return run.stdout.strip() if run.returncode == 0 else None

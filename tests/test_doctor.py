@@ -12,9 +12,7 @@ from recsys.versions import VersionError, versions
 
 
 def test_this_machine_is_well():
-    run = subprocess.run(
-        [sys.executable, "-m", "recsys.doctor", "--json"], capture_output=True, text=True, timeout=180
-    )
+    run = subprocess.run([sys.executable, "-m", "recsys.doctor", "--json"], capture_output=True, text=True, timeout=180)
     found = json.loads(run.stdout)
     assert run.returncode == 0, found
     assert found["ok"]
@@ -24,9 +22,7 @@ def test_this_machine_is_well():
 
 def test_a_failure_is_reported_with_its_way_out(monkeypatch, capsys):
     remedy = "pip install " + "a-rather-long-name " * 20
-    monkeypatch.setattr(
-        doctor, "CHECKS", (lambda: Check("good", "fine"), lambda: Check("bad", "broken", remedy))
-    )
+    monkeypatch.setattr(doctor, "CHECKS", (lambda: Check("good", "fine"), lambda: Check("bad", "broken", remedy)))
     assert doctor.main([]) == 1
     assert f"bad: {remedy}".strip() in capsys.readouterr().out
     assert doctor.main(["--json"]) == 1
@@ -43,9 +39,7 @@ def test_mismatch_becomes_problem_and_remedy(monkeypatch):
     assert doctor.check_trio() == Check("versions", "they differ.", "pip install x")
 
 
-@pytest.mark.parametrize(
-    ("check", "least"), [(doctor.check_disk, doctor.MIN_DISK), (doctor.check_shm, doctor.MIN_SHM)]
-)
+@pytest.mark.parametrize(("check", "least"), [(doctor.check_disk, doctor.MIN_DISK), (doctor.check_shm, doctor.MIN_SHM)])
 def test_too_little_room_fails(monkeypatch, check, least):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=least))
     assert check().ok

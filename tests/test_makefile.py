@@ -7,9 +7,7 @@ ROOT = Path(__file__).parents[1]
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     # What an outer make was told must not reach this one.
-    env = {
-        name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}
-    }
+    env = {name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}}
     for name in ("ARGS", "FLAVOUR", "NPROC", "PYTHON"):
         env.pop(name, None)
     return subprocess.run(["make", *arguments], cwd=ROOT, env=env, capture_output=True, text=True)

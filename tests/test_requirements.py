@@ -43,9 +43,7 @@ def test_pins_satisfy_the_project(flavour):
 def test_pins_hold_one_supported_trio(flavour, wheel):
     found = pins(flavour)
     assert {name for name in found if name.startswith("fbgemm")} == {wheel}
-    assert (found["torch"], found["torchrec"], found[wheel]) == tuple(
-        f"=={version}" for version in SUPPORTED[0]
-    )
+    assert (found["torch"], found["torchrec"], found[wheel]) == tuple(f"=={version}" for version in SUPPORTED[0])
 
 
 def test_cpu_pins_hold_nothing_of_cuda():

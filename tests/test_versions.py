@@ -96,9 +96,7 @@ def test_this_environment_matches():
 def test_commit_is_that_of_the_checkout(tmp_path, monkeypatch):
     def git(*arguments):
         identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
-        run = subprocess.run(
-            ["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
-        )
+        run = subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
         return run.stdout.strip()
 
     source = tmp_path / "versions.py"
@@ -116,7 +114,5 @@ def test_commit_is_that_of_the_checkout(tmp_path, monkeypatch):
 
 
 def test_no_torch_is_imported():
-    code = (
-        "import sys; from recsys import versions; versions.check_versions(); sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys; from recsys import versions; versions.check_versions(); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
