@@ -38,7 +38,7 @@ def train(
         gpu: number of gpus per node
         memMB: memory per node in MB
         env: environment variables for the run (ENV1=v1,ENV2=v2)
-        max_retries: how often the scheduler may start the job again; it goes on from its last checkpoint
+        max_retries: how often the scheduler may start the job again, from its beginning
         mounts: mounts for the container (type=<bind/volume>,src=/host,dst=/job[,readonly])
         rdzv_port: port on the first node at which several nodes meet
     """

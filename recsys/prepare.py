@@ -35,9 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     data_sets = parser.add_subparsers(title="data sets", required=True, metavar="DATA_SET")
 
     movielens = data_sets.add_parser("movielens-1m", help="MovieLens-1M from its official files")
-    movielens.add_argument(
-        "--source", type=Path, required=True, help="ml-1m.zip, or the folder it unpacks to"
-    )
+    movielens.add_argument("--source", type=Path, required=True, help="ml-1m.zip, or the folder it unpacks to")
     movielens.add_argument("--output", type=Path, required=True, help="folder to write")
     movielens.add_argument("--overwrite", action="store_true", help="replace the data set that is there")
     movielens.set_defaults(run=_movielens_1m)
@@ -56,9 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     synthetic.add_argument("--row-group-rows", type=int, default=8192)
     synthetic.add_argument("--num-users", type=int, default=2_000)
     synthetic.add_argument("--num-items", type=int, default=1_000)
-    synthetic.add_argument(
-        "--flat", action="store_true", help="draw what users like item by item, not by the tree"
-    )
+    synthetic.add_argument("--flat", action="store_true", help="draw what users like item by item, not by the tree")
     synthetic.set_defaults(run=_synthetic)
     return parser
 

@@ -397,7 +397,7 @@ def _ids(table: pa.Table, name: str, spec: SparseColumn, where: str) -> Jagged:
         lengths = array.is_valid().to_numpy(zero_copy_only=False)
         ids = array.drop_null()
     values = ids.to_numpy(zero_copy_only=False)
-    if len(values) and not (0 <= values.min() and values.max() < spec.num_embeddings):
+    if len(values) and not (values.min() >= 0 and values.max() < spec.num_embeddings):
         wrong = (values < 0) | (values >= spec.num_embeddings)
         raise DataError(
             f"{where}: sparse feature {name} (column {spec.column!r}) has {_count(wrong)} out of range, "

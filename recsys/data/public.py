@@ -78,9 +78,7 @@ def convert_movielens_1m(source: Path, output: Path, *, overwrite: bool = False)
     movies = _read_movies(files)
     ratings = _read_ratings(files)
     table = _join(ratings, users, movies)
-    with shards.staged(
-        output, keep=lambda: False, replace=lambda: overwrite and _is_replaceable(output)
-    ) as stage:
+    with shards.staged(output, keep=lambda: False, replace=lambda: overwrite and _is_replaceable(output)) as stage:
         shards.write_summary(
             stage,
             {
@@ -115,9 +113,7 @@ def _write_splits(stage: Path, table: pa.Table) -> dict[str, Any]:
         first += rows
         bounds = shards.part_bounds(rows, _TRAIN_FILES if split == "train" else _HELD_OUT_FILES)
         for number, (start, end) in enumerate(bounds):
-            shards.write_part(
-                part.slice(start, end - start), stage, split, number, row_group_rows=_ROW_GROUP_ROWS
-            )
+            shards.write_part(part.slice(start, end - start), stage, split, number, row_group_rows=_ROW_GROUP_ROWS)
         told[split] = {"rows": rows, "files": len(bounds), "label_rate": pc.mean(part["label"]).as_py()}
     return told
 
@@ -127,13 +123,9 @@ def _check_free(output: Path, overwrite: bool) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
-        raise FileExistsError(
-            f"{output} is not empty; name another folder, or pass --overwrite to replace it"
-        )
+        raise FileExistsError(f"{output} is not empty; name another folder, or pass --overwrite to replace it")
     if not _is_replaceable(output):
-        raise FileExistsError(
-            f"{output} holds no {shards.SUMMARY_FILE}, so it is not replaced; name another folder"
-        )
+        raise FileExistsError(f"{output} holds no {shards.SUMMARY_FILE}, so it is not replaced; name another folder")
 
 
 def _is_replaceable(output: Path) -> bool:
@@ -273,9 +265,7 @@ def _read_ratings(files: _Files) -> _Ratings:
         names = ["user", "movie", "rating"]
         header, _, _ = content.partition(b"\n")
         if header.strip() != b"user,movie,rating":
-            raise _wrong(
-                file, 1, f"the header is {header.decode('latin-1').strip()!r}, not 'user,movie,rating'"
-            )
+            raise _wrong(file, 1, f"the header is {header.decode('latin-1').strip()!r}, not 'user,movie,rating'")
         table = _read_numbers(file, content, names, ",", first_line=2)
     else:
         file, content = files.read("ratings.dat")
@@ -292,25 +282,19 @@ def _read_ratings(files: _Files) -> _Ratings:
     )
 
 
-def _read_numbers(
-    file: str, content: bytes, names: list[str], separator: str, *, first_line: int
-) -> pa.Table:
+def _read_numbers(file: str, content: bytes, names: list[str], separator: str, *, first_line: int) -> pa.Table:
     """Parses whole numbers parted by `separator`, skipping the lines before `first_line`.
 
     Arrow parts fields by one character only. Of a separator of several, all but the first make empty columns
     between the real ones, which are read as nulls and dropped.
     """
     between = [f"{name}/{gap}" for name in names[1:] for gap in range(1, len(separator))]
-    padded = [
-        column for name in names for column in (*(gap for gap in between if gap.startswith(f"{name}/")), name)
-    ]
+    padded = [column for name in names for column in (*(gap for gap in between if gap.startswith(f"{name}/")), name)]
     try:
         table = pa_csv.read_csv(
             io.BytesIO(content),
             read_options=pa_csv.ReadOptions(column_names=padded, skip_rows=first_line - 1),
-            parse_options=pa_csv.ParseOptions(
-                delimiter=separator[0], quote_char=False, ignore_empty_lines=False
-            ),
+            parse_options=pa_csv.ParseOptions(delimiter=separator[0], quote_char=False, ignore_empty_lines=False),
             convert_options=pa_csv.ConvertOptions(
                 column_types={**dict.fromkeys(names, pa.int64()), **dict.fromkeys(between, pa.null())},
                 null_values=[""],
@@ -374,9 +358,7 @@ def _columns(users: _Users, movies: _Movies, names: list[str]) -> dict[str, dict
         "gender": ids(len(GENDERS), "place in the vocabulary"),
         "age": ids(len(AGES), "place of the age bracket in the vocabulary"),
         "occupation": ids(OCCUPATIONS, "official code"),
-        "zip_prefix": ids(
-            len(users.zip_prefixes), "place of the zip code's first 3 characters in the vocabulary"
-        ),
+        "zip_prefix": ids(len(users.zip_prefixes), "place of the zip code's first 3 characters in the vocabulary"),
         "genres": ids(len(GENRES), "places in the vocabulary", "list<int64>"),
         "year": ids(LAST_YEAR - FIRST_YEAR + 1, f"of release, less {FIRST_YEAR}"),
         "domain_gender": ids(len(GENDERS), "gender again, to part the rows by"),

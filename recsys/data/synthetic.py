@@ -112,9 +112,7 @@ def write_synthetic(
     if _holds(directory, spec):
         return
     if directory.exists() and not _is_replaceable(directory):
-        raise FileExistsError(
-            f"{directory} holds something else than a synthetic data set; name another folder"
-        )
+        raise FileExistsError(f"{directory} holds something else than a synthetic data set; name another folder")
     with shards.staged(
         directory, keep=lambda: _holds(directory, spec), replace=lambda: _is_replaceable(directory)
     ) as stage:
@@ -158,11 +156,7 @@ class _Spec:
 def _holds(directory: Path, spec: _Spec) -> bool:
     """Tells whether `directory` is the complete data set of `spec`."""
     summary = shards.read_summary(directory)
-    return (
-        summary is not None
-        and summary.get("spec") == spec.summary()
-        and shards.is_complete(directory, summary)
-    )
+    return summary is not None and summary.get("spec") == spec.summary() and shards.is_complete(directory, summary)
 
 
 def _is_replaceable(directory: Path) -> bool:
@@ -298,17 +292,13 @@ class _World:
         table = pa.table(
             {
                 "user_id": pa.array(user, pa.int64()),
-                "profile_id": pa.array(
-                    self.user_profile[user], pa.int64(), mask=~self.user_has_profile[user]
-                ),
+                "profile_id": pa.array(self.user_profile[user], pa.int64(), mask=~self.user_has_profile[user]),
                 "region_id": pa.array(region, pa.int64(), mask=~has_region),
                 "device_id": pa.array(device, pa.int64()),
                 "item_id": pa.array(item, pa.int64()),
                 "brand_id": pa.array(brand, pa.int64()),
                 "category_id": pa.array(self.brand_category[brand], pa.int64()),
-                "tag_ids": _lists(
-                    self.item_tag_count[item], self.item_tags[item][tagged], self.item_has_tags[item]
-                ),
+                "tag_ids": _lists(self.item_tag_count[item], self.item_tags[item][tagged], self.item_has_tags[item]),
                 "recent_categories": _lists(recent_count, recent, has_recent),
                 "domain": pa.array(domain, pa.int64()),
                 "time_of_day": pa.array(time, pa.float32()),
@@ -348,9 +338,7 @@ def _write_split(stage: Path, split: str, spec: _Spec, world: _World) -> dict[st
     return {
         "files": len(bounds),
         **_ceiling(label, probability),
-        "domains": {
-            str(one): _ceiling(label[domain == one], probability[domain == one]) for one in range(NUM_DOMAINS)
-        },
+        "domains": {str(one): _ceiling(label[domain == one], probability[domain == one]) for one in range(NUM_DOMAINS)},
     }
 
 

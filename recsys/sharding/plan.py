@@ -91,7 +91,7 @@ def plan_rows(plan: ShardingPlan, tables: Mapping[str, TableConfig], path: str) 
     assert module_plan is not None
     rows = []
     for name, table in tables.items():
-        sharding: ParameterSharding = module_plan[name]  # type: ignore[index]
+        sharding: ParameterSharding = module_plan[name]
         shards = getattr(sharding.sharding_spec, "shards", None)
         replicas = 1 if shards else len(sharding.ranks or [])
         mebibytes = table.num_embeddings * table.embedding_dim * torch.float32.itemsize * replicas / 2**20

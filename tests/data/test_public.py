@@ -19,9 +19,7 @@ MOVIES = [
     "4::Cité des enfants perdus, La (City of Lost Children: The) (1919)::Sci-Fi",
     "9::Star Trek: First Contact: A::B (2000)::Action|Adventure|Sci-Fi",
 ]
-RATINGS = [
-    f"{(1, 2, 3, 5)[row % 4]}::{(1, 4, 9)[row % 3]}::{row % 5 + 1}::{978300760 + row}" for row in range(41)
-]
+RATINGS = [f"{(1, 2, 3, 5)[row % 4]}::{(1, 4, 9)[row % 3]}::{row % 5 + 1}::{978300760 + row}" for row in range(41)]
 # The columns of a row that hang on its user and movie alone, worked out by hand.
 USER_COLUMNS = {  # gender, age, occupation, zip_prefix of 480, 481, 700, 981
     1: (0, 0, 10, 0),
@@ -233,9 +231,7 @@ def test_errors_in_ratings_csv_count_its_header(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ratings.csv, line 3: '1,1' is not user,movie,rating"):
         convert_movielens_1m(source, tmp_path / "out")
     (source / "ratings.csv").write_text("1,1,5\n")
-    with pytest.raises(
-        ValueError, match=r"ratings.csv, line 1: the header is '1,1,5', not 'user,movie,rating'"
-    ):
+    with pytest.raises(ValueError, match=r"ratings.csv, line 1: the header is '1,1,5', not 'user,movie,rating'"):
         convert_movielens_1m(source, tmp_path / "out")
 
 

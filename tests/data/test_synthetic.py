@@ -159,9 +159,7 @@ def test_auc_shares_ranks_between_ties_and_is_undefined_for_one_class() -> None:
 
 def affinity_of_categories(directory: Path) -> float:
     """Share of the variance of the true log odds that profile x category accounts for, beyond the margins."""
-    table = pq.read_table(directory / "train").filter(
-        pc.field("profile_id").is_valid() & (pc.field("domain") == 0)
-    )
+    table = pq.read_table(directory / "train").filter(pc.field("profile_id").is_valid() & (pc.field("domain") == 0))
     p = table["true_probability"].to_numpy().astype(np.float64)
     logit = np.log(p / (1 - p))
     row, column = table["profile_id"].to_numpy() % synthetic._SEGMENTS, table["category_id"].to_numpy()
@@ -218,9 +216,7 @@ def test_a_failure_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(
-        FileExistsError, match="something else than a synthetic data set; name another folder"
-    ):
+    with pytest.raises(FileExistsError, match="something else than a synthetic data set; name another folder"):
         write_synthetic(tmp_path, **SMALL)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
@@ -262,8 +258,7 @@ def test_processes_that_race_leave_one_whole_data_set(tmp_path: Path, seeds: tup
     start = context.Barrier(2)
     small = {**SMALL, "train_rows": 2_000}
     racers = [
-        context.Process(target=_write, args=(tmp_path / "data", {**small, "seed": seed}, start))
-        for seed in seeds
+        context.Process(target=_write, args=(tmp_path / "data", {**small, "seed": seed}, start)) for seed in seeds
     ]
     for racer in racers:
         racer.start()

@@ -28,6 +28,8 @@ from recsys.training.monitor import Monitor
 from recsys.training.stages import begin_stage
 from recsys.training.trainer import Trainer
 
+RATES = {"learning_rate": 1.0, "sparse_learning_rate": 1.0}
+
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -192,7 +194,7 @@ def test_evaluating_in_mid_epoch_does_not_disturb_training(run: Path, log: Path,
 
 
 def _unsharded_after_twenty_steps(config: Config, shards: ParquetShards, world_size: int) -> dict[str, Tensor]:
-    """The same training without TorchRec's sharding, pipeline or DDP: plain modules, plain optimizers, whole batches."""
+    """The same training without TorchRec's sharding, pipeline or DDP: plain modules and optimizers, whole batches."""
     ranker: Ranker = build_ranker(config, seed=derive_seed(config.seed, "dense arch"), device=torch.device("cpu"))
     sharding._initialise_tables(ranker.embedding_bag_collection, config.tables, derive_seed(config.seed, "tables"))
     stage = config.stages["joint"]
@@ -211,7 +213,9 @@ def _unsharded_after_twenty_steps(config: Config, shards: ParquetShards, world_s
     seed = derive_seed(config.seed, "order")
     steps = stage.steps or 0
     for number in range(3):
-        epoch = Epoch(shards.row_counts, world_size, config.data.batch_size, seed=seed, epoch=number, window_row_groups=3)
+        epoch = Epoch(
+            shards.row_counts, world_size, config.data.batch_size, seed=seed, epoch=number, window_row_groups=3
+        )
         streams = []
         for rank in range(world_size):
             with Loader(shards, epoch, rank) as loader:
@@ -227,7 +231,8 @@ def _unsharded_after_twenty_steps(config: Config, shards: ParquetShards, world_s
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "sharding_type"), [("rowwise_adagrad", "table_wise"), ("adagrad", "column_wise"), ("sgd", "column_wise")]
+    ("optimizer", "sharding_type"),
+    [("rowwise_adagrad", "table_wise"), ("adagrad", "column_wise"), ("sgd", "column_wise")],
 )
 def test_sharded_equals_unsharded_after_twenty_steps(
     log: Path, tmp_path: Path, process_group: None, optimizer: str, sharding_type: str
@@ -245,7 +250,9 @@ def test_sharded_equals_unsharded_after_twenty_steps(
     unsharded = _unsharded_after_twenty_steps(config, open_splits(config, ranks, ["train"])["train"], 2)
     assert {name for name in sharded if name.startswith("model.")} == set(unsharded)
     for name, value in unsharded.items():
-        torch.testing.assert_close(sharded[name], value, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            sharded[name], value, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def _fails(ranks: Ranks, config: Config) -> str:
@@ -259,7 +266,14 @@ def _fails(ranks: Ranks, config: Config) -> str:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"optimizers": {"sparse": {"type": "adam"}}}, "no fused adam on a CPU; there are rowwise_adagrad, adagrad, sgd"),
+        (
+            {"optimizers": {"sparse": {"type": "adam"}}},
+            "no fused adam on a CPU; there are rowwise_adagrad, adagrad",
+        ),
+        (
+            {"optimizers": {"sparse": {"weight_decay": 0.1}}},
+            "optimizers.sparse.weight_decay: fbgemm's fused",
+        ),
         (
             {"tables": {"user": {"num_embeddings": 40, "embedding_dim": 8, "sharding": ["row_wise"]}}},
             "tables.user.sharding: row_wise needs GPUs; on a CPU there are table_wise, column_wise, data_parallel",
@@ -269,11 +283,21 @@ def _fails(ranks: Ranks, config: Config) -> str:
             "tables.user.compute_kernel: fused_uvm needs GPUs",
         ),
         (
-            {"stages": {"joint": {"trains": "all", "steps": 5, "warmup_steps": 6, "learning_rate": 1, "sparse_learning_rate": 1}}},
+            {
+                "stages": {
+                    "joint": {
+                        "trains": "all",
+                        "steps": 5,
+                        "warmup_steps": 6,
+                        "learning_rate": 1,
+                        "sparse_learning_rate": 1,
+                    }
+                }
+            },
             "stages.joint.warmup_steps is 6, but the stage has 5 steps",
         ),
     ],
-    ids=["optimizer", "sharding", "kernel", "warm-up"],
+    ids=["optimizer", "decay", "sharding", "kernel", "warm-up"],
 )
 def test_what_the_device_or_the_stage_lacks_is_refused(
     log: Path, tmp_path: Path, change: dict[str, Any], expected: str
