@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import runpy
-import socket
 import sys
 import tempfile
 import traceback
@@ -14,6 +13,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["recsys.training.evaluation", "recsys.training.trainer"])
@@ -34,7 +35,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
     Function and arguments are pickled. A rank that fails or is not done in time fails the test with its traceback.
     """
     pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
-    processes = _start(world_size, [(_call, (sender, function, arguments)) for _, sender in pipes])
+    processes, _store = _start(world_size, [(_call, (sender, function, arguments)) for _, sender in pipes])
     try:
         results = []
         for receiver, _ in pipes:
@@ -55,7 +56,7 @@ def run_module(world_size: int, module: str, *arguments: str, timeout: float = 1
     As torchrun does, the first rank to fail ends the others, after a moment to end by themselves.
     """
     with tempfile.TemporaryDirectory() as folder:
-        processes = _start(world_size, [(_main, (folder, module, arguments))] * world_size)
+        processes, _store = _start(world_size, [(_main, (folder, module, arguments))] * world_size)
         wait([process.sentinel for process in processes], timeout)
         for process in processes:
             process.join(timeout if all(p.exitcode in (None, 0) for p in processes) else 10.0)
@@ -73,10 +74,11 @@ def run_module(world_size: int, module: str, *arguments: str, timeout: float = 1
         return finished
 
 
-def _start(world_size: int, tasks: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> list[ForkServerProcess]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def _start(
+    world_size: int, tasks: list[tuple[Callable[..., None], tuple[Any, ...]]]
+) -> tuple[list[ForkServerProcess], TCPStore]:
+    # As under torchrun, the store at which ranks meet outlives each of them.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = []
     for rank, (target, arguments) in enumerate(tasks):
         environment = {
@@ -85,12 +87,13 @@ def _start(world_size: int, tasks: list[tuple[Callable[..., None], tuple[Any, ..
             "WORLD_SIZE": str(world_size),
             "LOCAL_WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
             "OMP_NUM_THREADS": "1",
         }
         processes.append(_CONTEXT.Process(target=_enter, args=(environment, os.getcwd(), target, arguments)))
         processes[-1].start()
-    return processes
+    return processes, store
 
 
 def _enter(environment: dict[str, str], folder: str, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
