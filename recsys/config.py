@@ -110,7 +110,7 @@ class SyntheticConfig(_Section):
     """The embedded synthetic click log (recsys.data.synthetic), written to `directory` before training if absent."""
 
     directory: str
-    seed: Annotated[int, Field(ge=0)] = 7
+    seed: Annotated[int, Field(ge=0)] = 1
     train_rows: PositiveInt
     valid_rows: PositiveInt
     test_rows: PositiveInt
