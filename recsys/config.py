@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
-from pydantic import field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import ValidationError, field_validator, model_validator
 
 ShardingType = Literal[
     "table_wise",
@@ -100,7 +100,7 @@ class SyntheticConfig(_Section):
     """The embedded synthetic click log (recsys.data.synthetic), written to `directory` before training if absent."""
 
     directory: str
-    seed: int = 7
+    seed: NonNegativeInt = 7
     train_rows: PositiveInt
     valid_rows: PositiveInt
     test_rows: PositiveInt
@@ -264,7 +264,7 @@ class StageConfig(_Section):
     sparse_learning_rate: PositiveFloat | None = None
     data_parallel_learning_rate: PositiveFloat | None = None
     schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: NonNegativeInt = 0
     balance_weight: NonNegativeFloat = 0.0
     z_weight: NonNegativeFloat = 0.0
     patience: PositiveInt | None = None
@@ -300,7 +300,7 @@ class Config(_Section):
 
     name: str
     output_dir: str
-    seed: int = 17
+    seed: NonNegativeInt = 17
     device: Literal["auto", "cpu", "cuda"] = "auto"
     data: DataConfig
     tables: Annotated[dict[Name, TableConfig], Field(min_length=1)]
@@ -360,6 +360,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 - derives from SafeLoader
     except OSError as error:
         raise ConfigError(f"cannot read config {path}: {error.strerror or error}; give one with --config") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {path} is not UTF-8 text: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"config {path} is not valid YAML: {_one_line(str(error))}") from None
     if not isinstance(raw, dict):
@@ -372,9 +374,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def _validate(raw: Mapping[str, Any], *, source: str) -> Config:
+    # Through JSON, because pydantic's strict mode takes a JSON array for a tuple but not a Python list.
     try:
-        # Through JSON, because pydantic's strict mode takes a JSON array for a tuple but not a Python list.
-        return Config.model_validate_json(json.dumps(raw, default=str))
+        text = json.dumps(raw, default=str)
+    except ValueError:
+        raise ConfigError(f"{source}: a YAML alias stands inside what it refers to") from None
+    try:
+        return Config.model_validate_json(text)
     except ValidationError as error:
         faults = "\n".join(f"  {fault}" for fault in dict.fromkeys(_explain(error)))
         raise ConfigError(f"{source}:\n{faults}") from None
@@ -384,9 +390,13 @@ class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses duplicate keys and reads `1e-4` as a number (YAML 1.1 asks for `1.0e-4`)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        seen: set[str | int | float | None] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # `<<: *anchor`, whose keys the mapping's own replace
             key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if not isinstance(key, str | int | float | None):
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} cannot be a key", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
             seen.add(key)
@@ -434,6 +444,10 @@ def _explain(error: ValidationError) -> Iterator[str]:
         elif kind == "value_error":
             message = str(fault["ctx"]["error"])
             yield f"{'.'.join(path)}: {message}" if path else message
+        elif kind in ("union_tag_invalid", "union_tag_not_found"):
+            allowed = [tag for member in _models(TowerConfig) if (tag := _tag(member))]
+            given = f"found {found['type']!r}" if "type" in found else "and is missing"
+            yield f"{'.'.join(path)}.type: must be one of {_listed(allowed)}, {given}"
         else:
             shown = json.dumps(found, default=str)
             yield f"{'.'.join(path)}: {fault['msg']}, found {shown if len(shown) < 80 else type(found).__name__}"
@@ -449,7 +463,9 @@ def _user_path(location: tuple[int | str, ...]) -> tuple[list[str], type[BaseMod
         if part in {_tag(candidate) for candidate in candidates}:
             annotation = next(m for m in candidates if _tag(m) == part)
             continue
-        if isinstance(part, str) and re.match(r"^(str|tuple\[|function-|\[key\])", part):
+        # In a mapping every part but '[key]' is a name of the user's, who may call a table `str` or `street`.
+        tag = r"\[key\]" if getattr(annotation, "__origin__", None) is dict else r"str|tuple\[.*|function-.*|\[key\]"
+        if isinstance(part, str) and re.fullmatch(tag, part):
             continue
         path.append(str(part))
         model = candidates[0] if len(candidates) == 1 else None
