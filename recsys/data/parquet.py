@@ -181,10 +181,16 @@ class ParquetShards:
             footer = pq.read_metadata(file)
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{file}: not a readable Parquet file: {_first_line(error)}") from None
-        schema = footer.schema.to_arrow_schema()
+        self._check_schema(file, footer.schema.to_arrow_schema())
+        return footer
+
+    def _check_schema(self, file: str, schema: pa.Schema) -> None:
         for name in self.columns.names:
-            if name not in schema.names:
+            found = schema.names.count(name)
+            if found == 0:
                 raise DataError(f"{file}: no column {name!r}; the file has {', '.join(schema.names)}")
+            if found > 1:
+                raise DataError(f"{file}: {found} columns are named {name!r}; rename all but one")
         checks = [(self.columns.label, "label", _is_number)]
         if self.columns.reference:
             checks.append((self.columns.reference, "reference", _is_number))
@@ -195,32 +201,37 @@ class ParquetShards:
             if not accepts(kind):
                 wanted = "integers or lists of integers" if accepts is _is_ids else "numbers"
                 raise DataError(f"{file}: column {name!r} ({role}) has type {kind}; {wanted} are needed")
-        return footer
 
     def read(self, slices: Sequence[RowSlice]) -> Rows:
         """Decode and check the given rows, in the given order.
 
         Raises:
             DataError: a label other than 0 or 1, a null where none may be, an id out of range, a dense value that is
-                not finite, or a file that can no longer be read.
+                not finite, or a file that can no longer be read or was replaced by another.
         """
         return Rows.concatenate([self._read(part) for part in slices])
 
     def _read(self, part: RowSlice) -> Rows:
         group = self._row_groups[part.row_group]
+        where = f"{group.file}, row group {group.index}"
         try:
             with pq.ParquetFile(group.file) as file:
+                self._check_schema(group.file, file.schema_arrow)
                 table = file.read_row_group(group.index, columns=self.columns.names)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{group.file}, row group {group.index}: cannot be read: {_first_line(error)}") from None
+            raise DataError(f"{where}: cannot be read: {_first_line(error)}") from None
+        if len(table) != group.num_rows:
+            raise DataError(
+                f"{where}: has {len(table)} rows, but had {group.num_rows} when the run began; "
+                "write new shards under new names instead of replacing those in use"
+            )
         table = table.slice(part.start, part.stop - part.start).combine_chunks()
-        where = f"{group.file}, row group {group.index}"
         columns = self.columns
-        labels = _numbers(table, columns.label, None, where).astype(np.float32)
+        labels = _numbers(table, columns.label, None, where)
         if (wrong := (labels != 0) & (labels != 1)).any():
             raise DataError(
                 f"{where}: label column {columns.label!r} has {_count(wrong)} other than 0 and 1, "
-                f"such as {labels[wrong][0]:g}; make it binary when the shards are written"
+                f"such as {labels[wrong][0]}; make it binary when the shards are written"
             )
         reference = np.empty(0)
         if columns.reference:
@@ -229,14 +240,15 @@ class ParquetShards:
                 raise DataError(f"{where}: reference column {columns.reference!r} has values outside 0..1")
         dense = np.empty((len(table), len(columns.dense)), dtype=np.float32)
         for index, (name, numeric) in enumerate(columns.dense.items()):
-            dense[:, index] = _numbers(table, numeric.column, numeric.fill, where)
+            with np.errstate(over="ignore"):  # told by what follows
+                dense[:, index] = _numbers(table, numeric.column, numeric.fill, where)
             if (wrong := ~np.isfinite(dense[:, index])).any():
                 raise DataError(
                     f"{where}: dense feature {name} (column {numeric.column!r}) has {_count(wrong)} that are "
                     "NaN or infinite in float32; write nulls and give the feature a fill"
                 )
         sparse = tuple(_ids(table, name, spec, where) for name, spec in columns.sparse.items())
-        return Rows(labels, reference, dense, sparse)
+        return Rows(labels.astype(np.float32), reference, dense, sparse)
 
 
 class Loader:
@@ -373,7 +385,7 @@ def _numbers(table: pa.Table, name: str, fill: float | None, where: str) -> NDAr
                 f"{where}: column {name!r} has {column.null_count} nulls; "
                 "give a dense feature a fill, or leave such rows out when the shards are written"
             )
-        column = pc.fill_null(column.cast(pa.float64()), fill)
+        column = pc.fill_null(column.cast(pa.float64(), safe=False), fill)  # large integers are rounded
     values: NDArray[Any] = column.to_numpy()
     return values
 
