@@ -343,7 +343,8 @@ class Config(_Section):
 
     def to_yaml(self) -> str:
         """The resolved config as YAML which `load_config` reads back to an equal config."""
-        return yaml.safe_dump(json.loads(self.model_dump_json()), sort_keys=False, allow_unicode=True)
+        content = json.loads(self.model_dump_json())
+        return yaml.dump(content, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -403,9 +404,14 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_StrictLoader.add_implicit_resolver(  # type: ignore[no-untyped-call]
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _StrictDumper(yaml.SafeDumper):
+    """SafeDumper that quotes a text which `_StrictLoader` would read as a number, such as '1e5'."""
+
+
+for _reader_or_writer in (_StrictLoader, _StrictDumper):
+    _reader_or_writer.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
