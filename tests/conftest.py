@@ -1,0 +1,14 @@
+"""Fixtures shared by all tests; being here also puts this folder on sys.path for its helper modules."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch.distributed as dist
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A gloo process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
