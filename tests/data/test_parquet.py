@@ -177,7 +177,7 @@ def test_an_error_in_the_background_reaches_the_consumer(log: Path) -> None:
 
     shards = Broken([f"{log}/*.parquet"], COLUMNS, source="data.train")
     epoch = Epoch(shards.row_counts, 1, 10, shuffle=False, window_row_groups=1)
-    seen = []
+    seen: list[Batch] = []
     with Loader(shards, epoch, 0) as loader, pytest.raises(MemoryError, match="no room"):
         seen.extend(loader)
     assert 0 < len(seen) < epoch.num_steps
@@ -201,7 +201,7 @@ def test_ids_of_every_integer_type_and_lists_of_them_are_read(tmp_path: Path, ki
         shards = open_table(tmp_path, ids_table(pa.array([[99, 1], None, [], [2]], lists(integer))), JUST_IDS)
         found = read_all(shards).sparse[0]
         assert bags(found) == [[99, 1], [], [], [2]]
-        assert (found.values.dtype, found.offsets.dtype) == (np.int64, np.int64)
+        assert (found.values.dtype, found.offsets.dtype) == (np.dtype("int64"),) * 2
 
 
 def test_dictionary_encoded_ids_are_read(tmp_path: Path) -> None:
@@ -387,7 +387,7 @@ LISTS = st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=8)
 
 def jagged(lists: list[list[int]]) -> Jagged:
     offsets = np.cumsum([0, *map(len, lists)])
-    return Jagged(np.array(sum(lists, []), dtype=np.int64), offsets)
+    return Jagged(np.array([i for ids in lists for i in ids], dtype=np.int64), offsets)
 
 
 def rows_of(lists: list[list[int]]) -> Rows:
@@ -426,6 +426,6 @@ def test_slices_put_together_again_are_the_whole(lists: list[list[int]], one: in
 @given(LISTS, LISTS)
 def test_concatenating_equals_joining_lists(first: list[list[int]], second: list[list[int]]) -> None:
     together = Rows.concatenate([rows_of(first), rows_of(second)])
-    wanted = jagged(first + second)
+    wanted = jagged([*first, *second])
     assert together.sparse[0].values.tolist() == wanted.values.tolist()
     assert together.sparse[0].offsets.tolist() == wanted.offsets.tolist()

@@ -1,5 +1,7 @@
 """Whatever the layout, an epoch reads every row once, keeps all ranks in step and depends on its seed only."""
 
+from itertools import chain
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,7 +44,7 @@ def order(epoch: Epoch) -> list[list[int]]:
 @given(epochs())
 def test_every_row_is_read_exactly_once_in_spans_that_differ_by_one_row_at_most(epoch: Epoch) -> None:
     rows = order(epoch)
-    assert sorted(sum(rows, [])) == list(range(epoch.num_rows))
+    assert sorted(chain(*rows)) == list(range(epoch.num_rows))
     lengths = [len(span) for span in rows]
     assert lengths == [epoch.rank_rows(rank) for rank in range(epoch.world_size)]
     assert max(lengths) - min(lengths) <= 1
@@ -92,7 +94,7 @@ def test_another_epoch_or_seed_gives_another_order(row_counts: tuple[int, ...], 
 @given(ROW_COUNTS, st.integers(1, 7), st.integers(1, 6))
 def test_without_shuffle_the_files_order_is_kept(row_counts: tuple[int, ...], world_size: int, window: int) -> None:
     epoch = Epoch(row_counts, world_size, 8, shuffle=False, window_row_groups=window)
-    assert sum(order(epoch), []) == list(range(epoch.num_rows))
+    assert list(chain(*order(epoch))) == list(range(epoch.num_rows))
 
 
 def test_shuffle_mixes_the_rows_of_all_row_groups_of_a_window() -> None:

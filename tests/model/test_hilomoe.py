@@ -46,7 +46,7 @@ def factors(layer: HiLoMoELinear) -> list[tuple[Tensor, Tensor]]:
 
 
 def literal(layer: HiLoMoELinear, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The paper's formulas one row and one layer of experts at a time, with W materialised: y (N, D_out), s (N, L, K)."""
+    """The paper's formulas a row and a layer of experts at a time, W materialised: y (N, D_out), s (N, L, K)."""
     outputs, scores = [], []
     for row in x:
         weight, query, of_row = layer.weight, row, []

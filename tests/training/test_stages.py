@@ -1,5 +1,6 @@
 """Learning rates over a stage."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ def test_cosine_falls_from_the_full_rate_to_zero_at_the_end(warmup: int, num_ste
     assert factors[0] == 1
     assert factors[-1] == pytest.approx(0, abs=1e-12)
     assert 0 < factors[-2] < 0.05
-    assert all(later < earlier for earlier, later in zip(factors, factors[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(factors))
     assert schedule_factor(config, (warmup + num_steps) // 2, num_steps) == pytest.approx(0.5, abs=0.1)
 
 
