@@ -12,8 +12,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic import ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 ShardingType = Literal[
     "table_wise",
@@ -83,10 +93,11 @@ class SparseFeatureConfig(_Section):
 
 
 class DenseFeatureConfig(_Section):
-    """A numeric feature; `fill` replaces nulls, null `fill` refuses them."""
+    """A numeric feature; `fill` replaces nulls, null `fill` refuses them; `log1p` then takes log(1 + value)."""
 
     column: str | None = None
     fill: float | None = None
+    log1p: bool = False
 
 
 class FeaturesConfig(_Section):
@@ -106,6 +117,8 @@ class SyntheticConfig(_Section):
     test_rows: PositiveInt
     files: PositiveInt = 8
     row_group_rows: PositiveInt = 8192
+    num_users: PositiveInt = 2_000
+    num_items: PositiveInt = 1_000
     hierarchy: bool = True
 
 
@@ -207,7 +220,10 @@ class ModelConfig(_Section):
 
 
 class SparseOptimizerConfig(_Section):
-    """The optimizer fused into the backward pass of the sharded tables; which of them exist depends on the device."""
+    """The optimizer fused into the backward pass of the sharded tables; a CPU has neither adam nor weight decay.
+
+    `weight_decay` is an L2 term of the gradient, so it moves only rows that a step looks up.
+    """
 
     type: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
     weight_decay: NonNegativeFloat = 0.0
@@ -215,9 +231,11 @@ class SparseOptimizerConfig(_Section):
     betas: tuple[Probability, Probability] = (0.9, 0.999)
 
     @model_validator(mode="after")
-    def _sgd_has_no_decay(self) -> Self:
-        if self.type == "sgd" and self.weight_decay:
-            raise ValueError("fbgemm's fused SGD has no weight decay; set weight_decay to 0 or take another type")
+    def _decay_is_not_ignored(self) -> Self:
+        if self.weight_decay and self.type in ("adagrad", "sgd"):
+            raise ValueError(
+                f"fbgemm's fused {self.type} ignores weight_decay; set it to 0 or take rowwise_adagrad or adam"
+            )
         return self
 
 
@@ -358,7 +376,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 - derives from SafeLoader
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except OSError as error:
         raise ConfigError(f"cannot read config {path}: {error.strerror or error}; give one with --config") from None
     except UnicodeDecodeError as error:
@@ -420,7 +438,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     if not separator or not all(keys):
         raise ConfigError(f"override {override!r} is not of the form path.to.key=value")
     try:
-        value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - derives from SafeLoader
+        value = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {_one_line(str(error))}") from None
     section: Any = raw

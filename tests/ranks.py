@@ -1,26 +1,134 @@
-"""Runs a function on several gloo ranks of this machine."""
+"""Running code on several ranks, quickly: processes are forked from a server that has imported the project once."""
 
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+import tempfile
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["recsys.training.evaluation", "recsys.training.trainer"])
 
 
-def run_ranks(world_size: int, directory: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Call `function(rank, *arguments)` in a process for each rank, joined in a process group; results by rank.
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended on one rank."""
 
-    The function must be one of a module's top level; the ranks meet and leave their results in `directory`.
+    code: int
+    stdout: str
+    stderr: str
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
+    """Call `function(ranks, *arguments)` on every rank of a gloo process group and return the results by rank.
+
+    Function and arguments are pickled. A rank that fails or is not done in time fails the test with its traceback.
     """
-    mp.spawn(_run, args=(world_size, str(directory), function, arguments), nprocs=world_size)
-    return [torch.load(directory / f"result-{rank}", weights_only=False) for rank in range(world_size)]
+    pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
+    processes = _start(world_size, [(_call, (sender, function, arguments)) for _, sender in pipes])
+    try:
+        results = []
+        for receiver, _ in pipes:
+            if not receiver.poll(timeout):
+                raise TimeoutError(f"a rank gave no result within {timeout} s")
+            failed, result = receiver.recv()
+            if failed:
+                raise AssertionError(f"a rank failed:\n{result}")
+            results.append(result)
+        return results
+    finally:
+        _end(processes)
 
 
-def _run(rank: int, world_size: int, directory: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def run_module(world_size: int, module: str, *arguments: str, timeout: float = 120.0) -> list[Finished]:
+    """Run `python -m module arguments` on every rank, as torchrun would, and tell how each ended.
+
+    As torchrun does, the first rank to fail ends the others, after a moment to end by themselves.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes = _start(world_size, [(_main, (folder, module, arguments))] * world_size)
+        wait([process.sentinel for process in processes], timeout)
+        for process in processes:
+            process.join(timeout if all(p.exitcode in (None, 0) for p in processes) else 10.0)
+        stuck = [rank for rank, process in enumerate(processes) if process.exitcode is None]
+        _end(processes)
+        finished = [
+            Finished(
+                process.exitcode or 0,
+                (Path(folder) / f"{rank}.out").read_text(),
+                (Path(folder) / f"{rank}.err").read_text(),
+            )
+            for rank, process in enumerate(processes)
+        ]
+        assert not stuck, f"ranks {stuck} hang: {finished}"
+        return finished
+
+
+def _start(world_size: int, tasks: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> list[ForkServerProcess]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank, (target, arguments) in enumerate(tasks):
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        processes.append(_CONTEXT.Process(target=_enter, args=(environment, os.getcwd(), target, arguments)))
+        processes[-1].start()
+    return processes
+
+
+def _enter(environment: dict[str, str], folder: str, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(environment)
+    os.chdir(folder)
+    import torch
+
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{directory}/store", world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    torch.save(function(rank, *arguments), f"{directory}/result-{rank}")
-    dist.destroy_process_group()
+    target(*arguments)
+
+
+def _call(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    from recsys.cli import quiet_libraries
+    from recsys.runtime import process_group
+
+    quiet_libraries()
+    try:
+        with process_group("cpu") as ranks:
+            result = function(ranks, *arguments)
+        sender.send((False, result))
+    except BaseException:
+        sender.send((True, traceback.format_exc()))
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _main(folder: str, module: str, arguments: tuple[str, ...]) -> None:
+    rank = os.environ["RANK"]
+    for number, suffix in ((1, "out"), (2, "err")):
+        os.dup2(os.open(Path(folder) / f"{rank}.{suffix}", os.O_CREAT | os.O_WRONLY), number)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__")
+
+
+def _end(processes: list[ForkServerProcess]) -> None:
+    for process in processes:
+        process.join(5.0)
+        if process.exitcode is None:
+            with suppress(ProcessLookupError):
+                process.kill()
+            process.join()

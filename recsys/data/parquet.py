@@ -27,10 +27,11 @@ class DataError(UserError):
 
 
 class DenseColumn(NamedTuple):
-    """A numeric column; nulls become `fill`, or are refused if it is None."""
+    """A numeric column; nulls become `fill`, or are refused if it is None; then `log1p` takes log(1 + value)."""
 
     column: str
     fill: float | None
+    log1p: bool = False
 
 
 class SparseColumn(NamedTuple):
@@ -240,12 +241,13 @@ class ParquetShards:
                 raise DataError(f"{where}: reference column {columns.reference!r} has values outside 0..1")
         dense = np.empty((len(table), len(columns.dense)), dtype=np.float32)
         for index, (name, numeric) in enumerate(columns.dense.items()):
-            with np.errstate(over="ignore"):  # told by what follows
-                dense[:, index] = _numbers(table, numeric.column, numeric.fill, where)
+            values = _numbers(table, numeric.column, numeric.fill, where)
+            with np.errstate(invalid="ignore", divide="ignore", over="ignore"):  # what is not finite is refused below
+                dense[:, index] = np.log1p(values) if numeric.log1p else values
             if (wrong := ~np.isfinite(dense[:, index])).any():
                 raise DataError(
                     f"{where}: dense feature {name} (column {numeric.column!r}) has {_count(wrong)} that are "
-                    "NaN or infinite in float32; write nulls and give the feature a fill"
+                    f"NaN or infinite in float32{' after log1p' * numeric.log1p}; write nulls and give the feature a fill"
                 )
         sparse = tuple(_ids(table, name, spec, where) for name, spec in columns.sparse.items())
         return Rows(labels.astype(np.float32), reference, dense, sparse)
@@ -406,7 +408,7 @@ def _ids(table: pa.Table, name: str, spec: SparseColumn, where: str) -> Jagged:
         lengths = array.is_valid().to_numpy(zero_copy_only=False)
         ids = array.drop_null()
     values = ids.to_numpy(zero_copy_only=False)
-    if len(values) and not (0 <= values.min() and values.max() < spec.num_embeddings):
+    if len(values) and not (values.min() >= 0 and values.max() < spec.num_embeddings):
         wrong = (values < 0) | (values >= spec.num_embeddings)
         raise DataError(
             f"{where}: sparse feature {name} (column {spec.column!r}) has {_count(wrong)} out of range, "

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from recsys.config import Config
+from recsys.config import Config, ConfigError
 from recsys.data.parquet import Columns, DenseColumn, ParquetShards, SparseColumn
 from recsys.data.synthetic import write_synthetic
 from recsys.runtime import Ranks
@@ -23,21 +23,16 @@ def open_splits(config: Config, ranks: Ranks, names: Sequence[str]) -> dict[str,
     spec = config.data.synthetic
     if spec is not None:
         if ranks.local_rank == 0:
-            write_synthetic(
-                Path(spec.directory),
-                seed=spec.seed,
-                train_rows=spec.train_rows,
-                valid_rows=spec.valid_rows,
-                test_rows=spec.test_rows,
-                files=spec.files,
-                row_group_rows=spec.row_group_rows,
-                hierarchy=spec.hierarchy,
-            )
+            arguments = spec.model_dump(exclude={"directory"})
+            try:
+                write_synthetic(Path(spec.directory), **arguments)
+            except (ValueError, OSError) as error:
+                raise ConfigError(f"data.synthetic: {error}") from None
         dist.barrier()
     columns = Columns(
         label=config.data.label,
         reference=config.data.reference,
-        dense={name: DenseColumn(f.column or name, f.fill) for name, f in config.features.dense.items()},
+        dense={name: DenseColumn(f.column or name, f.fill, f.log1p) for name, f in config.features.dense.items()},
         sparse={
             name: SparseColumn(f.column or name, config.tables[f.table].num_embeddings)
             for name, f in config.features.sparse.items()

@@ -47,9 +47,7 @@ class DenseArch(nn.Module):
 
     def __init__(self, num_dense_features: int, dense_dim: int, tower: nn.Module, out_features: int) -> None:
         super().__init__()
-        self.dense_projection = (
-            nn.Sequential(nn.Linear(num_dense_features, dense_dim), nn.ReLU()) if num_dense_features else None
-        )
+        self.dense_projection = nn.Linear(num_dense_features, dense_dim) if num_dense_features else None
         self.tower = tower
         self.head = nn.Linear(out_features, 1)
         for layer in hilomoe_layers(self).values():

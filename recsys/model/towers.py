@@ -7,6 +7,7 @@ concatenated tokens (B, W) and gives (B, `out_features`).
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class MLP(nn.Module):
     def __init__(self, in_features: int, hidden: Sequence[int], linear: LinearFactory, *, dropout: float = 0.0) -> None:
         super().__init__()
         widths = [in_features, *hidden]
-        self.linears = nn.ModuleList(linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.linears = nn.ModuleList(linear(a, b) for a, b in pairwise(widths))
         self.dropout = nn.Dropout(dropout)
         self.out_features = widths[-1]
 

@@ -15,7 +15,8 @@ from torchrec.distributed.types import ModuleSharder, ParameterSharding, Shardin
 from recsys.config import ConfigError, TableConfig
 from recsys.runtime import Ranks
 
-_CPU_SHARDING = ("table_wise", "column_wise", "data_parallel")
+_CPU_SHARDING = ("table_wise", "column_wise")
+_GPU_SHARDING = (*_CPU_SHARDING, "row_wise", "table_row_wise", "table_column_wise")
 _RESERVED = 0.15
 """Share of a device's memory kept from the planner, for activations, the dense arch and the allocator."""
 
@@ -42,10 +43,11 @@ def make_plan(
     """
     on_cpu = ranks.device.type == "cpu"
     for name, table in tables.items():
-        lacking = sorted(set(table.sharding or ()) - set(_CPU_SHARDING)) if on_cpu else []
+        lacking = sorted(set(table.sharding or ()) - {*_CPU_SHARDING, "data_parallel"}) if on_cpu else []
         if lacking:
             raise ConfigError(
-                f"tables.{name}.sharding: {', '.join(lacking)} needs GPUs; on a CPU there are {', '.join(_CPU_SHARDING)}"
+                f"tables.{name}.sharding: {', '.join(lacking)} needs GPUs; "
+                f"on a CPU there are {', '.join(_CPU_SHARDING)}, data_parallel"
             )
         if on_cpu and table.compute_kernel in ("fused_uvm", "fused_uvm_caching"):
             raise ConfigError(
@@ -58,7 +60,7 @@ def make_plan(
         topology=topology,
         batch_size=batch_size,
         storage_reservation=FixedPercentageStorageReservation(_RESERVED),
-        constraints={name: _constraint(table) for name, table in tables.items()},
+        constraints={name: _constraint(table, on_cpu=on_cpu) for name, table in tables.items()},
     )
     try:
         return planner.collective_plan(model, [sharder], dist.group.WORLD)
@@ -70,12 +72,12 @@ def make_plan(
         ) from None
 
 
-def _constraint(table: TableConfig) -> ParameterConstraints:
+def _constraint(table: TableConfig, *, on_cpu: bool) -> ParameterConstraints:
     kernel = table.compute_kernel
     if kernel is None and table.data_parallel:
         kernel = EmbeddingComputeKernel.DENSE.value
     # Data-parallel tables have an optimizer of their own, so they are never the planner's choice.
-    sharding = table.sharding or ("table_wise", "column_wise", "row_wise", "table_row_wise", "table_column_wise")
+    sharding = table.sharding or (_CPU_SHARDING if on_cpu else _GPU_SHARDING)
     return ParameterConstraints(
         sharding_types=list(sharding),
         compute_kernels=[kernel] if kernel else None,
@@ -89,7 +91,7 @@ def plan_rows(plan: ShardingPlan, tables: Mapping[str, TableConfig], path: str) 
     assert module_plan is not None
     rows = []
     for name, table in tables.items():
-        sharding: ParameterSharding = module_plan[name]  # type: ignore[index]
+        sharding: ParameterSharding = module_plan[name]
         shards = getattr(sharding.sharding_spec, "shards", None)
         replicas = 1 if shards else len(sharding.ranks or [])
         mebibytes = table.num_embeddings * table.embedding_dim * torch.float32.itemsize * replicas / 2**20

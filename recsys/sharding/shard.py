@@ -92,6 +92,12 @@ def _fused_params(config: SparseOptimizerConfig, device: torch.device) -> dict[s
         raise ConfigError(
             f"optimizers.sparse.type: fbgemm has no fused {config.type} on a CPU; there are {', '.join(_FUSED_ON_CPU)}"
         )
+    if device.type == "cpu" and config.weight_decay:
+        # Its CPU kernels take the argument and leave it unused.
+        raise ConfigError(
+            "optimizers.sparse.weight_decay: fbgemm's fused optimizers ignore it on a CPU; set it to 0, or make the "
+            "tables data_parallel and set optimizers.data_parallel.weight_decay"
+        )
     # The learning rate here is a placeholder: each stage sets it before every step.
     params: dict[str, object] = {"optimizer": _FUSED[config.type], "learning_rate": 0.0}
     if config.type != "sgd":

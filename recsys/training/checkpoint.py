@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -25,7 +25,6 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torchrec.optim.keyed import KeyedOptimizer
 
 from recsys.config import Config, UserError
-from recsys.model.ranker import DenseArch
 from recsys.sharding.shard import COLLECTION, ShardedRanker
 
 FORMAT = 1
@@ -59,7 +58,7 @@ def save_checkpoint(
     config: Config,
     meta: CheckpointMeta,
     sharded: ShardedRanker,
-    dense_arch: DenseArch,
+    dense_arch: nn.Module,
     dense_optimizer: KeyedOptimizer,
 ) -> None:
     """Write model and all optimizers, replacing `directory` if it exists; a collective call."""
@@ -107,7 +106,7 @@ def read_meta(directory: Path) -> CheckpointMeta:
     return CheckpointMeta(**meta)
 
 
-def load_model(directory: Path, sharded: ShardedRanker, dense_arch: DenseArch) -> None:
+def load_model(directory: Path, sharded: ShardedRanker, dense_arch: nn.Module) -> None:
     """Read the model's weights, on any number of ranks; a collective call.
 
     Raises:
@@ -116,7 +115,7 @@ def load_model(directory: Path, sharded: ShardedRanker, dense_arch: DenseArch) -
     _load(directory, _model_state(sharded, dense_arch))
 
 
-def load_model_and_tables_optimizers(directory: Path, sharded: ShardedRanker, dense_arch: DenseArch) -> None:
+def load_model_and_tables_optimizers(directory: Path, sharded: ShardedRanker, dense_arch: nn.Module) -> None:
     """As `load_model`, with the state of the tables' optimizers, on as many ranks as wrote them."""
     _load(directory, {**_model_state(sharded, dense_arch), **_table_optimizer_state(sharded)})
 
@@ -131,7 +130,7 @@ def _load(directory: Path, state: dict[str, Any]) -> None:
         raise CheckpointError(f"{directory}: cannot be loaded into the model of its config: {detail}") from error
 
 
-def _model_state(sharded: ShardedRanker, dense_arch: DenseArch) -> dict[str, Any]:
+def _model_state(sharded: ShardedRanker, dense_arch: nn.Module) -> dict[str, Any]:
     tables = sharded.ranker.embedding_bag_collection.state_dict(prefix=f"model.{COLLECTION}.")
     return {**tables, **dense_arch.state_dict(prefix="model.dense_arch.")}
 

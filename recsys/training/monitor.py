@@ -61,7 +61,8 @@ class Monitor:
 
     def say(self, what: str | Table) -> None:
         """Print a line or a table."""
-        self._console.print(what, highlight=False)
+        # A line of the log stays one line; a table is laid out for the console's width.
+        self._console.print(what, highlight=False, soft_wrap=isinstance(what, str))
 
     def text(self, tag: str, markdown: str) -> None:
         """Record a text."""
@@ -136,7 +137,7 @@ class Monitor:
         held_out = summary["test"] or summary["valid"] or {}
         final = {f"final/{key}": held_out[key] for key in _FIGURES if held_out.get(key) is not None}
         for part in hparams_summary(dict(hyperparameters), final):
-            self._writer.file_writer.add_summary(part)  # type: ignore[no-untyped-call]
+            self._writer._get_file_writer().add_summary(part)
         for tag, value in final.items():
             self._writer.add_scalar(tag, value, summary["steps"])
         self.text("stages", _markdown(rows))

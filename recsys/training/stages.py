@@ -11,7 +11,6 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimiz
 
 from recsys.config import Config, ConfigError, StageConfig
 from recsys.model.hilomoe import hilomoe_layers
-from recsys.model.ranker import DenseArch
 from recsys.sharding.shard import ShardedRanker
 
 
@@ -53,7 +52,7 @@ class Stage:
         return {name: peak * factor for name, (_, peak) in self._rates.items()}
 
 
-def begin_stage(sharded: ShardedRanker, dense_arch: DenseArch, config: Config, name: str, *, num_steps: int) -> Stage:
+def begin_stage(sharded: ShardedRanker, dense_arch: nn.Module, config: Config, name: str, *, num_steps: int) -> Stage:
     """Freeze and free parameters for a stage, wrap the dense arch in a fresh DDP, and make the stage's optimizers.
 
     Experts are computed from the first stage on that trains them. Attaching them does not change the model: their

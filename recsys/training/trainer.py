@@ -248,10 +248,10 @@ class Trainer:
             self._progress.step += 1
             self.monitor.advance(stage_step)
             paused = 0.0
-            if self._progress.step % logging.every_steps == 0:
+            if stage_step % logging.every_steps == 0:
                 self._log(stage, stage_step, window, loader, rates)
                 window = self._window(loader)
-            if logging.eval_every_steps and self._progress.step % logging.eval_every_steps == 0:
+            if logging.eval_every_steps and stage_step % logging.eval_every_steps == 0:
                 began = time.perf_counter()
                 pipeline.detach()  # the next progress attaches it again, batches in flight included
                 self._evaluate(stage.name)

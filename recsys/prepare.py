@@ -1,0 +1,97 @@
+"""Writes a data set as Parquet shards: `python -m recsys.prepare synthetic --output DIR`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from recsys.data import shards
+from recsys.data.public import convert_movielens_1m
+from recsys.data.synthetic import write_synthetic
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Reads the command line, writes one data set, tells what was written.
+
+    Returns:
+        The exit status: 0, or 2 where what the user asked for cannot be done.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (OSError, ValueError) as error:
+        message = " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+    _report(options.output)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m recsys.prepare", description=__doc__, allow_abbrev=False)
+    data_sets = parser.add_subparsers(title="data sets", required=True, metavar="DATA_SET")
+
+    movielens = data_sets.add_parser("movielens-1m", help="MovieLens-1M from its official files")
+    movielens.add_argument("--source", type=Path, required=True, help="ml-1m.zip, or the folder it unpacks to")
+    movielens.add_argument("--output", type=Path, required=True, help="folder to write")
+    movielens.add_argument("--overwrite", action="store_true", help="replace the data set that is there")
+    movielens.set_defaults(run=_movielens_1m)
+
+    synthetic = data_sets.add_parser(
+        "synthetic",
+        help="the embedded default: clicks on four surfaces, true probabilities known",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    synthetic.add_argument("--output", type=Path, required=True, help="folder to write")
+    synthetic.add_argument("--seed", type=int, default=1, help="draws the world and the rows")
+    synthetic.add_argument("--train-rows", type=int, default=800_000)
+    synthetic.add_argument("--valid-rows", type=int, default=60_000)
+    synthetic.add_argument("--test-rows", type=int, default=60_000)
+    synthetic.add_argument("--files", type=int, default=8, help="of each split")
+    synthetic.add_argument("--row-group-rows", type=int, default=8192)
+    synthetic.add_argument("--num-users", type=int, default=2_000)
+    synthetic.add_argument("--num-items", type=int, default=1_000)
+    synthetic.add_argument("--flat", action="store_true", help="draw what users like item by item, not by the tree")
+    synthetic.set_defaults(run=_synthetic)
+    return parser
+
+
+def _movielens_1m(options: argparse.Namespace) -> None:
+    convert_movielens_1m(options.source, options.output, overwrite=options.overwrite)
+
+
+def _synthetic(options: argparse.Namespace) -> None:
+    write_synthetic(
+        options.output,
+        seed=options.seed,
+        train_rows=options.train_rows,
+        valid_rows=options.valid_rows,
+        test_rows=options.test_rows,
+        files=options.files,
+        row_group_rows=options.row_group_rows,
+        num_users=options.num_users,
+        num_items=options.num_items,
+        hierarchy=not options.flat,
+    )
+
+
+def _report(output: Path) -> None:
+    """Prints the splits of a data set as a table."""
+    summary = shards.read_summary(output)
+    assert summary is not None  # it has just been written
+    table = Table("split", "rows", "files", "label rate")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for split, told in summary["splits"].items():
+        rate = "-" if told["label_rate"] is None else f"{told['label_rate']:.2%}"
+        table.add_row(split, f"{told['rows']:,}", str(told["files"]), rate)
+    console = Console(soft_wrap=True)
+    console.print(table)
+    console.print(f"{summary['name']} written to {output}", highlight=False, markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""The command line of the data sets, as a user meets it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SMALL = ("--train-rows", "600", "--valid-rows", "70", "--test-rows", "80", "--files", "2")
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "recsys.prepare", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONIOENCODING": "utf-8", "COLUMNS": "80"},
+        check=False,
+    )
+
+
+def test_synthetic_tells_what_it_wrote(tmp_path: Path) -> None:
+    done = run("synthetic", "--output", "data", *SMALL, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    for text in ("train", "600", "valid", "70", "test", "80", "%", "synthetic written to data"):
+        assert text in done.stdout
+    assert len(list((tmp_path / "data/train").iterdir())) == 2
+    assert "+--" not in done.stdout and "Traceback" not in done.stdout
+
+
+def test_movielens_and_overwrite(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "users.dat").write_text("1::F::1::10::48067\n")
+    (source / "movies.dat").write_text("1::Toy Story (1995)::Animation|Children's|Comedy\n")
+    (source / "ratings.dat").write_text("1::1::5::978300760\n" * 30)
+    arguments = ("movielens-1m", "--source", "source", "--output", "out")
+    assert "movielens-1m written to out" in run(*arguments, cwd=tmp_path).stdout
+    again = run(*arguments, cwd=tmp_path)
+    assert again.returncode == 2
+    assert again.stderr == "error: out is not empty; name another folder, or pass --overwrite to replace it\n"
+    assert run(*arguments, "--overwrite", cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("movielens-1m", "--source", "missing", "--output", "out"),
+            "error: missing does not exist; take ml-1m.zip",
+        ),
+        (
+            ("synthetic", "--output", "out", "--train-rows", "0"),
+            "error: train_rows must be at least 1, not 0",
+        ),
+        (("synthetic", "--output", "file/out", *SMALL), "error: [Errno 17] File exists"),
+    ],
+)
+def test_errors_are_one_line(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    (tmp_path / "file").write_text("")
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [(), ("criteo",), ("synthetic",), ("synthetic", "--outptu", "x")])
+def test_usage_errors(arguments: tuple[str, ...]) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2 and "usage: python -m recsys.prepare" in done.stderr
+
+
+def test_torch_is_not_imported(tmp_path: Path) -> None:
+    code = "import sys, recsys.prepare; sys.exit('torch' in sys.modules)"
+    root = Path(__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

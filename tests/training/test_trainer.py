@@ -1,0 +1,309 @@
+"""Training over several ranks, end to end on a tiny log."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from ranks import run_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import tiny_config, write_tiny_log
+from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from recsys.config import Config, ConfigError, load_config
+from recsys.data.parquet import Loader, ParquetShards
+from recsys.data.splits import open_splits
+from recsys.data.stream import Epoch
+from recsys.model.hilomoe import hilomoe_layers
+from recsys.model.ranker import Ranker, build_ranker
+from recsys.runtime import Ranks, derive_seed
+from recsys.sharding import shard as sharding
+from recsys.training.evaluation import evaluate, evaluate_checkpoint
+from recsys.training.metrics import Metrics
+from recsys.training.monitor import Monitor
+from recsys.training.stages import begin_stage
+from recsys.training.trainer import Trainer
+
+RATES = {"learning_rate": 1.0, "sparse_learning_rate": 1.0}
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("log")
+    write_tiny_log(directory)
+    return directory
+
+
+def as_config(raw: dict[str, Any], directory: Path) -> Config:
+    path = directory / "config-under-test.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    return load_config(path)
+
+
+def train_on(ranks: Ranks, config: Config) -> dict[str, Any]:
+    output_dir = Path(config.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    splits = open_splits(config, ranks, config.data.splits)
+    with Monitor(output_dir, enabled=ranks.is_first) as monitor:
+        return Trainer(config, ranks, splits, monitor).run()
+
+
+def checkpoint_tensors(directory: Path, scratch: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, whole, by name."""
+    dcp_to_torch_save(directory, scratch / "whole.pt")
+    tensors: dict[str, Tensor] = torch.load(scratch / "whole.pt", weights_only=True)
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def run(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Outputs of the tiny config on two ranks."""
+    output_dir = tmp_path_factory.mktemp("run")
+    run_ranks(2, train_on, as_config(tiny_config(log, output_dir), output_dir))
+    return output_dir
+
+
+def test_a_run_leaves_what_it_says(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    assert list(summary["stages"]) == ["backbone", "experts", "joint"]
+    # 900 rows, 450 a rank, batches of 32: 15 steps an epoch.
+    assert [stage["steps"] for stage in summary["stages"].values()] == [30, 15, 20]
+    assert summary["steps"] == 65
+    assert summary["stages"]["backbone"]["examples"] == 1800
+    assert (summary["valid"]["examples"], summary["test"]["examples"]) == (200, 251)
+    assert summary["reference"]["auc"] > 0.7
+    assert load_config(run / "config.yaml").name == "tiny"
+    assert "table_wise" in (run / "plan.txt").read_text()
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-30", "step-45", "step-65"]
+
+
+def test_the_expert_stage_leaves_backbone_and_tables_bit_identical(run: Path, tmp_path: Path) -> None:
+    before = checkpoint_tensors(run / "checkpoints" / "step-30", tmp_path)
+    after = checkpoint_tensors(run / "checkpoints" / "step-45", tmp_path)
+    names = {name for name in before if not name.startswith("optimizer.dense.")}
+    assert any(name.startswith("optimizer.sparse.") for name in names)
+    assert any(name.startswith("optimizer.data_parallel.") for name in names)
+    changed = {name for name in names if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in names if name.endswith(("lora_A", "lora_B"))}
+
+
+def test_the_joint_stage_changes_every_table_and_weight(run: Path, tmp_path: Path) -> None:
+    before = checkpoint_tensors(run / "checkpoints" / "step-45", tmp_path)
+    after = checkpoint_tensors(run / "checkpoints" / "step-65", tmp_path)
+    model = {name for name in before if name.startswith("model.")}
+    assert not {name for name in model if torch.equal(before[name], after[name])}
+
+
+def test_the_same_seed_gives_the_same_bits(run: Path, log: Path, tmp_path: Path) -> None:
+    run_ranks(2, train_on, as_config(tiny_config(log, tmp_path / "again"), tmp_path))
+    first = checkpoint_tensors(run / "checkpoints" / "step-65", tmp_path)
+    second = checkpoint_tensors(tmp_path / "again" / "checkpoints" / "step-65", tmp_path)
+    assert first.keys() == second.keys()
+    assert not {name for name in first if not torch.equal(first[name], second[name])}
+
+
+def _evaluate_checkpoint(_: Ranks, checkpoint: str) -> dict[str, Any]:
+    # evaluate_checkpoint makes its own process group; the one of the test gives way to it.
+    torch.distributed.destroy_process_group()
+    found = {name: metrics.as_dict() for name, metrics in evaluate_checkpoint(checkpoint, "test").items()}
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluate_reproduces_the_runs_test_figures_on_any_world_size(run: Path, world_size: int) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    for found in run_ranks(world_size, _evaluate_checkpoint, summary["checkpoint"]):
+        for ours, theirs in ((found["model"], summary["test"]), (found["reference"], summary["reference"])):
+            assert ours == pytest.approx(theirs, abs=1e-6)
+
+
+def test_tensorboard_holds_what_one_watches(run: Path) -> None:
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert {
+        *(f"train/{name}" for name in ("bce", "balance", "z", "auc", "log_loss", "ne", "calibration")),
+        *(f"{split}/{name}" for split in ("valid", "test") for name in ("auc", "log_loss", "ne", "calibration")),
+        *(f"learning_rate/{name}" for name in ("dense", "sparse", "data_parallel")),
+        "throughput/examples_per_second",
+        "throughput/data_wait",
+        "gradient_norm/dense",
+        "expert_entropy/tower.linears.0/layer1",
+        "expert_load/tower.linears.1/layer2/expert3",
+    } <= scalars
+    loads = [events.Scalars(f"expert_load/tower.linears.0/layer1/expert{k}")[-1].value for k in (1, 2, 3)]
+    assert sum(loads) == pytest.approx(1.0, abs=1e-5)
+    assert len(events.Scalars("valid/auc")) == 3
+    assert {"config/text_summary", "plan/text_summary", "stages/text_summary"} <= set(events.Tags()["tensors"])
+    assert "_hparams_/experiment" in events.summary_metadata
+
+
+def _attach(ranks: Ranks, config: Config) -> tuple[Metrics, Metrics]:
+    Path(config.output_dir).mkdir(exist_ok=True)
+    splits = open_splits(config, ranks, config.data.splits)
+    with Monitor(Path(config.output_dir), enabled=ranks.is_first) as monitor:
+        trainer = Trainer(config, ranks, splits, monitor)
+        trainer._run_stage("backbone", None)
+        before, _ = evaluate(trainer.sharded.ranker, splits["valid"], config, ranks)
+        assert not any(layer.experts_active for layer in hilomoe_layers(trainer.dense_arch).values())
+        begin_stage(trainer.sharded, trainer.dense_arch, config, "experts", num_steps=15)
+        assert all(layer.experts_active for layer in hilomoe_layers(trainer.dense_arch).values())
+        after, _ = evaluate(trainer.sharded.ranker, splits["valid"], config, ranks)
+        return before, after
+
+
+def test_attaching_the_experts_does_not_change_the_valid_figures(log: Path, tmp_path: Path) -> None:
+    for before, after in run_ranks(2, _attach, as_config(tiny_config(log, tmp_path / "out"), tmp_path)):
+        assert before.log_loss is not None
+        assert before == after
+
+
+def test_a_stage_that_only_gets_worse_goes_back_to_its_start(log: Path, tmp_path: Path) -> None:
+    raw = tiny_config(log, tmp_path / "out")
+    del raw["stages"]["experts"]
+    raw["stages"]["joint"] = {
+        "trains": "all",
+        "epochs": 9,
+        "patience": 2,
+        "learning_rate": 10.0,
+        "sparse_learning_rate": 10.0,
+    }
+    (summary, _) = run_ranks(2, train_on, as_config(raw, tmp_path))
+    joint = summary["stages"]["joint"]
+    assert (joint["epochs"], joint["best_epoch"]) == (2, 0)
+    assert joint["valid"] == summary["stages"]["backbone"]["valid"]
+    before = checkpoint_tensors(tmp_path / "out" / "checkpoints" / "step-30", tmp_path)
+    after = checkpoint_tensors(tmp_path / "out" / "checkpoints" / "step-60", tmp_path)
+    kept = {name for name in before if not name.startswith("optimizer.dense.")}
+    assert not {name for name in kept if not torch.equal(before[name], after[name])}
+    assert not (tmp_path / "out" / "checkpoints" / "best").exists()
+
+
+def test_evaluating_in_mid_epoch_does_not_disturb_training(run: Path, log: Path, tmp_path: Path) -> None:
+    raw = tiny_config(log, tmp_path / "out")
+    raw["logging"]["eval_every_steps"] = 4
+    run_ranks(2, train_on, as_config(raw, tmp_path))
+    first = checkpoint_tensors(run / "checkpoints" / "step-65", tmp_path)
+    second = checkpoint_tensors(tmp_path / "out" / "checkpoints" / "step-65", tmp_path)
+    assert not {name for name in first if not torch.equal(first[name], second[name])}
+
+
+def _unsharded_after_twenty_steps(config: Config, shards: ParquetShards, world_size: int) -> dict[str, Tensor]:
+    """The same training without TorchRec's sharding, pipeline or DDP: plain modules and optimizers, whole batches."""
+    ranker: Ranker = build_ranker(config, seed=derive_seed(config.seed, "dense arch"), device=torch.device("cpu"))
+    sharding._initialise_tables(ranker.embedding_bag_collection, config.tables, derive_seed(config.seed, "tables"))
+    stage = config.stages["joint"]
+    ranker.balance_weight, ranker.z_weight = stage.balance_weight, stage.z_weight
+    assert stage.sparse_learning_rate is not None
+    kinds: dict[str, Any] = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
+    kind, parameters = config.optimizers.sparse.type, dict(ranker.embedding_bag_collection.named_parameters())
+    options = {} if kind == "sgd" else {"eps": config.optimizers.sparse.eps}
+    fused = [p for name, p in parameters.items() if not config.tables[name.split(".")[1]].data_parallel]
+    replicated = [p for name, p in parameters.items() if config.tables[name.split(".")[1]].data_parallel]
+    optimizers = [
+        kinds[kind](fused, lr=stage.sparse_learning_rate, **options),
+        torch.optim.Adam(replicated, lr=stage.learning_rate),
+        torch.optim.AdamW(ranker.dense_arch.parameters(), lr=stage.learning_rate, weight_decay=0.0),
+    ]
+    seed = derive_seed(config.seed, "order")
+    steps = stage.steps or 0
+    for number in range(3):
+        epoch = Epoch(
+            shards.row_counts, world_size, config.data.batch_size, seed=seed, epoch=number, window_row_groups=3
+        )
+        streams = []
+        for rank in range(world_size):
+            with Loader(shards, epoch, rank) as loader:
+                streams.append(list(loader))
+        for batches in list(zip(*streams, strict=True))[:steps]:
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            torch.stack([ranker(batch)[0] for batch in batches]).mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        steps -= min(steps, epoch.num_steps)
+    return {f"model.{name}": value for name, value in ranker.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "sharding_type"),
+    [("rowwise_adagrad", "table_wise"), ("adagrad", "column_wise"), ("sgd", "column_wise")],
+)
+def test_sharded_equals_unsharded_after_twenty_steps(
+    log: Path, tmp_path: Path, process_group: None, optimizer: str, sharding_type: str
+) -> None:
+    raw = tiny_config(log, tmp_path / "out")
+    raw["stages"] = {"joint": {**raw["stages"]["joint"], "schedule": "constant", "warmup_steps": 0, "steps": 20}}
+    raw["optimizers"] = {"sparse": {"type": optimizer}}
+    raw["tables"]["item"] = {**raw["tables"]["item"], "sharding": [sharding_type]}
+    if sharding_type != "column_wise":
+        del raw["tables"]["item"]["min_partition"]
+    config = as_config(raw, tmp_path)
+    run_ranks(2, train_on, config)
+    sharded = checkpoint_tensors(tmp_path / "out" / "checkpoints" / "step-20", tmp_path)
+    ranks = Ranks(0, 1, 0, 1, torch.device("cpu"))
+    unsharded = _unsharded_after_twenty_steps(config, open_splits(config, ranks, ["train"])["train"], 2)
+    assert {name for name in sharded if name.startswith("model.")} == set(unsharded)
+    for name, value in unsharded.items():
+        torch.testing.assert_close(
+            sharded[name], value, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def _fails(ranks: Ranks, config: Config) -> str:
+    try:
+        train_on(ranks, config)
+    except ConfigError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            {"optimizers": {"sparse": {"type": "adam"}}},
+            "no fused adam on a CPU; there are rowwise_adagrad, adagrad",
+        ),
+        (
+            {"optimizers": {"sparse": {"weight_decay": 0.1}}},
+            "optimizers.sparse.weight_decay: fbgemm's fused",
+        ),
+        (
+            {"tables": {"user": {"num_embeddings": 40, "embedding_dim": 8, "sharding": ["row_wise"]}}},
+            "tables.user.sharding: row_wise needs GPUs; on a CPU there are table_wise, column_wise, data_parallel",
+        ),
+        (
+            {"tables": {"user": {"num_embeddings": 40, "embedding_dim": 8, "compute_kernel": "fused_uvm"}}},
+            "tables.user.compute_kernel: fused_uvm needs GPUs",
+        ),
+        (
+            {
+                "stages": {
+                    "joint": {
+                        "trains": "all",
+                        "steps": 5,
+                        "warmup_steps": 6,
+                        "learning_rate": 1,
+                        "sparse_learning_rate": 1,
+                    }
+                }
+            },
+            "stages.joint.warmup_steps is 6, but the stage has 5 steps",
+        ),
+    ],
+    ids=["optimizer", "decay", "sharding", "kernel", "warm-up"],
+)
+def test_what_the_device_or_the_stage_lacks_is_refused(
+    log: Path, tmp_path: Path, change: dict[str, Any], expected: str
+) -> None:
+    raw = tiny_config(log, tmp_path / "out")
+    for section, values in change.items():
+        raw[section] = {**raw[section], **values} if section == "tables" else values
+    (message,) = run_ranks(1, _fails, as_config(raw, tmp_path))
+    assert expected in message
