@@ -243,7 +243,7 @@ class ParquetShards:
         for index, (name, numeric) in enumerate(columns.dense.items()):
             values = _numbers(table, numeric.column, numeric.fill, where)
             with np.errstate(invalid="ignore", divide="ignore", over="ignore"):  # what is not finite is refused below
-                dense[:, index] = np.log1p(values) if numeric.log1p else values
+                dense[:, index] = np.log1p(values, dtype=np.float64) if numeric.log1p else values
             if (wrong := ~np.isfinite(dense[:, index])).any():
                 raise DataError(
                     f"{where}: dense feature {name} (column {numeric.column!r}) has {_count(wrong)} that are "
