@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import ValidationError
+from tiny import tiny_config
 
 from recsys.config import Config, ConfigError, load_config
-from tiny import tiny_config
 
 Raw = dict[str, Any]
 
@@ -114,7 +114,12 @@ def test_wrong_type_names_its_path_and_the_type_wanted(
         ("model.tower={type: transformer, model_dim: 10}", "model.tower", "num_heads 4 does not divide model_dim 10"),
         ("model.hilomoe.top_k=4", "model.hilomoe", "top_k 4 exceeds num_experts 3"),
         ("optimizers.dense.betas=[0.9, 1.0]", "optimizers.dense.betas.1", "less than 1"),
-        ("optimizers.sparse={type: sgd, weight_decay: 0.1}", "optimizers.sparse", "set weight_decay to 0"),
+        (
+            "optimizers.sparse={type: sgd, weight_decay: 0.1}",
+            "optimizers.sparse",
+            "fused sgd ignores weight_decay; set it to 0",
+        ),
+        ("optimizers.sparse={type: adagrad, weight_decay: 0.1}", "optimizers.sparse", "take rowwise_adagrad or adam"),
         ("stages.joint.learning_rate=0", "stages.joint.learning_rate", "greater than 0, found 0"),
         ("stages.joint.learning_rate=.inf", "stages.joint.learning_rate", "finite number"),
         ("stages.joint.learning_rate=.nan", "stages.joint.learning_rate", "finite number"),

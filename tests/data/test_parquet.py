@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tiny import tiny_table, write_tiny_log
 
 from recsys.data.batch import Batch
 from recsys.data.parquet import Columns, DataError, DenseColumn, Jagged, Loader, ParquetShards, Rows, SparseColumn
 from recsys.data.stream import Epoch, RowSlice
-from tiny import tiny_table, write_tiny_log
 
 COLUMNS = Columns(
     label="label",
@@ -61,7 +61,7 @@ def examples_of_table(table: pa.Table) -> list[Example]:
 def examples_of_batch(batch: Batch) -> list[Example]:
     columns = [
         bags(Jagged(feature.values().numpy(), feature.offsets().numpy()))
-        for feature in (batch.sparse_features[name] for name in batch.sparse_features.keys())
+        for feature in (batch.sparse_features[name] for name in COLUMNS.sparse)
     ]
     return [
         (
@@ -258,6 +258,26 @@ def test_dense_integers_beyond_float_precision_are_rounded_beside_nulls_too(tmp_
     columns = Columns("label", None, {"big": DenseColumn("big", 0.0)}, JUST_IDS.sparse)
     table = pa.table({"label": [0, 1], "ids": [1, 1], "big": pa.array([2**60 + 1, None])})
     assert read_all(open_table(tmp_path, table, columns)).dense.tolist() == [[2.0**60], [0.0]]
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_log1p_is_taken_in_full_precision_after_filling(tmp_path: Path, kind: str) -> None:
+    values = np.array([0, 1, 100]).astype(kind.strip("_"))
+    plain, numbers = pa.array(values), pa.array(values, mask=np.array([True, False, False]))
+    columns = Columns(
+        "label", None, {"a": DenseColumn("a", 9.0, True), "b": DenseColumn("b", None, True)}, JUST_IDS.sparse
+    )
+    table = pa.table({"label": [0, 1, 1], "ids": [1, 2, 3], "a": numbers, "b": plain})
+    last = float(values[2])
+    wanted = np.log1p([[9.0, 0.0], [1.0, 1.0], [last, last]]).astype(np.float32)
+    assert read_all(open_table(tmp_path, table, columns)).dense.tolist() == wanted.tolist()
+
+
+def test_log1p_of_values_of_minus_1_and_below_is_refused(tmp_path: Path) -> None:
+    columns = Columns("label", None, {"a": DenseColumn("a", None, True)}, JUST_IDS.sparse)
+    table = pa.table({"label": [0, 1, 1], "ids": [1, 2, 3], "a": [-1, -2, 0]})
+    with pytest.raises(DataError, match=r"dense feature a .* has 2 values .* after log1p"):
+        read_all(open_table(tmp_path, table, columns))
 
 
 GOOD: dict[str, Any] = {"label": [0, 1, 1], "truth": [0.1, 0.2, 0.3], "x": [1.0, 2.0, 3.0], "ids": [1, 2, 3]}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import write_tiny_config
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 
@@ -12,7 +13,6 @@ from recsys.config import Config, load_config
 from recsys.data.batch import Batch
 from recsys.model.hilomoe import hilomoe_layers
 from recsys.model.ranker import Ranker, RankerOutput, build_dense_arch, build_ranker
-from tiny import write_tiny_config
 
 CPU = torch.device("cpu")
 

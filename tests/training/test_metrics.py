@@ -1,16 +1,16 @@
 """Metrics equal their definitions, on any world size; the binned AUC keeps within the bound that it reports."""
 
 from math import log
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ranks import run_ranks
 from torch import Tensor
 
-from ranks import run_ranks
+from recsys.runtime import Ranks
 from recsys.training.metrics import BinaryMetrics, Metrics
 
 quickly = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -158,8 +158,9 @@ SCENARIOS = {
 }
 
 
-def shares(rank: int, world_size: int) -> dict[str, Metrics]:
+def shares(ranks: Ranks) -> dict[str, Metrics]:
     """Every scenario's figures as this rank computes them."""
+    rank, world_size = ranks.rank, ranks.world_size
     found = {}
     for name, exact_examples in SCENARIOS.items():
         logits, labels = click_log(401 if name != "at the limit" else 400)
@@ -178,9 +179,9 @@ def shares(rank: int, world_size: int) -> dict[str, Metrics]:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_figures_are_the_same_on_every_world_size_and_rank(tmp_path: Path, world_size: int) -> None:
-    alone = shares(0, 1)
-    ranks = run_ranks(world_size, tmp_path, shares, world_size)
+def test_figures_are_the_same_on_every_world_size_and_rank(world_size: int) -> None:
+    alone = shares(Ranks(0, 1, 0, 1, torch.device("cpu")))
+    ranks = run_ranks(world_size, shares)
     assert all(found == ranks[0] for found in ranks)
     for name, wanted in alone.items():
         for figure, value in wanted.as_dict().items():
