@@ -111,7 +111,7 @@ def test_zero_up_projections_leave_the_linear_bit_for_bit(dtype: torch.dtype, to
 def test_at_zero_up_projections_only_they_and_the_auxiliary_losses_move_the_experts() -> None:
     layer = make(zero_up=True)
     labels = torch.ones(ROWS, dtype=torch.float64)
-    F.binary_cross_entropy_with_logits(layer(inputs()).sum(1), labels).backward()  # type: ignore[no-untyped-call]
+    F.binary_cross_entropy_with_logits(layer(inputs()).sum(1), labels).backward()
     assert layer.lora_A.grad is not None and layer.lora_B.grad is not None
     assert torch.equal(layer.lora_A.grad, torch.zeros_like(layer.lora_A))
     assert layer.lora_B.grad.abs().min() > 0
@@ -218,7 +218,7 @@ class LargestOutput(TorchDispatchMode):
     """Records the number of elements of the largest tensor that any operation makes."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.numel = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
