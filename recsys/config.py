@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -110,7 +111,7 @@ class SyntheticConfig(_Section):
     """The embedded synthetic click log (recsys.data.synthetic), written to `directory` before training if absent."""
 
     directory: str
-    seed: Annotated[int, Field(ge=0)] = 1
+    seed: NonNegativeInt = 1
     train_rows: PositiveInt
     valid_rows: PositiveInt
     test_rows: PositiveInt
@@ -211,7 +212,7 @@ TowerConfig = Annotated[MLPTowerConfig | DCNv2TowerConfig | TransformerTowerConf
 
 
 class ModelConfig(_Section):
-    """The replicated part of the ranker: dense features are projected to `dense_dim`; null `hilomoe` is the baseline."""
+    """The replicated part of the ranker; dense features are projected to `dense_dim`, null `hilomoe` is the baseline."""
 
     tower: TowerConfig
     hilomoe: HiLoMoEConfig | None = None
@@ -281,7 +282,7 @@ class StageConfig(_Section):
     sparse_learning_rate: PositiveFloat | None = None
     data_parallel_learning_rate: PositiveFloat | None = None
     schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: NonNegativeInt = 0
     balance_weight: NonNegativeFloat = 0.0
     z_weight: NonNegativeFloat = 0.0
     patience: PositiveInt | None = None
@@ -317,7 +318,7 @@ class Config(_Section):
 
     name: str
     output_dir: str
-    seed: Annotated[int, Field(ge=0)] = 17
+    seed: NonNegativeInt = 17
     device: Literal["auto", "cpu", "cuda"] = "auto"
     data: DataConfig
     tables: Annotated[dict[Name, TableConfig], Field(min_length=1)]
@@ -350,7 +351,8 @@ class Config(_Section):
         for name, stage in self.stages.items():
             if stage.trains == "experts" and self.model.hilomoe is None:
                 raise ValueError(
-                    f"stages.{name} trains experts but model.hilomoe is null; leave the stage out with stages.{name}=null"
+                    f"stages.{name} trains experts but model.hilomoe is null; "
+                    f"leave the stage out with stages.{name}=null"
                 )
             if stage.patience is not None and self.data.valid is None:
                 raise ValueError(f"stages.{name}.patience needs a valid split; set data.valid")
@@ -360,7 +362,8 @@ class Config(_Section):
 
     def to_yaml(self) -> str:
         """The resolved config as YAML which `load_config` reads back to an equal config."""
-        return yaml.safe_dump(json.loads(self.model_dump_json()), sort_keys=False, allow_unicode=True)
+        content = json.loads(self.model_dump_json())
+        return yaml.dump(content, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -377,6 +380,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except OSError as error:
         raise ConfigError(f"cannot read config {path}: {error.strerror or error}; give one with --config") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {path} is not UTF-8 text: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"config {path} is not valid YAML: {_one_line(str(error))}") from None
     if not isinstance(raw, dict):
@@ -389,9 +394,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def _validate(raw: Mapping[str, Any], *, source: str) -> Config:
+    # Through JSON, because pydantic's strict mode takes a JSON array for a tuple but not a Python list.
     try:
-        # Through JSON, because pydantic's strict mode takes a JSON array for a tuple but not a Python list.
-        return Config.model_validate_json(json.dumps(raw, default=str))
+        text = json.dumps(raw, default=str)
+    except ValueError:
+        raise ConfigError(f"{source}: a YAML alias stands inside what it refers to") from None
+    try:
+        return Config.model_validate_json(text)
     except ValidationError as error:
         faults = "\n".join(f"  {fault}" for fault in dict.fromkeys(_explain(error)))
         raise ConfigError(f"{source}:\n{faults}") from None
@@ -401,18 +410,28 @@ class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses duplicate keys and reads `1e-4` as a number (YAML 1.1 asks for `1.0e-4`)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        seen: set[str] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # `<<: *anchor`, whose keys the mapping's own replace
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                problem = f"the key {key!r} is not a text; quote it or name it otherwise"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-_StrictLoader.add_implicit_resolver(  # type: ignore[no-untyped-call]
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _StrictDumper(yaml.SafeDumper):
+    """SafeDumper that quotes a text which `_StrictLoader` would read as a number, such as '1e5'."""
+
+
+for _reader_or_writer in (_StrictLoader, _StrictDumper):
+    _reader_or_writer.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -451,6 +470,10 @@ def _explain(error: ValidationError) -> Iterator[str]:
         elif kind == "value_error":
             message = str(fault["ctx"]["error"])
             yield f"{'.'.join(path)}: {message}" if path else message
+        elif kind in ("union_tag_invalid", "union_tag_not_found"):
+            allowed = [tag for member in _models(TowerConfig) if (tag := _tag(member))]
+            given = f"found {found['type']!r}" if "type" in found else "and is missing"
+            yield f"{'.'.join(path)}.type: must be one of {_listed(allowed)}, {given}"
         else:
             shown = json.dumps(found, default=str)
             yield f"{'.'.join(path)}: {fault['msg']}, found {shown if len(shown) < 80 else type(found).__name__}"
@@ -466,7 +489,9 @@ def _user_path(location: tuple[int | str, ...]) -> tuple[list[str], type[BaseMod
         if part in {_tag(candidate) for candidate in candidates}:
             annotation = next(m for m in candidates if _tag(m) == part)
             continue
-        if isinstance(part, str) and re.match(r"^(str|tuple\[|function-|\[key\])", part):
+        # In a mapping every part but '[key]' is a name of the user's, who may call a table `str` or `street`.
+        tag = r"\[key\]" if getattr(annotation, "__origin__", None) is dict else r"str|tuple\[.*|function-.*|\[key\]"
+        if isinstance(part, str) and re.fullmatch(tag, part):
             continue
         path.append(str(part))
         model = candidates[0] if len(candidates) == 1 else None

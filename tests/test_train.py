@@ -56,7 +56,7 @@ def test_a_run_prints_stages_figures_and_where_its_outputs_are(raw: dict[str, An
     assert (second.stdout, second.stderr) == ("", "")
     assert "tiny: 2 ranks on cpu" in first.stdout
     assert "joint: 15 steps, training all" in first.stdout
-    assert "test, reference" in first.stdout
+    assert "test, truth" in first.stdout
     assert f"Outputs in {tmp_path}/out" in first.stdout
     assert max(map(len, first.stdout.splitlines())) <= 150
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 15

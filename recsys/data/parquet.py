@@ -60,8 +60,9 @@ class Columns:
     @property
     def names(self) -> list[str]:
         """Every column once."""
-        features = [spec.column for spec in (*self.dense.values(), *self.sparse.values())]
-        return list(dict.fromkeys([self.label, *([self.reference] if self.reference else []), *features]))
+        names = [self.label, *([self.reference] if self.reference else [])]
+        names += [spec.column for spec in self.dense.values()] + [spec.column for spec in self.sparse.values()]
+        return list(dict.fromkeys(names))
 
 
 class Jagged(NamedTuple):
@@ -130,7 +131,8 @@ class Rows:
         )
 
 
-class _RowGroup(NamedTuple):
+@dataclass(frozen=True)
+class _RowGroup:
     file: str
     index: int
     num_rows: int
@@ -182,10 +184,16 @@ class ParquetShards:
             footer = pq.read_metadata(file)
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{file}: not a readable Parquet file: {_first_line(error)}") from None
-        schema = footer.schema.to_arrow_schema()
+        self._check_schema(file, footer.schema.to_arrow_schema())
+        return footer
+
+    def _check_schema(self, file: str, schema: pa.Schema) -> None:
         for name in self.columns.names:
-            if name not in schema.names:
+            found = schema.names.count(name)
+            if found == 0:
                 raise DataError(f"{file}: no column {name!r}; the file has {', '.join(schema.names)}")
+            if found > 1:
+                raise DataError(f"{file}: {found} columns are named {name!r}; rename all but one")
         checks = [(self.columns.label, "label", _is_number)]
         if self.columns.reference:
             checks.append((self.columns.reference, "reference", _is_number))
@@ -196,32 +204,37 @@ class ParquetShards:
             if not accepts(kind):
                 wanted = "integers or lists of integers" if accepts is _is_ids else "numbers"
                 raise DataError(f"{file}: column {name!r} ({role}) has type {kind}; {wanted} are needed")
-        return footer
 
     def read(self, slices: Sequence[RowSlice]) -> Rows:
         """Decode and check the given rows, in the given order.
 
         Raises:
             DataError: a label other than 0 or 1, a null where none may be, an id out of range, a dense value that is
-                not finite, or a file that can no longer be read.
+                not finite, or a file that can no longer be read or was replaced by another.
         """
         return Rows.concatenate([self._read(part) for part in slices])
 
     def _read(self, part: RowSlice) -> Rows:
         group = self._row_groups[part.row_group]
+        where = f"{group.file}, row group {group.index}"
         try:
             with pq.ParquetFile(group.file) as file:
+                self._check_schema(group.file, file.schema_arrow)
                 table = file.read_row_group(group.index, columns=self.columns.names)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{group.file}, row group {group.index}: cannot be read: {_first_line(error)}") from None
+            raise DataError(f"{where}: cannot be read: {_first_line(error)}") from None
+        if len(table) != group.num_rows:
+            raise DataError(
+                f"{where}: has {len(table)} rows, but had {group.num_rows} when the run began; "
+                "write new shards under new names instead of replacing those in use"
+            )
         table = table.slice(part.start, part.stop - part.start).combine_chunks()
-        where = f"{group.file}, row group {group.index}"
         columns = self.columns
-        labels = _numbers(table, columns.label, None, where).astype(np.float32)
+        labels = _numbers(table, columns.label, None, where)
         if (wrong := (labels != 0) & (labels != 1)).any():
             raise DataError(
                 f"{where}: label column {columns.label!r} has {_count(wrong)} other than 0 and 1, "
-                f"such as {labels[wrong][0]:g}; make it binary when the shards are written"
+                f"such as {labels[wrong][0]}; make it binary when the shards are written"
             )
         reference = np.empty(0)
         if columns.reference:
@@ -232,14 +245,14 @@ class ParquetShards:
         for index, (name, numeric) in enumerate(columns.dense.items()):
             values = _numbers(table, numeric.column, numeric.fill, where)
             with np.errstate(invalid="ignore", divide="ignore", over="ignore"):  # what is not finite is refused below
-                dense[:, index] = np.log1p(values) if numeric.log1p else values
+                dense[:, index] = np.log1p(values, dtype=np.float64) if numeric.log1p else values
             if (wrong := ~np.isfinite(dense[:, index])).any():
                 raise DataError(
-                    f"{where}: dense feature {name} (column {numeric.column!r}) has {_count(wrong)} that are "
-                    f"NaN or infinite in float32{' after log1p' * numeric.log1p}; write nulls and give the feature a fill"
+                    f"{where}: dense feature {name} (column {numeric.column!r}) has {_count(wrong)} NaN or infinite "
+                    f"in float32{' after log1p' * numeric.log1p}; write nulls and give the feature a fill"
                 )
         sparse = tuple(_ids(table, name, spec, where) for name, spec in columns.sparse.items())
-        return Rows(labels, reference, dense, sparse)
+        return Rows(labels.astype(np.float32), reference, dense, sparse)
 
 
 class Loader:
@@ -376,7 +389,7 @@ def _numbers(table: pa.Table, name: str, fill: float | None, where: str) -> NDAr
                 f"{where}: column {name!r} has {column.null_count} nulls; "
                 "give a dense feature a fill, or leave such rows out when the shards are written"
             )
-        column = pc.fill_null(column.cast(pa.float64()), fill)
+        column = pc.fill_null(column.cast(pa.float64(), safe=False), fill)  # large integers are rounded
     values: NDArray[Any] = column.to_numpy()
     return values
 

@@ -1,5 +1,4 @@
-"""Writing data sets: Parquet shards and a `dataset.json`, which appear in their place all at once or not at
-all.
+"""Writing data sets: Parquet shards and a `dataset.json`, which appear in their place all at once or not at all.
 
 A data set is a folder:
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Routing:
-    """How one call routed its rows. Both tensors are float32 and (N, L, K).
+    """How one call routed its rows. Both tensors are (N, L, K), float64 if the parameters are and else float32.
 
     Attributes:
         logits: router logits before any top-k mask, 1/sqrt(D_in) included.
@@ -37,7 +37,7 @@ class Routing:
     scores: Tensor
 
     def load(self) -> Tensor:
-        """Share of a layer's routed mass that each expert got, (L, K), rows summing to 1 (zeros if there are no rows)."""
+        """Share of a layer's routed mass that each expert got, (L, K); rows sum to 1, or are 0 without any input."""
         return self.scores.sum(0) / max(self.scores.shape[0], 1)
 
     def balance_loss(self) -> Tensor:
@@ -46,7 +46,7 @@ class Routing:
         The Switch loss K * sum_i f_i P_i with f = P: under dense softmax routing the mass an expert gets is its mean
         score, and this form, unlike the argmax one, has its strict minimum at uniform load.
         """
-        return self.scores.shape[-1] * self.load().square().sum(-1)
+        return self.load().square().sum(-1) * self.scores.shape[-1]
 
     def z_loss(self) -> Tensor:
         """Mean over rows of logsumexp(logits)^2 for each layer, (L,); keeps the router's logits small."""
@@ -72,7 +72,7 @@ class HiLoMoELinear(nn.Linear):
             as the paper's formulas do.
         bias: whether there is b.
         device: of the parameters.
-        dtype: of the parameters; routing is float32 whatever it is.
+        dtype: of the parameters; routing is float32 at least.
 
     Attributes:
         experts_active: False computes the plain linear only. With `lora_B` zero the output is the same bit for bit.
@@ -140,46 +140,51 @@ class HiLoMoELinear(nn.Linear):
         base = F.linear(x, self.weight, self.bias)
         if not self.experts_active:
             return base
-        rows = x.flatten(0, -2)
+        rows = x.reshape(-1, self.in_features)
         down = F.linear(rows, self.lora_A)
         routing = self.route(down)
         if self.record_routing:
             self.routing = routing
         weighted = down * routing.scores.flatten(1).to(down.dtype)
-        return torch.addmm(base.flatten(0, -2), weighted, self.lora_B.t().to(down.dtype)).view_as(base)
+        return torch.addmm(base.reshape(-1, self.out_features), weighted, self.lora_B.t().to(down.dtype)).view_as(base)
 
     def route(self, down: Tensor) -> Routing:
-        """Scores of every layer from the down-projection h = V x, (N, L K).
-
-        Float32 throughout, autocast or not: the scores of a layer feed the next one's logits.
-        """
-        with torch.autocast(down.device.type, enabled=False):
-            scale = self.in_features**-0.5
-            keys = self.lora_A.float()
-            gram = keys @ keys.t()
-            first = down.float()
-            logits: list[Tensor] = []
-            scores: list[Tensor] = []
-            for layer in range(self.num_layers):
-                here = slice(layer * self.num_experts, (layer + 1) * self.num_experts)
-                query = first[:, here]
-                if layer:
-                    query = torch.addmm(query, torch.cat(scores, 1), gram[: here.start, here])
-                logits.append(query * scale)
-                scores.append(self._normalise(logits[-1]))
-            return Routing(torch.stack(logits, 1), torch.stack(scores, 1))
-
-    def _normalise(self, logits: Tensor) -> Tensor:
-        if self.top_k is None or self.top_k == self.num_experts:
-            return logits.softmax(-1)
-        kept, experts = logits.topk(self.top_k, -1)
-        return torch.zeros_like(logits).scatter(-1, experts, kept.softmax(-1))
+        """Scores of every layer from the down-projection h = V x, (N, L K)."""
+        return _route(down, self.lora_A, self.num_layers, self.num_experts, self.top_k)
 
     def extra_repr(self) -> str:
         """Sizes as nn.Linear shows them, and the experts."""
         return (
             f"{super().extra_repr()}, num_layers={self.num_layers}, num_experts={self.num_experts}, top_k={self.top_k}"
         )
+
+
+@torch.fx.wrap  # autocast's switch is nothing that symbolic tracing can record
+def _route(down: Tensor, keys: Tensor, num_layers: int, num_experts: int, top_k: int | None) -> Routing:
+    """Float32 at least, autocast or not: the scores of a layer feed the next one's logits."""
+    with torch.autocast(down.device.type, enabled=False):
+        precision = torch.promote_types(keys.dtype, torch.float32)
+        scale = keys.shape[1] ** -0.5
+        keys = keys.to(precision)
+        gram = keys @ keys.t()
+        first = down.to(precision)
+        logits: list[Tensor] = []
+        scores: list[Tensor] = []
+        for layer in range(num_layers):
+            here = slice(layer * num_experts, (layer + 1) * num_experts)
+            query = first[:, here]
+            if layer:
+                query = torch.addmm(query, torch.cat(scores, 1), gram[: here.start, here])
+            logits.append(query * scale)
+            scores.append(_normalise(logits[-1], top_k))
+        return Routing(torch.stack(logits, 1), torch.stack(scores, 1))
+
+
+def _normalise(logits: Tensor, top_k: int | None) -> Tensor:
+    if top_k is None or top_k == logits.shape[-1]:
+        return logits.softmax(-1)
+    kept, experts = logits.topk(top_k, -1)
+    return torch.zeros_like(logits).scatter(-1, experts, kept.softmax(-1))
 
 
 def hilomoe_layers(module: nn.Module) -> dict[str, HiLoMoELinear]:

@@ -123,7 +123,7 @@ def _data_parallel_optimizer(
 
 @torch.no_grad()
 def _initialise_tables(collection: nn.Module, tables: Mapping[str, TableConfig], seed: int) -> None:
-    """TorchRec's default, uniform within +-sqrt(1 / rows), drawn in blocks of rows that each have a seed of their own."""
+    """TorchRec's default, uniform within +-sqrt(1 / rows), drawn in blocks of rows with a seed each."""
     for name, value in collection.state_dict().items():
         table = tables[_table_of(name)]
         for local, row, column in _local_parts(value):

@@ -143,7 +143,7 @@ def _table_optimizer_state(sharded: ShardedRanker) -> dict[str, Any]:
 
 
 def _optimizer_state(name: str, optimizer: KeyedOptimizer) -> dict[str, Tensor | ShardedTensor]:
-    """Every tensor of an optimizer's state under a flat name. Learning rates are the config's, so they are not state."""
+    """Every tensor of an optimizer's state under a flat name; learning rates are the config's, not state."""
     return dict(_flatten(f"optimizer.{name}", optimizer.state_dict()["state"]))
 
 

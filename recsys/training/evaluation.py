@@ -23,7 +23,7 @@ from recsys.training.metrics import BinaryMetrics, Metrics
 def evaluate_checkpoint(
     directory: str, split: str, overrides: Sequence[str] = (), *, as_json: bool = False
 ) -> dict[str, Metrics]:
-    """Figures of a checkpoint's model on a split, printed by the first rank; `reference` beside `model` if there is one.
+    """Figures of a checkpoint's model on a split, printed by the first rank; those of a reference column beside it.
 
     Args:
         directory: of the checkpoint.

@@ -1,7 +1,7 @@
 """Binary classification metrics over all ranks: the same figures for any world size."""
 
 from dataclasses import asdict, dataclass
-from math import log
+from math import isnan, log
 
 import numpy as np
 import torch
@@ -10,8 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from recsys.config import UserError
+
 _LOGIT_RANGE = 16.0
 """Bins of the AUC beyond its exact limit are even in logit space over +-this, so rare clicks are resolved as well."""
+
+
+class DivergedError(UserError):
+    """The model predicts NaN, so that nothing measured of it means anything."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +83,18 @@ class BinaryMetrics:
             self._bin_kept()
 
     def compute(self) -> Metrics:
-        """The figures over all ranks, the same on each; a collective call."""
+        """The figures over all ranks, the same on each; a collective call.
+
+        Raises:
+            DivergedError: a prediction is NaN.
+        """
         sums = torch.zeros(3, dtype=torch.float64) if self._sums is None else self._sums.cpu()
         totals = torch.cat([sums, torch.tensor([self._examples], dtype=torch.float64)])
         dist.all_reduce(totals)
         positives, predicted, loss = totals[:3].tolist()
         examples = int(totals[3])
+        if isnan(loss):
+            raise DivergedError("the model predicts NaN: training has diverged; lower the stage's learning rates")
         if examples == 0:
             return Metrics(0, 0, None, 0.0, None, None, None)
         auc, error = self._exact_auc() if examples <= self._exact_examples else self._binned_auc()
@@ -135,7 +147,8 @@ class BinaryMetrics:
             device = self._kept[0][0].device if self._kept else None
             self._bins = torch.zeros(2 * self._num_bins, dtype=torch.int64, device=device).view(2, -1)
         for logits, labels in self._kept:
-            place = (logits / (2 * _LOGIT_RANGE) + 0.5).clamp(0, 1) * (self._num_bins - 1)
+            # NaN has no place, and fails when the figures are computed.
+            place = (logits.nan_to_num(0.0) / (2 * _LOGIT_RANGE) + 0.5).clamp(0, 1) * (self._num_bins - 1)
             index = place.round().long() + labels.long() * self._num_bins
             self._bins.view(-1).scatter_add_(0, index, torch.ones_like(index))
         self._kept = []

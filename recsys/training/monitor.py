@@ -184,7 +184,7 @@ def _summary_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     if summary["test"]:
         rows.append(row("test", None, summary["test"]))
     if summary["reference"]:
-        rows.append(row("test, reference", None, summary["reference"]))
+        rows.append(row(f"test, {summary['reference']['column']}", None, summary["reference"]))
     return rows
 
 

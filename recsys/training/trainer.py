@@ -139,7 +139,7 @@ class Trainer:
             "stages": stages,
             "valid": valid.as_dict() if valid else None,
             "test": test.as_dict() if test else None,
-            "reference": reference.as_dict() if reference else None,
+            "reference": {"column": config.data.reference, **reference.as_dict()} if reference else None,
             "examples_per_second": sum(stage["examples"] for stage in stages.values()) / seconds,
             "checkpoint": str(checkpoint),
             "world_size": self.ranks.world_size,
@@ -234,7 +234,7 @@ class Trainer:
     def _steps(
         self, pipeline: TrainPipelineSparseDist[Any, Any], stage: Stage, stage_step: int, loader: Loader
     ) -> Iterator[tuple[int, int, float]]:
-        """Take the steps of one epoch, or those left of the stage; yields stage step, examples, seconds not training."""
+        """Take the steps of one epoch, or those left of the stage; yields stage step, examples, seconds paused."""
         epoch, logging = self._epoch(self._progress.epoch), self.config.logging
         self.sharded.ranker.train()
         batches = islice(iter(loader), stage.num_steps - stage_step)

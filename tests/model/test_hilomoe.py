@@ -1,0 +1,431 @@
+"""What a faithful HiLoMoE layer must show (arXiv 2510.10432), against the paper's formulas written literally."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from recsys.model.hilomoe import HiLoMoELinear, Routing, hilomoe_layers
+
+ROWS, D_IN, D_OUT, L, K = 5, 12, 7, 3, 4
+
+
+def make(
+    d_in: int = D_IN,
+    d_out: int = D_OUT,
+    num_layers: int = L,
+    num_experts: int = K,
+    *,
+    top_k: int | None = None,
+    dtype: torch.dtype = torch.float64,
+    bias: bool = True,
+    zero_up: bool = False,
+) -> HiLoMoELinear:
+    """A recording layer with random U (zero with `zero_up`)."""
+    torch.manual_seed(3)
+    layer = HiLoMoELinear(d_in, d_out, num_layers, num_experts, top_k=top_k, bias=bias, dtype=dtype)
+    if not zero_up:
+        nn.init.normal_(layer.lora_B)
+    layer.record_routing = True
+    return layer
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*(shape or (ROWS, D_IN)), generator=torch.Generator().manual_seed(5), dtype=dtype)
+
+
+def factors(layer: HiLoMoELinear) -> list[tuple[Tensor, Tensor]]:
+    """(U_l, V_l) of each layer of experts."""
+    return list(zip(layer.lora_B.split(layer.num_experts, 1), layer.lora_A.split(layer.num_experts, 0), strict=True))
+
+
+def literal(layer: HiLoMoELinear, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The paper's formulas a row and a layer of experts at a time, W materialised: y (N, D_out), s (N, L, K)."""
+    outputs, scores = [], []
+    for row in x:
+        weight, query, of_row = layer.weight, row, []
+        for up, down in factors(layer):
+            logits = down @ query / layer.in_features**0.5
+            if layer.top_k is not None:
+                logits = logits.masked_fill(logits < logits.topk(layer.top_k).values[-1], -torch.inf)
+            score = logits.softmax(0)
+            query = query + down.T @ score
+            weight = weight + up @ score.diag() @ down
+            of_row.append(score)
+        outputs.append(weight @ row + (0 if layer.bias is None else layer.bias))
+        scores.append(torch.stack(of_row))
+    return torch.stack(outputs), torch.stack(scores)
+
+
+def routing_of(layer: HiLoMoELinear, x: Tensor) -> Routing:
+    layer(x)
+    assert layer.routing is not None
+    return layer.routing
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)  # rounding errors have no strict bound
+@given(
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.booleans(),
+    st.data(),
+)
+def test_fused_form_equals_the_literal_formula(
+    d_in: int, d_out: int, num_layers: int, num_experts: int, bias: bool, data: st.DataObject
+) -> None:
+    top_k = data.draw(st.none() | st.integers(1, num_experts))
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        layer = make(d_in, d_out, num_layers, num_experts, top_k=top_k, bias=bias, dtype=dtype)
+        x = inputs(ROWS, d_in, dtype=dtype)
+        y, scores = literal(layer, x)
+        torch.testing.assert_close(layer(x), y, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(routing_of(layer, x).scores, scores, rtol=tolerance, atol=tolerance)
+
+
+def test_gradients_equal_those_of_the_literal_formula() -> None:
+    layer, x = make(), inputs().requires_grad_()
+    leaves = [x, *layer.parameters()]
+    fused = torch.autograd.grad(layer(x).square().sum(), leaves)
+    reference = torch.autograd.grad(literal(layer, x)[0].square().sum(), leaves)
+    for got, wanted in zip(fused, reference, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("top_k", [None, 1])
+def test_zero_up_projections_leave_the_linear_bit_for_bit(dtype: torch.dtype, top_k: int | None) -> None:
+    layer = make(dtype=dtype, top_k=top_k, zero_up=True)
+    nn.init.normal_(layer.lora_A, std=9.0)
+    x = inputs(dtype=dtype)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_at_zero_up_projections_only_they_and_the_auxiliary_losses_move_the_experts() -> None:
+    layer = make(zero_up=True)
+    labels = torch.ones(ROWS, dtype=torch.float64)
+    F.binary_cross_entropy_with_logits(layer(inputs()).sum(1), labels).backward()
+    assert layer.lora_A.grad is not None and layer.lora_B.grad is not None
+    assert torch.equal(layer.lora_A.grad, torch.zeros_like(layer.lora_A))
+    assert layer.lora_B.grad.abs().min() > 0
+    for auxiliary in ("balance_loss", "z_loss"):
+        (gradient,) = torch.autograd.grad(getattr(routing_of(layer, inputs()), auxiliary)().sum(), [layer.lora_A])
+        assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize(("d_in", "d_out"), [(12, 12), (12, 7), (3, 20)])
+def test_experts_have_d_in_plus_d_out_parameters_each_and_the_router_none(d_in: int, d_out: int) -> None:
+    layer, plain = make(d_in, d_out), nn.Linear(d_in, d_out)
+    experts = sum(parameter.numel() for parameter in layer.expert_parameters())
+    assert experts == (d_in + d_out) * L * K
+    assert sum(p.numel() for p in layer.parameters()) == experts + sum(p.numel() for p in plain.parameters())
+
+
+def test_scores_lie_on_the_simplex_and_are_uniform_for_zero_keys() -> None:
+    layer = make()
+    scores = routing_of(layer, 50 * inputs()).scores
+    assert scores.shape == (ROWS, L, K)
+    assert scores.min() >= 0
+    torch.testing.assert_close(scores.sum(-1), torch.ones(ROWS, L, dtype=torch.float64))
+    nn.init.zeros_(layer.lora_A)
+    assert torch.equal(routing_of(layer, inputs()).scores, torch.full((ROWS, L, K), 1 / K, dtype=torch.float64))
+
+
+def test_logits_are_scaled_by_the_square_root_of_the_input_width() -> None:
+    layer, x = make(), inputs()
+    before = routing_of(layer, x).logits[:, 0]
+    torch.testing.assert_close(before, x @ layer.lora_A[:K].T / D_IN**0.5)
+    with torch.no_grad():
+        layer.lora_A.mul_(3)
+    torch.testing.assert_close(routing_of(layer, x).logits[:, 0], 3 * before)
+
+
+def test_routing_reads_scores_of_earlier_layers_but_no_outputs() -> None:
+    layer, x = make(), inputs()
+    before = routing_of(layer, x).scores
+    with torch.no_grad():
+        layer.weight.normal_()
+        layer.lora_B.normal_()
+        assert layer.bias is not None
+        layer.bias.normal_()
+    assert torch.equal(routing_of(layer, x).scores, before)
+    with torch.no_grad():
+        layer.lora_A[:K].normal_()
+    changed = routing_of(layer, x).scores
+    assert not torch.isclose(changed[:, 1], before[:, 1]).any()
+    with torch.no_grad():
+        layer.lora_A[2 * K :].normal_()
+    later = routing_of(layer, x).scores
+    assert torch.equal(later[:, :2], changed[:, :2])
+    assert not torch.isclose(later[:, 2], changed[:, 2]).any()
+
+
+def output_for_scores(layer: HiLoMoELinear, x: Tensor, scores: Tensor, order: list[int]) -> Tensor:
+    """W x + b + sum_l U_l (s_l * V_l x), the layers taken in the given order."""
+    parts = factors(layer)
+    experts = sum((scores[:, i] * (x @ parts[i][1].T)) @ parts[i][0].T for i in order)
+    return F.linear(x, layer.weight, layer.bias) + experts
+
+
+def test_all_layers_act_on_the_same_input() -> None:
+    layer, x = make(), inputs()
+    scores = routing_of(layer, x).scores
+    for order in ([0, 1, 2], [2, 0, 1]):
+        torch.testing.assert_close(layer(x), output_for_scores(layer, x, scores, order), rtol=1e-12, atol=1e-12)
+
+
+def test_output_does_not_depend_on_the_order_of_experts_within_a_layer() -> None:
+    layer, x = make(), inputs()
+    before, scores = layer(x), routing_of(layer, x).scores
+    order = torch.tensor([2, 0, 3, 1])
+    with torch.no_grad():
+        layer.lora_A[K : 2 * K] = layer.lora_A[K : 2 * K][order]
+        layer.lora_B[:, K : 2 * K] = layer.lora_B[:, K : 2 * K][:, order]
+    torch.testing.assert_close(layer(x), before, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(routing_of(layer, x).scores[:, 1], scores[:, 1][:, order])
+
+
+@pytest.mark.parametrize(("num_layers", "num_experts"), [(0, K), (L, 0), (0, 0)])
+def test_no_layers_or_no_experts_leave_the_plain_linear(num_layers: int, num_experts: int) -> None:
+    layer, x = make(num_layers=num_layers, num_experts=num_experts), inputs()
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert layer.routing is None
+    assert sum(parameter.numel() for parameter in layer.expert_parameters()) == 0
+
+
+def test_one_expert_a_layer_is_a_plain_lora_of_rank_l() -> None:
+    layer, x = make(num_experts=1), inputs()
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight + layer.lora_B @ layer.lora_A, layer.bias))
+    assert torch.equal(routing_of(layer, x).scores, torch.ones(ROWS, L, 1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("d", "num_layers", "num_experts"), [(12, 2, 3), (4, 3, 4)])
+def test_rank_of_the_perturbation_is_the_number_of_experts_at_most(d: int, num_layers: int, num_experts: int) -> None:
+    layer = make(d, d, num_layers, num_experts)
+    for scores in routing_of(layer, inputs(ROWS, d)).scores:
+        delta = layer.lora_B @ scores.flatten().diag() @ layer.lora_A
+        assert torch.linalg.matrix_rank(delta) == min(d, num_layers * num_experts)
+
+
+class LargestOutput(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def test_no_weight_is_ever_materialised_for_each_row() -> None:
+    rows, d = 64, 40
+    layer, x = make(d, d, dtype=torch.float32), inputs(rows, d, dtype=torch.float32)
+    with LargestOutput() as largest:
+        layer(x).sum().backward()
+    assert rows * d <= largest.numel < rows * d * 2
+    with LargestOutput() as largest:
+        literal(layer, x[:1])
+    assert largest.numel >= d * d  # the recorder does see a materialised weight
+
+
+@pytest.mark.parametrize(
+    ("rows", "d_in", "d_out", "num_layers", "num_experts"), [(32, 16, 16, 3, 4), (9, 20, 6, 1, 5), (7, 8, 24, 5, 2)]
+)
+def test_flops_are_those_of_the_expert_space_form(
+    rows: int, d_in: int, d_out: int, num_layers: int, num_experts: int
+) -> None:
+    layer = make(d_in, d_out, num_layers, num_experts, dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        layer(inputs(rows, d_in, dtype=torch.float32))
+    experts = num_layers * num_experts
+    routing = num_experts**2 * num_layers * (num_layers - 1) // 2
+    a_row = d_in * d_out + experts * d_in + experts * d_out + routing
+    assert counter.get_total_flops() == 2 * (rows * a_row + experts**2 * d_in)
+    layer.experts_active = False
+    with FlopCounterMode(display=False) as counter:
+        layer(inputs(rows, d_in, dtype=torch.float32))
+    assert counter.get_total_flops() == 2 * rows * d_in * d_out
+
+
+def test_routing_in_expert_space_needs_fewer_flops_than_the_formula() -> None:
+    rows, d = 4096, 64
+    layer = make(d, d, dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        layer(inputs(rows, d, dtype=torch.float32))
+    assert counter.get_total_flops() < 2 * rows * (d * d + (4 * L - 2) * K * d)
+
+
+def routing_with(scores: Tensor) -> Routing:
+    return Routing(logits=torch.zeros_like(scores), scores=scores)
+
+
+def test_balance_loss_is_1_at_uniform_load_and_k_at_collapse() -> None:
+    uniform = routing_with(torch.full((6, L, K), 1 / K))
+    torch.testing.assert_close(uniform.balance_loss(), torch.ones(L))
+    torch.testing.assert_close(uniform.entropy(), torch.full((L,), float(K)).log())
+    spread = routing_with(torch.eye(K).unsqueeze(1).expand(K, L, K))  # each row another expert: the load is uniform
+    torch.testing.assert_close(spread.balance_loss(), torch.ones(L))
+    torch.testing.assert_close(spread.entropy(), torch.zeros(L))
+    collapsed = routing_with(F.one_hot(torch.zeros(6, L, dtype=torch.int64), K).float())
+    torch.testing.assert_close(collapsed.balance_loss(), torch.full((L,), float(K)))
+    torch.testing.assert_close(collapsed.load(), F.one_hot(torch.zeros(L, dtype=torch.int64), K).float())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 99))
+def test_balance_loss_lies_between_1_and_k_for_any_scores(rows: int, num_experts: int, seed: int) -> None:
+    scores = torch.randn(rows, 2, num_experts, generator=torch.Generator().manual_seed(seed)).mul(5).softmax(-1)
+    loss = routing_with(scores).balance_loss()
+    assert (loss >= 1 - 1e-5).all() and (loss <= num_experts + 1e-5).all()
+
+
+def test_z_loss_is_the_mean_squared_logsumexp_and_positive() -> None:
+    routing = routing_of(make(), inputs())
+    wanted = routing.logits.exp().sum(-1).log().square().mean(0)
+    torch.testing.assert_close(routing.z_loss(), wanted)
+    assert (routing.z_loss() > 0).all()
+
+
+@pytest.mark.parametrize("top_k", [1, 2, K])
+def test_top_k_keeps_the_largest_logits_and_renormalises_them(top_k: int) -> None:
+    routing = routing_of(make(top_k=top_k), inputs())
+    assert ((routing.scores > 0).sum(-1) == top_k).all()
+    torch.testing.assert_close(routing.scores.sum(-1), torch.ones(ROWS, L, dtype=torch.float64))
+    kept, experts = routing.logits.topk(top_k, -1)
+    torch.testing.assert_close(routing.scores.gather(-1, experts), kept.softmax(-1))
+    assert (routing.logits != 0).all()  # the z-loss sees the logits before the mask
+
+
+def test_top_k_of_all_experts_is_dense_routing() -> None:
+    assert torch.equal(make(top_k=K)(inputs()), make()(inputs()))
+
+
+@pytest.mark.parametrize("shape", [(D_IN,), (2, D_IN), (2, 3, D_IN), (2, 1, 3, D_IN), (0, D_IN), (2, 0, D_IN)])
+def test_any_leading_shape_is_taken_as_by_a_linear(shape: tuple[int, ...]) -> None:
+    layer, x = make(), inputs(*shape)
+    y = layer(x)
+    assert y.shape == F.linear(x, layer.weight).shape
+    torch.testing.assert_close(y.reshape(-1, D_OUT), layer(x.reshape(-1, D_IN)))
+
+
+def test_inputs_that_are_not_contiguous_are_taken() -> None:
+    layer, x = make(), inputs(D_IN, 3, ROWS)
+    torch.testing.assert_close(layer(x.permute(2, 1, 0)), layer(x.permute(2, 1, 0).contiguous()))
+
+
+def test_no_rows_give_finite_auxiliary_losses_and_gradients() -> None:
+    layer = make()
+    y = layer(inputs(0, D_IN))
+    routing = layer.routing
+    assert routing is not None
+    loss = y.sum() + routing.balance_loss().sum() + routing.z_loss().sum()
+    loss.backward()
+    assert loss.item() == 0
+    for parameter in layer.parameters():
+        assert parameter.grad is not None and not parameter.grad.any()
+    assert routing.entropy().tolist() == [0] * L
+
+
+def test_state_dict_extends_that_of_the_linear() -> None:
+    linear, layer = nn.Linear(D_IN, D_OUT), make(dtype=torch.float32, zero_up=True)
+    assert set(layer.state_dict()) - set(linear.state_dict()) == {"lora_A", "lora_B"}
+    result = layer.load_state_dict(linear.state_dict(), strict=False)
+    assert not result.unexpected_keys and set(result.missing_keys) == {"lora_A", "lora_B"}
+    x = inputs(dtype=torch.float32)
+    assert torch.equal(layer(x), linear(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_experts_attached_to_a_linear_change_nothing(bias: bool) -> None:
+    linear, x = nn.Linear(D_IN, D_OUT, bias=bias, dtype=torch.float64), inputs()
+    layer = HiLoMoELinear.from_linear(linear, L, K, top_k=2)
+    assert torch.equal(layer(x), linear(x))
+    assert layer.weight.data_ptr() != linear.weight.data_ptr()
+    assert (layer.num_layers, layer.num_experts, layer.top_k) == (L, K, 2)
+
+
+def test_inactive_experts_are_not_computed() -> None:
+    layer, x = make(), inputs()
+    layer.experts_active = False
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert layer.routing is None
+
+
+def test_layers_of_keys_start_with_their_own_xavier_bound() -> None:
+    layer = make(100, 7, 2, 20)
+    bound = (6 / (100 + 20)) ** 0.5
+    for keys in layer.lora_A.split(20):
+        assert 0.9 * bound < keys.abs().max() <= bound
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_experts", "top_k"), [(-1, 2, None), (2, -1, None), (2, 3, 0), (2, 3, 4), (2, 0, 1)]
+)
+def test_impossible_sizes_are_refused(num_layers: int, num_experts: int, top_k: int | None) -> None:
+    with pytest.raises(ValueError, match="must"):
+        HiLoMoELinear(4, 4, num_layers, num_experts, top_k=top_k)
+
+
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
+def test_bfloat16_routes_in_float32(parameters: torch.dtype) -> None:
+    layer, x = make(dtype=torch.float32), inputs(dtype=torch.float32)
+    reference, scores = layer(x), routing_of(layer, x).scores
+    layer.to(parameters)
+    with torch.autocast("cpu", torch.bfloat16, enabled=parameters == torch.float32):
+        y = layer(x.to(parameters))
+    assert y.dtype == torch.bfloat16
+    assert layer.routing is not None
+    assert layer.routing.scores.dtype == layer.routing.logits.dtype == torch.float32
+    torch.testing.assert_close(layer.routing.scores, scores, rtol=0.05, atol=0.02)
+    torch.testing.assert_close(layer.routing.scores.sum(-1), torch.ones(ROWS, L))  # to float32's accuracy
+    torch.testing.assert_close(y.float(), reference, rtol=0.05, atol=0.1)
+    y.sum().backward()
+    assert layer.lora_A.grad is not None and layer.lora_A.grad.isfinite().all()
+
+
+def test_symbolic_trace_computes_the_same() -> None:
+    layer = make(top_k=2)
+    traced = torch.fx.symbolic_trace(layer)
+    for x in (inputs(), inputs(2, 3, D_IN)):
+        torch.testing.assert_close(traced(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_exported_program_computes_the_same_for_any_number_of_rows() -> None:
+    layer = make(dtype=torch.float32)
+    layer.record_routing = False
+    program = torch.export.export(
+        layer, (inputs(dtype=torch.float32),), dynamic_shapes=({0: torch.export.Dim("rows")},)
+    )
+    for rows in (2, 11):
+        x = inputs(rows, D_IN, dtype=torch.float32)
+        torch.testing.assert_close(program.module()(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiled_layer_has_no_graph_break_and_computes_the_same() -> None:
+    layer, x = make(dtype=torch.float32), inputs(dtype=torch.float32)
+    wanted = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    layer.record_routing = False
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+    found = torch.autograd.grad(compiled(x).square().sum(), list(layer.parameters()))
+    for got, reference in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, reference)
+
+
+def test_layers_are_listed_by_name_in_order() -> None:
+    module = nn.Sequential(make(), nn.ReLU(), nn.Sequential(nn.Linear(2, 2), make()))
+    assert list(hilomoe_layers(module)) == ["0", "2.1"]

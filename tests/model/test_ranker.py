@@ -1,0 +1,208 @@
+"""The ranker: features by name, freezing without a graph, losses that add up over ranks and batches."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import write_tiny_config
+from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
+
+from recsys.config import Config, load_config
+from recsys.data.batch import Batch
+from recsys.model.hilomoe import hilomoe_layers
+from recsys.model.ranker import Ranker, RankerOutput, build_dense_arch, build_ranker
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return load_config(write_tiny_config(tmp_path / "tiny.yaml", tmp_path, tmp_path))
+
+
+@pytest.fixture
+def ranker(config: Config) -> Ranker:
+    """With tables on the CPU and experts that do something."""
+    torch.manual_seed(0)
+    ranker = build_ranker(config, seed=1, device=CPU)
+    for layer in hilomoe_layers(ranker).values():
+        nn.init.normal_(layer.lora_B)
+    return ranker
+
+
+def make_batch(rows: Sequence[int], *, loss_scale: float) -> Batch:
+    """Rows of a fixed set of 12 examples; row r has r % 3 tags."""
+    dense = torch.randn(12, 2, generator=torch.Generator().manual_seed(2))
+    ids = [[[row] for row in rows], [[2 * row] if row % 4 else [] for row in rows], [[row] * (row % 3) for row in rows]]
+    return Batch(
+        dense_features=dense[list(rows)],
+        sparse_features=KeyedJaggedTensor(
+            keys=["user", "item", "tags"],
+            values=torch.tensor([i for feature in ids for bag in feature for i in bag], dtype=torch.int64),
+            lengths=torch.tensor([len(bag) for feature in ids for bag in feature], dtype=torch.int32),
+            stride=len(rows),
+        ),
+        labels=torch.tensor([row % 2 for row in rows], dtype=torch.float32),
+        reference=torch.empty(0, dtype=torch.float64),
+        loss_scale=loss_scale,
+    )
+
+
+def gradients(ranker: Ranker, batch: Batch) -> tuple[RankerOutput, dict[str, Tensor]]:
+    ranker.zero_grad(set_to_none=True)
+    loss, output = ranker(batch)
+    loss.backward()
+    return output, {name: p.grad for name, p in ranker.named_parameters() if p.grad is not None}
+
+
+class PlannedCollection(nn.Module):
+    """Yields the pooled features of a collection in another order, as a sharded one does."""
+
+    def __init__(self, collection: EmbeddingBagCollection, order: Sequence[str]) -> None:
+        super().__init__()
+        self.collection, self.order = collection, order
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        pooled = self.collection(features).to_dict()
+        return KeyedTensor(
+            list(self.order),
+            [pooled[key].shape[1] for key in self.order],
+            torch.cat([pooled[k] for k in self.order], 1),
+        )
+
+
+class BagSizes(nn.Module):
+    """Pools the number of ids of each bag; takes no rows at all too, which TorchRec's does only when sharded."""
+
+    def __init__(self, dims: dict[str, int]) -> None:
+        super().__init__()
+        self.dims = dims
+        self.weight = nn.Parameter(torch.ones(len(dims), sum(dims.values())))
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        sizes = features.lengths().view(len(self.dims), -1).t().float()
+        return KeyedTensor(list(self.dims), list(self.dims.values()), sizes @ self.weight)
+
+
+@pytest.mark.parametrize("order", [["tags", "user", "item"], ["item", "tags", "user"]])
+def test_logits_do_not_depend_on_the_order_in_which_features_are_pooled(ranker: Ranker, order: list[str]) -> None:
+    batch = make_batch(range(12), loss_scale=1 / 12)
+    _, wanted = ranker(batch)
+    planned = Ranker(PlannedCollection(ranker.embedding_bag_collection, order), ranker.dense_arch, ranker.feature_names)
+    _, found = planned(batch)
+    assert torch.equal(found.logits, wanted.logits)
+    planned.feature_names = order
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(planned(batch)[1].logits, wanted.logits)
+
+
+def test_frozen_embeddings_have_no_graph_and_the_same_logits(ranker: Ranker) -> None:
+    batch = make_batch(range(12), loss_scale=1 / 12)
+    free, free_gradients = gradients(ranker, batch)
+    seen = []
+    ranker.dense_arch.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    ranker.embeddings_frozen = True
+    frozen, frozen_gradients = gradients(ranker, batch)
+    (pooled,) = seen
+    assert not pooled.requires_grad
+    assert torch.equal(frozen.logits, free.logits)
+    tables = {name for name in free_gradients if name.startswith("embedding_bag_collection.")}
+    assert len(tables) == 3
+    assert set(frozen_gradients) == set(free_gradients) - tables
+    for name, gradient in frozen_gradients.items():
+        torch.testing.assert_close(gradient, free_gradients[name])
+
+
+def test_gradients_reach_every_parameter(ranker: Ranker) -> None:
+    _, found = gradients(ranker, make_batch(range(12), loss_scale=1 / 12))
+    assert set(found) == {name for name, _ in ranker.named_parameters()}
+    assert all(gradient.any() for gradient in found.values())
+
+
+@pytest.mark.parametrize("cut", [6, 2, 11])
+def test_mean_over_ranks_of_scaled_losses_is_that_of_the_whole_batch(ranker: Ranker, cut: int) -> None:
+    whole, whole_gradients = gradients(ranker, make_batch(range(12), loss_scale=1 / 12))
+    halves = [gradients(ranker, make_batch(rows, loss_scale=2 / 12)) for rows in (range(cut), range(cut, 12))]
+    torch.testing.assert_close(sum(output.bce for output, _ in halves) / 2, whole.bce)
+    for name, gradient in whole_gradients.items():
+        mean = sum(part[name] for _, part in halves) / 2
+        torch.testing.assert_close(mean, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_total_loss_is_the_weighted_sum_of_its_parts(ranker: Ranker) -> None:
+    ranker.balance_weight, ranker.z_weight = 0.3, 0.7
+    loss, output = ranker(make_batch(range(12), loss_scale=1 / 12))
+    assert output.balance > 0 and output.z > 0
+    torch.testing.assert_close(loss.detach(), output.bce + 0.3 * output.balance + 0.7 * output.z)
+    assert not any(tensor.requires_grad for tensor in output)
+    wanted = nn.functional.binary_cross_entropy_with_logits(output.logits, output.labels)
+    torch.testing.assert_close(output.bce, wanted)
+
+
+def test_auxiliary_losses_are_means_over_all_expert_layers(ranker: Ranker) -> None:
+    _, output = ranker(make_batch(range(12), loss_scale=1 / 12))
+    routings = [layer.routing for layer in hilomoe_layers(ranker).values()]
+    losses = torch.cat([routing.balance_loss() for routing in routings if routing is not None])
+    assert len(losses) == 4
+    torch.testing.assert_close(output.balance, losses.mean())
+
+
+def test_auxiliary_losses_are_zero_while_no_expert_is_active(ranker: Ranker) -> None:
+    ranker.balance_weight = ranker.z_weight = 1.0
+    batch = make_batch(range(12), loss_scale=1 / 12)
+    ranker(batch)  # leaves routings behind, which must not count any more
+    for layer in hilomoe_layers(ranker).values():
+        layer.experts_active = False
+    loss, output = ranker(batch)
+    assert output.balance == output.z == 0
+    assert torch.equal(loss, output.bce)
+
+
+def test_empty_batch_gives_zero_loss_and_zero_gradients(ranker: Ranker) -> None:
+    ranker = Ranker(BagSizes({"user": 8, "item": 8, "tags": 4}), ranker.dense_arch, ranker.feature_names)
+    ranker.balance_weight = ranker.z_weight = 1.0
+    loss, output = ranker(make_batch([], loss_scale=2 / 12))
+    loss.backward()
+    assert loss == output.bce == output.balance == output.z == 0
+    assert output.logits.shape == output.labels.shape == (0,)
+    for name, parameter in ranker.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_initial_weights_depend_on_the_seed_alone(config: Config) -> None:
+    one = build_ranker(config, seed=1).dense_arch.state_dict()
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    again, other = build_ranker(config, seed=1).dense_arch.state_dict(), build_ranker(config, seed=2).dense_arch
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(again[name], weight) for name, weight in one.items())
+    assert not torch.equal(other.state_dict()["tower.linears.0.weight"], one["tower.linears.0.weight"])
+
+
+def test_tables_follow_the_config(config: Config) -> None:
+    collection = build_ranker(config, seed=1).embedding_bag_collection
+    assert isinstance(collection, EmbeddingBagCollection)
+    found = {table.name: table for table in collection.embedding_bag_configs()}
+    assert all(isinstance(table, EmbeddingBagConfig) for table in found.values())
+    assert {name: (t.num_embeddings, t.embedding_dim, t.feature_names) for name, t in found.items()} == {
+        "user": (40, 8, ["user"]),
+        "item": (30, 8, ["item"]),
+        "tag": (12, 4, ["tags"]),
+    }
+    assert [found[name].pooling.value for name in ("user", "item", "tag")] == ["MEAN", "MEAN", "SUM"]
+    assert all(parameter.is_meta for parameter in collection.parameters())
+
+
+@pytest.mark.parametrize("tower", ["{type: mlp, hidden: []}", "{type: dcn_v2, hidden: [4]}", "{type: transformer}"])
+@pytest.mark.parametrize("num_dense_features", [0, 2])
+@pytest.mark.parametrize("experts", [True, False])
+def test_every_tower_gives_one_logit_a_row(tmp_path: Path, tower: str, num_dense_features: int, experts: bool) -> None:
+    overrides = [f"model.tower={tower}"] + ([] if experts else ["model.hilomoe=null", "stages.experts=null"])
+    config = load_config(write_tiny_config(tmp_path / "tiny.yaml", tmp_path, tmp_path), overrides)
+    arch = build_dense_arch(config.model, [8, 4], num_dense_features=num_dense_features)
+    logits, balance, z = arch(torch.randn(5, 12), torch.randn(5, num_dense_features))
+    assert logits.shape == (5,)
+    active = experts and bool(hilomoe_layers(arch))
+    assert (balance > 0) == (z > 0) == active

@@ -1,0 +1,367 @@
+"""A wrong config ends in a ConfigError that names the path and what is allowed; a right one survives its own YAML."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+from tiny import tiny_config
+
+from recsys.config import Config, ConfigError, load_config
+
+Raw = dict[str, Any]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., Config]:
+    """Loads the tiny config with overrides, after `edit` changed the mapping that is written to the file."""
+
+    def load(*overrides: str, edit: Callable[[Raw], object] | None = None) -> Config:
+        raw = tiny_config(Path("log"), Path("out"))
+        if edit is not None:
+            edit(raw)
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump(raw, sort_keys=False))
+        return load_config(path, overrides)
+
+    return load
+
+
+def load_text(tmp_path: Path, text: str | bytes) -> Config:
+    path = tmp_path / "written.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "hint"),
+    [
+        ("stagez={}", "stagez", "did you mean 'stages'"),
+        ("data.batchsize=8", "data.batchsize", "did you mean 'batch_size'"),
+        ("tables.user.poling=sum", "tables.user.poling", "did you mean 'pooling'"),
+        ("model.tower.hiden=[8]", "model.tower.hiden", "did you mean 'hidden'"),
+        ("stages.joint.epoch=1", "stages.joint.epoch", "did you mean 'epochs'"),
+        ("features.sparse.user.tabel=user", "features.sparse.user.tabel", "did you mean 'table'"),
+        ("optimizers.dense.weight_decai=0.1", "optimizers.dense.weight_decai", "did you mean 'weight_decay'"),
+        ("data.zzz=1", "data.zzz", "data takes batch_size, "),
+        ("zzz=1", "zzz", "the top level takes data, device, "),
+        ("model.tower.num_heads=2", "model.tower.num_heads", "model.tower takes dropout, hidden, type"),
+    ],
+)
+def test_unknown_key_names_its_path_and_the_keys_that_exist(
+    load: Callable[..., Config], override: str, path: str, hint: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(override)
+    assert f"\n  {path}: unknown key; " in str(error.value)
+    assert hint in str(error.value)
+
+
+@pytest.mark.parametrize("table", ["street", "str", "mlp", "tuple", "type"])
+def test_names_of_tables_that_resemble_schema_words_stay_in_the_path(load: Callable[..., Config], table: str) -> None:
+    def add(raw: Raw) -> None:
+        raw["tables"][table] = {"num_embeddings": 3, "embedding_dim": "wide", "poling": "sum"}
+
+    with pytest.raises(ConfigError) as error:
+        load(edit=add)
+    assert f"\n  tables.{table}.embedding_dim: Input should be a valid integer" in str(error.value)
+    assert f"\n  tables.{table}.poling: unknown key; did you mean 'pooling'" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "message"),
+    [
+        ("data.batch_size=many", "data.batch_size", 'valid integer, found "many"'),
+        ("data.batch_size=3.5", "data.batch_size", "valid integer, found 3.5"),
+        ("data.batch_size=true", "data.batch_size", "valid integer, found true"),
+        ("data.shuffle=1", "data.shuffle", "valid boolean, found 1"),
+        ("data.train=3", "data.train", "valid string, found 3"),
+        ("data.train=[a, 3]", "data.train.1", "valid string, found 3"),
+        ("name=3", "name", "valid string, found 3"),
+        ("tables=null", "tables", "object, found null"),
+        ("tables=[user]", "tables", "object, found"),
+        ("stages=[joint]", "stages", "object, found"),
+        ("model.tower=null", "model.tower", "object, found null"),
+        ("features.dense.x.fill=none_at_all", "features.dense.x.fill", "valid number"),
+        ("tables.user.sharding=table_wise", "tables.user.sharding", "valid array"),
+        ("optimizers.dense.betas=[0.9]", "optimizers.dense.betas.1", "missing"),
+    ],
+)
+def test_wrong_type_names_its_path_and_the_type_wanted(
+    load: Callable[..., Config], override: str, path: str, message: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(override)
+    assert any(line.startswith(f"  {path}: ") and message in line for line in str(error.value).splitlines())
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "message"),
+    [
+        ("data.batch_size=0", "data.batch_size", "greater than 0, found 0"),
+        ("seed=-1", "seed", "greater than or equal to 0, found -1"),
+        ("tables.user.embedding_dim=6", "tables.user.embedding_dim", "multiple of 4, found 6"),
+        ("tables.user.pooling=max", "tables.user.pooling", "'sum' or 'mean', found \"max\""),
+        ("tables.user.sharding=[sideways]", "tables.user.sharding.0", "'row_wise'"),
+        ("tables.user.sharding=[]", "tables.user.sharding", "at least 1 item"),
+        ("tables.user.compute_kernel=magic", "tables.user.compute_kernel", "'fused'"),
+        ("tables.user.sharding=[data_parallel, row_wise]", "tables.user", "write [data_parallel] alone"),
+        ("tables.user.compute_kernel=dense", "tables.user", "goes with sharding [data_parallel]"),
+        ("model.tower.dropout=1.0", "model.tower.dropout", "less than 1, found 1.0"),
+        ("model.tower.hidden=[8, 0]", "model.tower.hidden.1", "greater than 0, found 0"),
+        ("model.tower={type: transformer, model_dim: 10}", "model.tower", "num_heads 4 does not divide model_dim 10"),
+        ("model.hilomoe.top_k=4", "model.hilomoe", "top_k 4 exceeds num_experts 3"),
+        ("optimizers.dense.betas=[0.9, 1.0]", "optimizers.dense.betas.1", "less than 1"),
+        (
+            "optimizers.sparse={type: sgd, weight_decay: 0.1}",
+            "optimizers.sparse",
+            "fused sgd ignores weight_decay; set it to 0",
+        ),
+        ("optimizers.sparse={type: adagrad, weight_decay: 0.1}", "optimizers.sparse", "take rowwise_adagrad or adam"),
+        ("stages.joint.learning_rate=0", "stages.joint.learning_rate", "greater than 0, found 0"),
+        ("stages.joint.learning_rate=.inf", "stages.joint.learning_rate", "finite number"),
+        ("stages.joint.learning_rate=.nan", "stages.joint.learning_rate", "finite number"),
+        ("stages.joint.warmup_steps=-1", "stages.joint.warmup_steps", "greater than or equal to 0"),
+        ("stages.joint.trains=nothing", "stages.joint.trains", "'backbone', 'experts' or 'all'"),
+        ("stages.joint.epochs=1", "stages.joint", "give either epochs or steps"),
+        ("stages.joint.steps=null", "stages.joint", "give either epochs or steps"),
+        ("stages.joint.patience=1", "stages.joint", "length must be given in epochs"),
+        ("stages.joint.sparse_learning_rate=null", "stages.joint", "needs sparse_learning_rate"),
+        ("metrics.num_bins=1", "metrics.num_bins", "greater than or equal to 2"),
+        ("device=tpu", "device", "'auto', 'cpu' or 'cuda'"),
+        ("features.sparse={}", "features.sparse", "at least 1 item"),
+    ],
+)
+def test_value_out_of_range_names_its_path_and_the_range(
+    load: Callable[..., Config], override: str, path: str, message: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(override)
+    assert any(line.startswith(f"  {path}: ") and message in line for line in str(error.value).splitlines())
+
+
+@pytest.mark.parametrize(
+    ("tower", "found"), [("{type: cnn}", "found 'cnn'"), ("{hidden: [4]}", "missing"), ("{}", "missing")]
+)
+def test_unknown_or_missing_tower_type_lists_the_towers(load: Callable[..., Config], tower: str, found: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(f"model.tower={tower}")
+    assert "model.tower.type: must be one of dcn_v2, mlp, transformer, " in str(error.value)
+    assert found in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path", ["data", "tables", "features", "model", "stages", "data.train", "tables.user.num_embeddings"]
+)
+def test_missing_key_names_its_path(load: Callable[..., Config], path: str) -> None:
+    *sections, key = path.split(".")
+
+    def drop(raw: Raw) -> None:
+        section = raw
+        for name in sections:
+            section = section[name]
+        del section[key]
+
+    with pytest.raises(ConfigError, match=rf"\n  {path}: missing"):
+        load(edit=drop)
+
+
+def test_every_fault_is_listed(load: Callable[..., Config]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load("data.batch_size=0", "model.dense_dim=x", "zzz=1")
+    assert [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]] == [
+        "data.batch_size",
+        "model.dense_dim",
+        "zzz",
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.b", "a b", "", "a/b"])
+def test_names_that_no_path_can_hold_are_refused(load: Callable[..., Config], name: str) -> None:
+    def rename(raw: Raw) -> None:
+        raw["tables"][name] = raw["tables"].pop("user")
+
+    with pytest.raises(ConfigError, match=r"String should match pattern"):
+        load(edit=rename)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nseed: 2", "duplicate key 'seed'"),
+        ("data: {label: a, label: b}", "duplicate key 'label'"),
+        ("", "must be a mapping of sections, found NoneType"),
+        ("[1, 2]", "must be a mapping of sections, found list"),
+        ("just words", "must be a mapping of sections, found str"),
+        ("a: [1", "not valid YAML"),
+        ("a: 1\n---\nb: 2", "not valid YAML"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        ("? [a, b]\n: 1", "cannot be a key"),
+        ("2020-01-01: 1", "cannot be a key"),
+        ("a: &loop [*loop]", "alias"),
+    ],
+)
+def test_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str | bytes, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        load_text(tmp_path, text)
+    assert "written.yaml" in str(error.value)
+
+
+def test_yaml_cannot_make_python_objects(tmp_path: Path) -> None:
+    witness = tmp_path / "witness"
+    text = f"name: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{witness}']]"
+    with pytest.raises(ConfigError, match="python/object"):
+        load_text(tmp_path, text)
+    assert not witness.exists()
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read config .*absent\.yaml: No such file or directory.*--config"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_folder_is_no_config(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read config"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("override", ["seed", "", "=3", "data..label=x", ".seed=1", "seed.=1"])
+def test_override_that_is_no_assignment_is_refused(load: Callable[..., Config], override: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(override)
+    assert f"override {override!r} is not of the form path.to.key=value" in str(error.value)
+
+
+@pytest.mark.parametrize("override", ["seed=[1", "model={a: 1, a: 2}", "name=!!python/name:os.system"])
+def test_override_whose_value_is_no_yaml_is_refused(load: Callable[..., Config], override: str) -> None:
+    with pytest.raises(ConfigError, match="the value is not valid YAML") as error:
+        load(override)
+    assert repr(override) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"), [("name.first=x", "name"), ("model.tower.hidden.0=3", "model.tower.hidden")]
+)
+def test_override_into_a_value_is_refused(load: Callable[..., Config], override: str, value: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(override)
+    assert str(error.value) == f"override {override!r}: {value} is a value, not a section"
+
+
+def test_overrides_set_scalars_lists_and_sections(load: Callable[..., Config]) -> None:
+    config = load(
+        "stages.joint.learning_rate=1e-4",
+        "stages.joint.sparse_learning_rate=2E-3",
+        "stages.joint.z_weight=5e-1",
+        "tables.user.embedding_dim=32",
+        "model.tower={type: dcn_v2, hidden: [7]}",
+        "data.label=a=b",
+        "data.valid=[x/*.parquet, y/*.parquet]",
+        "optimizers.sparse.type=adagrad",
+    )
+    joint = config.stages["joint"]
+    assert (joint.learning_rate, joint.sparse_learning_rate, joint.z_weight) == (1e-4, 2e-3, 0.5)
+    assert config.tables["user"].embedding_dim == 32
+    assert config.model.tower.type == "dcn_v2"
+    assert config.model.tower.hidden == (7,)
+    assert config.data.label == "a=b"
+    assert config.data.patterns("valid") == ("x/*.parquet", "y/*.parquet")
+    assert config.optimizers.sparse.type == "adagrad"
+
+
+def test_later_override_wins(load: Callable[..., Config]) -> None:
+    assert load("seed=1", "seed=2").seed == 2
+
+
+@pytest.mark.parametrize("text", ["1e4", "1_000", "null", "on", "0x10", "1e-4x"])
+def test_only_numbers_are_read_as_numbers(load: Callable[..., Config], text: str) -> None:
+    found = load(f"features.dense.x.fill={text}").features.dense["x"].fill if text in ("1e4", "null") else None
+    assert found == {"1e4": 1e4}.get(text)
+    assert load(f"name='{text}'").name == text
+
+
+def test_null_leaves_a_stage_out(load: Callable[..., Config]) -> None:
+    assert list(load("stages.experts=null").stages) == ["backbone", "joint"]
+    with pytest.raises(ConfigError, match=r"stages: .*at least 1 item"):
+        load("stages.backbone=null", "stages.experts=null", "stages.joint=null")
+
+
+def test_name_and_output_dir_follow_from_the_file(load: Callable[..., Config]) -> None:
+    def drop(raw: Raw) -> None:
+        del raw["name"], raw["output_dir"]
+
+    config = load(edit=drop)
+    assert (config.name, config.output_dir) == ("tiny", "outputs/tiny")
+    assert load("name=other", edit=drop).output_dir == "outputs/other"
+
+
+def test_merge_keys_share_settings_between_stages(tmp_path: Path) -> None:
+    raw = tiny_config(Path("log"), Path("out"))
+    del raw["stages"]
+    stages = """
+stages:
+  one: &one {trains: all, epochs: 1, learning_rate: 0.1, sparse_learning_rate: 0.2}
+  two: {<<: *one, learning_rate: 0.3}
+"""
+    config = load_text(tmp_path, yaml.safe_dump(raw) + stages)
+    assert config.stages["two"] == config.stages["one"].model_copy(update={"learning_rate": 0.3})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["features.sparse.user.table=usr"], "features.sparse.user.table: no table 'usr'; there are item, tag, user"),
+        (["tables.spare={num_embeddings: 2, embedding_dim: 4}"], "tables.spare: no feature in features.sparse uses"),
+        (["features.dense.user={}"], "'user' is both a sparse and a dense feature"),
+        (["model.hilomoe=null"], "leave the stage out with stages.experts=null"),
+        (["data.valid=null", "stages.backbone.patience=1"], "stages.backbone.patience needs a valid split"),
+        (["data.valid=null", "logging.eval_every_steps=5"], "logging.eval_every_steps needs a valid split"),
+    ],
+)
+def test_reference_to_what_is_not_there_is_refused(
+    load: Callable[..., Config], overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(*overrides)
+    assert message in str(error.value)
+
+
+def test_baseline_without_experts_needs_no_expert_stage(load: Callable[..., Config]) -> None:
+    assert load("model.hilomoe=null", "stages.experts=null").model.hilomoe is None
+
+
+def test_split_that_is_not_set_is_named(load: Callable[..., Config]) -> None:
+    config = load("data.test=null")
+    assert config.data.splits == ("train", "valid")
+    with pytest.raises(ConfigError, match=r"data\.test is not set; the config has train, valid"):
+        config.data.patterns("test")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["stages.experts=null", "model.hilomoe=null"],
+        ["model.tower={type: transformer}", "tables.user.sharding=[row_wise, table_wise]"],
+        ["data.train=[ä, b]", "stages.joint.learning_rate=1e-12", "name='1e5'", "data.label='null'"],
+    ],
+)
+def test_resolved_yaml_reads_back_to_an_equal_config(
+    load: Callable[..., Config], tmp_path: Path, overrides: list[str]
+) -> None:
+    config = load(*overrides)
+    again = load_text(tmp_path, config.to_yaml())
+    assert again == config
+    assert list(again.features.sparse) == list(config.features.sparse)
+
+
+@pytest.mark.parametrize("path", ["seed", "data.batch_size", "stages.joint.steps"])
+def test_config_is_frozen(load: Callable[..., Config], path: str) -> None:
+    *sections, key = path.split(".")
+    section: Any = load()
+    for name in sections:
+        section = section[name] if isinstance(section, dict) else getattr(section, name)
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(section, key, 3)

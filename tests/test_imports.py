@@ -1,0 +1,119 @@
+"""Imports point one way: read from the source, so that what no test runs is held to it as well."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+ALLOWED: dict[str, set[str]] = {
+    "recsys": set(),
+    "recsys.config": set(),
+    "recsys.versions": set(),
+    "recsys.cli": {"recsys.config", "recsys.versions"},
+    "recsys.runtime": {"recsys.config"},
+    "recsys.data": {"recsys.config", "recsys.runtime", "recsys.data"},
+    "recsys.model": {"recsys.config", "recsys.data.batch", "recsys.model"},
+    "recsys.model.hilomoe": set(),
+    "recsys.model.towers": set(),
+    "recsys.sharding": {"recsys.config", "recsys.runtime", "recsys.model", "recsys.sharding"},
+    "recsys.training": {
+        "recsys.config",
+        "recsys.versions",
+        "recsys.runtime",
+        "recsys.data",
+        "recsys.model",
+        "recsys.sharding",
+        "recsys.training",
+    },
+    "recsys.serving": {
+        "recsys.config",
+        "recsys.versions",
+        "recsys.runtime",
+        "recsys.data",
+        "recsys.model",
+        "recsys.serving",
+    },
+}
+"""What a package or module may import of ours; the longest name that matches counts. All else is an entry."""
+
+LIBRARY = {name for name in ALLOWED if name.count(".") == 1}
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Modules of a top-level package by dotted name."""
+    found = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(source: str, ours: set[str]) -> Iterator[str]:
+    """Everything that a module imports, wherever the statement stands; `from a import b` is a.b where that is ours."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}"
+            assert node.module is not None
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield submodule if submodule in ours else node.module
+
+
+def within(module: str, packages: set[str]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+RECSYS = modules("recsys")
+
+
+@pytest.mark.parametrize("module", RECSYS)
+def test_imports_point_one_way(module: str) -> None:
+    ours = {name for name in imports(RECSYS[module].read_text(), set(RECSYS)) if within(name, {"recsys"})}
+    owners = [name for name in ALLOWED if name != "recsys" and within(module, {name})]
+    if module == "recsys":
+        allowed = ALLOWED["recsys"]
+    elif owners:
+        allowed = ALLOWED[max(owners, key=len)]
+    else:
+        allowed = LIBRARY
+    assert not {name for name in ours if not within(name, allowed)}
+
+
+def test_every_module_that_is_imported_exists() -> None:
+    for path in RECSYS.values():
+        ours = {name for name in imports(path.read_text(), set(RECSYS)) if within(name, {"recsys"})}
+        assert ours <= set(RECSYS), path
+
+
+def test_config_and_cli_start_without_torch() -> None:
+    for module in ("recsys", "recsys.config", "recsys.versions", "recsys.cli"):
+        tree = ast.parse(RECSYS[module].read_text())
+        top = "\n".join(ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
+        assert not [name for name in imports(top, set()) if within(name, {"torch", "torchrec", "fbgemm_gpu"})], module
+
+
+def test_launch_imports_neither_torch_nor_recsys() -> None:
+    for path in modules("launch").values():
+        assert not [name for name in imports(path.read_text(), set()) if within(name, {"torch", "torchrec", "recsys"})]
+
+
+def test_no_module_is_named_like_one_of_the_standard_library() -> None:
+    # A script's own folder is on sys.path, so recsys/profile.py would be the `profile` that torch imports.
+    names = {path.stem for path in (ROOT / "recsys").iterdir()} | {path.stem for path in (ROOT / "launch").glob("*.py")}
+    assert not names & set(sys.stdlib_module_names)
+
+
+def test_no_module_is_a_drawer_of_odds_and_ends() -> None:
+    for name in RECSYS:
+        assert name.rpartition(".")[2] not in {"utils", "util", "helpers", "common", "misc"}
+
+
+def test_the_reader_of_imports_sees_them_wherever_they_stand() -> None:
+    source = "import a.b\nfrom recsys import data\ndef f():\n    from recsys.x import y\n    import torch as t\n"
+    assert set(imports(source, {"recsys.data"})) == {"a.b", "recsys.data", "recsys.x", "torch"}
