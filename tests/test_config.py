@@ -198,8 +198,8 @@ def test_names_that_no_path_can_hold_are_refused(load: Callable[..., Config], na
         ("a: [1", "not valid YAML"),
         ("a: 1\n---\nb: 2", "not valid YAML"),
         (b"\xff\xfe\x00", "not UTF-8"),
-        ("? [a, b]\n: 1", "cannot be a key"),
-        ("2020-01-01: 1", "cannot be a key"),
+        ("? [a, b]\n: 1", "is not a text"),
+        ("2020-01-01: 1", "is not a text"),
         ("a: &loop [*loop]", "alias"),
     ],
 )

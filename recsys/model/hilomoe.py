@@ -54,7 +54,8 @@ class Routing:
 
     def entropy(self) -> Tensor:
         """Mean over rows of the scores' entropy in nats for each layer, (L,): log K is uniform, 0 one expert a row."""
-        return torch.special.entr(self.scores).sum((0, -1)) / max(self.scores.shape[0], 1)
+        total: Tensor = torch.special.entr(self.scores).sum((0, -1))
+        return total / max(self.scores.shape[0], 1)
 
 
 class HiLoMoELinear(nn.Linear):

@@ -8,8 +8,9 @@ from rich.table import Table
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, ShardingOption
 from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingPlan
 
 from recsys.config import ConfigError, TableConfig
@@ -56,11 +57,13 @@ def make_plan(
     topology = Topology(
         world_size=ranks.world_size, local_world_size=ranks.local_world_size, compute_device=ranks.device.type
     )
+    constraints = {name: _constraint(table, on_cpu=on_cpu) for name, table in tables.items()}
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=batch_size,
+        enumerator=_OrderedEnumerator(topology, batch_size, constraints),
         storage_reservation=FixedPercentageStorageReservation(_RESERVED),
-        constraints={name: _constraint(table, on_cpu=on_cpu) for name, table in tables.items()},
+        constraints=constraints,
     )
     try:
         return planner.collective_plan(model, [sharder], dist.group.WORLD)
@@ -70,6 +73,21 @@ def make_plan(
             f"tables: the planner found no placement on {ranks.world_size} ranks ({reason.strip()}); "
             "loosen tables.*.sharding, shrink tables or add ranks"
         ) from None
+
+
+class _OrderedEnumerator(EmbeddingEnumerator):
+    """Enumerates in a fixed order, plainest sharding first.
+
+    TorchRec's own order is that of a set of strings, which differs from process to process, so that between options of
+    equal cost the same config would get one plan today and another tomorrow.
+    """
+
+    def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
+        def place(option: ShardingOption) -> tuple[str, int, str]:
+            kind = option.sharding_type
+            return option.fqn, _GPU_SHARDING.index(kind) if kind in _GPU_SHARDING else -1, option.compute_kernel
+
+        return sorted(super().enumerate(module, sharders), key=place)
 
 
 def _constraint(table: TableConfig, *, on_cpu: bool) -> ParameterConstraints:

@@ -101,7 +101,8 @@ def read_meta(directory: Path) -> CheckpointMeta:
         ) from None
     if meta.get("format") != FORMAT:
         raise CheckpointError(
-            f"{directory} has checkpoint format {meta.get('format')}, this version reads {FORMAT}; use the version that wrote it"
+            f"{directory} has checkpoint format {meta.get('format')}, this version reads {FORMAT}; "
+            "use the version that wrote it"
         )
     return CheckpointMeta(**meta)
 

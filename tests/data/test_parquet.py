@@ -302,7 +302,7 @@ def good_table(**changed: Any) -> pa.Table:
         ({"truth": [0.1, float("nan"), 0.2]}, "reference column 'truth' has values outside 0..1"),
         ({"truth": [0.1, None, 0.2]}, "column 'truth' has 1 nulls"),
         ({"x": [1.0, None, None]}, "column 'x' has 2 nulls; give a dense feature a fill"),
-        ({"x": [1.0, float("nan"), 1.0]}, "dense feature score (column 'x') has 1 value that are NaN or infinite"),
+        ({"x": [1.0, float("nan"), 1.0]}, "dense feature score (column 'x') has 1 value NaN or infinite"),
         ({"x": [float("inf"), -float("inf"), 1.0]}, "dense feature score (column 'x') has 2 values"),
         ({"x": [1e300, 0.0, 1.0]}, "NaN or infinite in float32; write nulls and give the feature a fill"),
         ({"ids": [1, -1, 3]}, "sparse feature tags (column 'ids') has 1 value out of range, such as -1"),
