@@ -212,7 +212,7 @@ TowerConfig = Annotated[MLPTowerConfig | DCNv2TowerConfig | TransformerTowerConf
 
 
 class ModelConfig(_Section):
-    """The replicated part of the ranker: dense features projected to `dense_dim`, then a tower; null `hilomoe`: a dense one."""
+    """The replicated part of the ranker; dense features are projected to `dense_dim`, null `hilomoe` is a baseline."""
 
     tower: TowerConfig
     hilomoe: HiLoMoEConfig | None = None

@@ -123,11 +123,15 @@ def load_model_and_tables_optimizers(directory: Path, sharded: ShardedRanker, de
 
 def _load(directory: Path, state: dict[str, Any]) -> None:
     # The tensors of `state` share memory with the model and are filled in place.
+    reader = _Reader(directory)
     try:
-        dcp.load(state, storage_reader=_Reader(directory), planner=_TensorsOnly())
-    except (dcp.CheckpointException, pickle.UnpicklingError, RuntimeError, ValueError) as error:
-        causes = error.failures.values() if isinstance(error, dcp.CheckpointException) else ()
-        detail = next((str(cause[0]) for cause in causes), str(error)).strip().splitlines()[0]
+        reader.read_metadata()  # DCP itself takes an index that it cannot read for one that is not there
+        dcp.load(state, storage_reader=reader, planner=_TensorsOnly())
+    except (dcp.CheckpointException, pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
+        # DCP wraps what went wrong on each rank.
+        failures = error.failures.values() if isinstance(error, dcp.CheckpointException) else ()
+        cause = next((failure[0] for failure in failures), error)
+        detail = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise CheckpointError(f"{directory}: cannot be loaded into the model of its config: {detail}") from error
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from ranks import run_ranks
+from ranks import run_module, run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_config, write_tiny_log
 from torch import Tensor
@@ -22,7 +22,7 @@ from recsys.model.hilomoe import hilomoe_layers
 from recsys.model.ranker import Ranker, build_ranker
 from recsys.runtime import Ranks, derive_seed
 from recsys.sharding import shard as sharding
-from recsys.training.evaluation import evaluate, evaluate_checkpoint
+from recsys.training.evaluation import evaluate
 from recsys.training.metrics import Metrics
 from recsys.training.monitor import Monitor
 from recsys.training.stages import begin_stage
@@ -106,20 +106,16 @@ def test_the_same_seed_gives_the_same_bits(run: Path, log: Path, tmp_path: Path)
     assert not {name for name in first if not torch.equal(first[name], second[name])}
 
 
-def _evaluate_checkpoint(_: Ranks, checkpoint: str) -> dict[str, Any]:
-    # evaluate_checkpoint makes its own process group; the one of the test gives way to it.
-    torch.distributed.destroy_process_group()
-    found = {name: metrics.as_dict() for name, metrics in evaluate_checkpoint(checkpoint, "test").items()}
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    return found
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_evaluate_reproduces_the_runs_test_figures_on_any_world_size(run: Path, world_size: int) -> None:
     summary = json.loads((run / "summary.json").read_text())
-    for found in run_ranks(world_size, _evaluate_checkpoint, summary["checkpoint"]):
-        assert found["model"] == pytest.approx(summary["test"], abs=1e-6)
-        assert {"column": "truth", **found["reference"]} == pytest.approx(summary["reference"], abs=1e-6)
+    first, *others = run_module(world_size, "recsys.evaluate", "--checkpoint", summary["checkpoint"], "--json")
+    assert first.code == 0, first.stderr
+    assert not any(rank.stdout for rank in others)
+    found = json.loads(first.stdout)
+    assert found["model"] == pytest.approx(summary["test"], abs=1e-6)
+    assert {"column": "truth", **found["reference"]} == pytest.approx(summary["reference"], abs=1e-6)
+    assert (found["split"], found["step"]) == ("test", 65)
 
 
 def test_tensorboard_holds_what_one_watches(run: Path) -> None:

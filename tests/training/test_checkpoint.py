@@ -1,0 +1,92 @@
+"""Reading checkpoints: what is no checkpoint is named, and nothing in one can run code."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+from ranks import run_module, run_ranks
+from test_trainer import as_config, train_on
+from tiny import tiny_config, write_tiny_log
+
+from recsys.training.checkpoint import CheckpointError, read_meta
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of one short stage."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_tiny_log(folder / "log")
+    raw = tiny_config(folder / "log", folder / "out")
+    raw["stages"] = {"joint": {**raw["stages"]["joint"], "steps": 5}}
+    run_ranks(1, train_on, as_config(raw, folder))
+    return folder / "out" / "checkpoints" / "step-5"
+
+
+@pytest.fixture
+def checkpoint(original: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return shutil.copytree(original, tmp_path / "step-5")
+
+
+def evaluation_error(checkpoint: Path, *overrides: str) -> str:
+    (finished,) = run_module(1, "recsys.evaluate", "--checkpoint", str(checkpoint), *overrides)
+    assert finished.code == 2, finished
+    assert finished.stderr.startswith("error: ")
+    assert "Traceback" not in finished.stderr
+    return finished.stderr
+
+
+def test_a_checkpoint_says_what_it_is(checkpoint: Path) -> None:
+    meta = read_meta(checkpoint)
+    assert (meta.stage, meta.step, meta.stage_step, meta.world_size) == ("joint", 5, 5, 1)
+
+
+def test_a_folder_without_meta_is_no_checkpoint_and_those_below_it_are_named(checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match="no complete checkpoint") as error:
+        read_meta(checkpoint.parent)
+    assert str(checkpoint) in str(error.value)
+
+
+def test_another_format_is_refused(checkpoint: Path) -> None:
+    meta = json.loads((checkpoint / "meta.json").read_text())
+    (checkpoint / "meta.json").write_text(json.dumps({**meta, "format": 99}))
+    assert "checkpoint format 99" in evaluation_error(checkpoint)
+
+
+def test_a_missing_split_is_named(checkpoint: Path) -> None:
+    assert "data.test is not set; the config has train, valid" in evaluation_error(checkpoint, "data.test=null")
+
+
+def test_a_model_of_another_size_is_refused(checkpoint: Path) -> None:
+    error = evaluation_error(checkpoint, "model.tower.hidden=[24, 8]")
+    assert str(checkpoint) in error
+    assert "model.dense_arch.tower.linears.0" in error
+
+
+def test_a_missing_tensor_is_named(checkpoint: Path) -> None:
+    error = evaluation_error(checkpoint, "model.tower.hidden=[16, 8, 8]")
+    assert "model.dense_arch.tower.linears.2" in error
+
+
+def test_a_cut_off_file_is_refused(checkpoint: Path) -> None:
+    (data,) = checkpoint.glob("*.distcp")
+    data.write_bytes(data.read_bytes()[:1000])
+    assert str(checkpoint) in evaluation_error(checkpoint)
+
+
+class Trap:
+    """Leaves a file behind if it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return (Path.touch, (self.path,))
+
+
+def test_an_index_that_would_run_code_is_refused_without_running_it(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    assert "no checkpoint of ours" in evaluation_error(checkpoint)
+    assert not (tmp_path / "sprung").exists()
