@@ -13,6 +13,7 @@ from recsys.config import UserError
 from recsys.versions import VersionError, check_versions
 
 _ERROR_KEY = "hilorec/error"
+_PATIENCE_SECONDS = 5.0
 
 
 def run_entry(body: Callable[[], None]) -> NoReturn:
@@ -29,13 +30,13 @@ def run_entry(body: Callable[[], None]) -> NoReturn:
         body()
     except (UserError, VersionError) as error:
         code = 2
-        if _first_to_fail():
+        if _is_ours_to_tell(caused_by_a_peer=False):
             print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
     except Exception:
         code = 1
-        if _first_to_fail(patience_seconds=3.0):
+        if _is_ours_to_tell(caused_by_a_peer=True):
             traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -61,23 +62,32 @@ def _process_group_is_up() -> bool:
     return "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
 
 
-def _first_to_fail(patience_seconds: float = 0.0) -> bool:
-    """Whether this rank's failure is the one to report.
+def _is_ours_to_tell(*, caused_by_a_peer: bool) -> bool:
+    """Whether this rank is the one to report its failure; the others wait a moment for the launcher to end them.
 
-    A connection that breaks because a peer failed is noticed within moments of the peer's own report, hence the wait.
+    They must not end first: the launcher would end the one that reports before it has done so.
+
+    Args:
+        caused_by_a_peer: whether it may be but the consequence of another rank's failure, such as a connection that
+            broke, which that rank is then about to report itself.
     """
     if not _process_group_is_up():
-        return int(os.environ.get("LOCAL_RANK", 0)) == 0
+        # What goes wrong this early goes wrong alike on every rank of a machine. A rank that is still there after the
+        # wait is alone with its failure.
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            time.sleep(_PATIENCE_SECONDS)
+        return True
     from torch import distributed as dist
 
     mine = str(dist.get_rank())
     try:
         store = dist.distributed_c10d._get_default_store()
-        until = time.monotonic() + patience_seconds
-        while time.monotonic() < until:
-            if store.check([_ERROR_KEY]):
-                return False
+        until = time.monotonic() + (_PATIENCE_SECONDS if caused_by_a_peer else 0.0)
+        while time.monotonic() < until and not store.check([_ERROR_KEY]):
             time.sleep(0.1)
-        return bool(store.compare_set(_ERROR_KEY, "", mine).decode() == mine)
+        if store.compare_set(_ERROR_KEY, "", mine).decode() == mine:
+            return True
+        time.sleep(_PATIENCE_SECONDS)
+        return False
     except Exception:  # the store went down with its host: better a second report than none
         return True

@@ -5,6 +5,7 @@ import os
 import runpy
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -53,14 +54,11 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
 def run_module(world_size: int, module: str, *arguments: str, timeout: float = 120.0) -> list[Finished]:
     """Run `python -m module arguments` on every rank, as torchrun would, and tell how each ended.
 
-    As torchrun does, the first rank to fail ends the others, after a moment to end by themselves.
+    As torchrun does, the first rank to fail ends the others, though with a moment to end by themselves.
     """
     with tempfile.TemporaryDirectory() as folder:
         processes, _store = _start(world_size, [(_main, (folder, module, arguments))] * world_size)
-        wait([process.sentinel for process in processes], timeout)
-        for process in processes:
-            process.join(timeout if all(p.exitcode in (None, 0) for p in processes) else 10.0)
-        stuck = [rank for rank, process in enumerate(processes) if process.exitcode is None]
+        stuck = _await(processes, timeout)
         _end(processes)
         finished = [
             Finished(
@@ -72,6 +70,22 @@ def run_module(world_size: int, module: str, *arguments: str, timeout: float = 1
         ]
         assert not stuck, f"ranks {stuck} hang: {finished}"
         return finished
+
+
+def _await(processes: list[ForkServerProcess], timeout: float) -> list[int]:
+    """Wait until all have ended, those that a failed one leaves behind by force; the ranks that did not in time."""
+    until = time.monotonic() + timeout
+    while running := [process for process in processes if process.exitcode is None]:
+        if not wait([process.sentinel for process in running], max(until - time.monotonic(), 0.0)):
+            return [rank for rank, process in enumerate(processes) if process.exitcode is None]
+        for process in running:
+            process.join(0.0)
+        if any(process.exitcode for process in processes):
+            for process in processes:
+                process.join(2.0)
+            for process in processes:
+                process.terminate()
+    return []
 
 
 def _start(

@@ -72,7 +72,7 @@ def evaluate(
     config: Config,
     ranks: Ranks,
     *,
-    on_batch: Callable[[int, int], None] | None = None,
+    on_batch: Callable[[int, int], None] = lambda done, num_batches: None,
 ) -> tuple[Metrics, Metrics | None]:
     """Figures of the ranker on every row of a split, and those of the reference column if there is one.
 
@@ -84,7 +84,7 @@ def evaluate(
         shards: the split.
         config: for batch size, features and metrics.
         ranks: this process among all.
-        on_batch: told the batches done and their number, after each.
+        on_batch: told after each batch how many are done, and of how many.
     """
     epoch = Epoch(
         shards.row_counts, ranks.world_size, config.data.eval_batch_size or config.data.batch_size, shuffle=False
@@ -100,8 +100,7 @@ def evaluate(
                 reference.update(_logits(batch.reference), batch.labels)
             _, output = ranker(batch.to(ranks.device, non_blocking=True))
             model.update(output.logits, output.labels)
-            if on_batch is not None:
-                on_batch(step + 1, epoch.num_steps)
+            on_batch(step + 1, epoch.num_steps)
     ranker.train(was_training)
     return model.compute(), reference.compute() if config.data.reference else None
 

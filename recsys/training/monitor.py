@@ -102,12 +102,13 @@ class Monitor:
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, step)
         rate, wait = scalars["throughput/examples_per_second"], scalars["throughput/data_wait"]
-        figures = f"{_shown(metrics)}  {rate:,.0f} examples/s  data wait {wait:.1%}"
+        speed = f"{rate:,.0f} examples/s  data wait {wait:.1%}"
         if self._task is not None:
+            figures = f"auc {_number(metrics.auc)}  log loss {_number(metrics.log_loss)}  {speed}"
             self._progress.update(self._task, completed=stage_step, figures=figures)
         else:
             width = len(f"{num_steps:,}")
-            self.say(f"{stage:<10} step {stage_step:>{width},}/{num_steps:,}  {figures}")
+            self.say(f"{stage:<10} step {stage_step:>{width},}/{num_steps:,}  {_shown(metrics)}  {speed}")
 
     def routing(self, dense_arch: nn.Module, step: int) -> None:
         """Expert load and entropy of every expert layer, over the first rank's last batch."""
@@ -118,13 +119,20 @@ class Monitor:
                 continue
             entropies, loads = layer.routing.entropy().tolist(), layer.routing.load().tolist()
             for number, (entropy, load) in enumerate(zip(entropies, loads, strict=True), start=1):
-                self._writer.add_scalar(f"expert_entropy/{name}/layer{number}", entropy, step)
+                self._writer.add_scalar(f"routing_entropy/{name}/layer{number}", entropy, step)
                 for expert, share in enumerate(load, start=1):
-                    self._writer.add_scalar(f"expert_load/{name}/layer{number}/expert{expert}", share, step)
+                    self._writer.add_scalar(f"routing_load/{name}/layer{number}/expert{expert}", share, step)
+
+    def evaluating(self, split: str, done: int, num_batches: int) -> None:
+        """Batches of a split are done; shown on the bar alone."""
+        if self._task is not None:
+            self._progress.update(self._task, figures=f"evaluating {split}: {done:,}/{num_batches:,}")
 
     def evaluation(self, source: str, split: str, step: int, metrics: Metrics) -> None:
         """Figures of a held-out split; `source` is a stage's name, `final` or `reference`."""
         self._record(f"{split}_reference" if source == "reference" else split, step, metrics)
+        if self._task is not None:
+            self._progress.update(self._task, figures="")
         self.say(f"{source:<10} {split:<5} {_shown(metrics)}  {metrics.examples:,} examples")
 
     def close_run(self, summary: Mapping[str, Any], hyperparameters: Mapping[str, str | int | float | bool]) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -128,10 +129,7 @@ class Trainer:
         test: Metrics | None = None
         reference: Metrics | None = None
         if "test" in self.splits:
-            test, reference = evaluate(self.sharded.ranker, self.splits["test"], config, self.ranks)
-            monitor.evaluation("final", "test", self._progress.step, test)
-            if reference is not None:
-                monitor.evaluation("reference", "test", self._progress.step, reference)
+            test, reference = self._evaluate("final", "test")
         seconds = sum(stage["seconds"] for stage in stages.values())
         summary: dict[str, Any] = {
             "name": config.name,
@@ -155,10 +153,9 @@ class Trainer:
         config, ranks, monitor = self.config, self.ranks, self.monitor
         parameters = sum(parameter.numel() for parameter in self.dense_arch.parameters())
         rows = plan_rows(self.sharded.plan, config.tables, COLLECTION)
-        monitor.say(
-            f"{config.name}: {ranks.world_size} ranks on {ranks.device.type}, {parameters:,} dense parameters, "
-            + ", ".join(f"{sum(shards.row_counts):,} {split} rows" for split, shards in self.splits.items())
-        )
+        count = "1 rank" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
+        sizes = ", ".join(f"{sum(shards.row_counts):,} {split} rows" for split, shards in self.splits.items())
+        monitor.say(f"{config.name}: {count} on {ranks.device.type}, {parameters:,} dense parameters, {sizes}")
         monitor.say(plan_table(rows))
         if not ranks.is_first:
             return
@@ -182,7 +179,7 @@ class Trainer:
         )
         best: _Best | None = None
         if stage_config.patience is not None:
-            before = before or self._evaluate(name)
+            before = before or self._evaluate(name, "valid")[0]
             best = _Best(0, before)
             self._save(self._best_directory, stage, 0)
         stage_step, epochs, seconds, waited, examples = 0, 0, 0.0, 0.0, 0
@@ -198,7 +195,7 @@ class Trainer:
             epochs += 1
             if best is not None:
                 pipeline.detach()
-                metrics = self._evaluate(name)
+                metrics, _ = self._evaluate(name, "valid")
                 if _better(metrics, best.metrics, stage_config):
                     best = _Best(epochs, metrics)
                     self._save(self._best_directory, stage, stage_step)
@@ -214,7 +211,7 @@ class Trainer:
             if self.ranks.is_first:
                 shutil.rmtree(self._best_directory)
         elif "valid" in self.splits:
-            metrics = self._evaluate(name)
+            metrics, _ = self._evaluate(name, "valid")
         checkpoint = self._best_directory.with_name(f"step-{self._progress.step}")
         self._save(checkpoint, stage, stage_step)
         summary = {
@@ -254,7 +251,7 @@ class Trainer:
             if logging.eval_every_steps and stage_step % logging.eval_every_steps == 0:
                 began = time.perf_counter()
                 pipeline.detach()  # the next progress attaches it again, batches in flight included
-                self._evaluate(stage.name)
+                self._evaluate(stage.name, "valid")
                 paused = time.perf_counter() - began
                 window.began += paused
             yield stage_step, rows, paused
@@ -299,10 +296,19 @@ class Trainer:
             pin_memory=self.ranks.device.type == "cuda",
         )
 
-    def _evaluate(self, stage: str) -> Metrics:
-        metrics, _ = evaluate(self.sharded.ranker, self.splits["valid"], self.config, self.ranks)
-        self.monitor.evaluation(stage, "valid", self._progress.step, metrics)
-        return metrics
+    def _evaluate(self, source: str, split: str) -> tuple[Metrics, Metrics | None]:
+        """Figures of a split and of its reference column, shown and recorded under a stage's name or `final`."""
+        model, reference = evaluate(
+            self.sharded.ranker,
+            self.splits[split],
+            self.config,
+            self.ranks,
+            on_batch=partial(self.monitor.evaluating, split),
+        )
+        self.monitor.evaluation(source, split, self._progress.step, model)
+        if reference is not None and split == "test":
+            self.monitor.evaluation("reference", split, self._progress.step, reference)
+        return model, reference
 
     def _save(self, directory: Path, stage: Stage, stage_step: int) -> None:
         meta = CheckpointMeta(stage.name, self._progress.step, stage_step, self.ranks.world_size)

@@ -129,10 +129,10 @@ def test_tensorboard_holds_what_one_watches(run: Path) -> None:
         "throughput/examples_per_second",
         "throughput/data_wait",
         "gradient_norm/dense",
-        "expert_entropy/tower.linears.0/layer1",
-        "expert_load/tower.linears.1/layer2/expert3",
+        "routing_entropy/tower.linears.0/layer1",
+        "routing_load/tower.linears.1/layer2/expert3",
     } <= scalars
-    loads = [events.Scalars(f"expert_load/tower.linears.0/layer1/expert{k}")[-1].value for k in (1, 2, 3)]
+    loads = [events.Scalars(f"routing_load/tower.linears.0/layer1/expert{k}")[-1].value for k in (1, 2, 3)]
     assert sum(loads) == pytest.approx(1.0, abs=1e-5)
     assert len(events.Scalars("valid/auc")) == 3
     assert {"config/text_summary", "plan/text_summary", "stages/text_summary"} <= set(events.Tags()["tensors"])
