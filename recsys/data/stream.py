@@ -69,12 +69,12 @@ class Epoch:
     shuffle: bool = True
     window_row_groups: int = 8
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """Rows of the epoch over all ranks."""
         return sum(self.row_counts)
 
-    @property
+    @cached_property
     def num_steps(self) -> int:
         """Steps that every rank takes."""
         return max(-(-self.rank_rows(rank) // self.batch_size) for rank in range(self.world_size))
@@ -86,7 +86,7 @@ class Epoch:
 
     def batch_rows(self, rank: int, step: int) -> int:
         """Rows of a rank's batch at a step; 0 where its span has ended."""
-        return int(np.clip(self.rank_rows(rank) - step * self.batch_size, 0, self.batch_size))
+        return min(max(self.rank_rows(rank) - step * self.batch_size, 0), self.batch_size)
 
     def global_batch_rows(self, step: int) -> int:
         """Rows of all ranks' batches at a step."""

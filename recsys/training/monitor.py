@@ -20,7 +20,7 @@ _FIGURES = ("auc", "log_loss", "ne", "calibration")
 
 
 class Monitor:
-    """Shows and records a run. On all ranks but the first every method does nothing.
+    """Shows and records a run, while entered. On all ranks but the first every method does nothing.
 
     One live bar where the terminal is one, plain lines where it is not.
 
@@ -36,7 +36,7 @@ class Monitor:
         self._console = Console(quiet=not enabled)
         if not self._console.is_terminal:
             self._console = Console(quiet=not enabled, width=120)
-        self._writer = SummaryWriter(str(output_dir / "tensorboard")) if enabled else None
+        self._writer: SummaryWriter | None = None
         self._progress = Progress(
             TextColumn("{task.description:<10}"),
             BarColumn(bar_width=24),
@@ -49,6 +49,8 @@ class Monitor:
         self._task: TaskID | None = None
 
     def __enter__(self) -> Self:
+        if self._enabled:
+            self._writer = SummaryWriter(str(self.output_dir / "tensorboard"))
         self._progress.start()
         return self
 
@@ -148,7 +150,7 @@ class Monitor:
             self._writer._get_file_writer().add_summary(part)
         for tag, value in final.items():
             self._writer.add_scalar(tag, value, summary["steps"])
-        self.text("stages", _markdown(rows))
+        self.text("stages", markdown_table(rows))
         self._progress.stop()
         table = Table(title="Summary", title_justify="left")
         for index, column in enumerate(rows[0]):
@@ -196,6 +198,7 @@ def _summary_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
-def _markdown(rows: list[dict[str, str]]) -> str:
+def markdown_table(rows: list[dict[str, str]]) -> str:
+    """Rows of the same keys as a Markdown table."""
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
     return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in rows)])

@@ -1,5 +1,6 @@
 """Stages: what trains in each, with which optimizers and learning rates (papers' schedule: arXiv 2510.10432)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import cos, pi
 
@@ -22,6 +23,21 @@ def schedule_factor(stage: StageConfig, step: int, num_steps: int) -> float:
         return 1.0
     after = num_steps - stage.warmup_steps
     return 0.5 * (1 + cos(pi * (step - stage.warmup_steps) / max(after, 1)))
+
+
+def stage_lengths(stages: Mapping[str, StageConfig], steps_per_epoch: int) -> dict[str, int]:
+    """Optimizer steps that each stage lasts at most.
+
+    Raises:
+        ConfigError: a warm-up is longer than its stage.
+    """
+    lengths = {name: stage.steps or (stage.epochs or 0) * steps_per_epoch for name, stage in stages.items()}
+    for name, stage in stages.items():
+        if stage.warmup_steps > lengths[name]:
+            raise ConfigError(
+                f"stages.{name}.warmup_steps is {stage.warmup_steps}, but the stage has {lengths[name]} steps"
+            )
+    return lengths
 
 
 @dataclass
@@ -57,13 +73,8 @@ def begin_stage(sharded: ShardedRanker, dense_arch: nn.Module, config: Config, n
 
     Experts are computed from the first stage on that trains them. Attaching them does not change the model: their
     up-projections start at zero.
-
-    Raises:
-        ConfigError: the warm-up is longer than the stage.
     """
     stage = config.stages[name]
-    if stage.warmup_steps > num_steps:
-        raise ConfigError(f"stages.{name}.warmup_steps is {stage.warmup_steps}, but the stage has {num_steps} steps")
     names = list(config.stages)
     attached = any(config.stages[n].trains != "backbone" for n in names[: names.index(name) + 1])
     experts: set[nn.Parameter] = set()

@@ -3,7 +3,6 @@
 import math
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -28,8 +27,8 @@ from recsys.sharding.shard import COLLECTION, shard
 from recsys.training.checkpoint import CheckpointMeta, load_model_and_tables_optimizers, save_checkpoint
 from recsys.training.evaluation import evaluate
 from recsys.training.metrics import BinaryMetrics, Metrics
-from recsys.training.monitor import Monitor
-from recsys.training.stages import Stage, begin_stage
+from recsys.training.monitor import Monitor, markdown_table
+from recsys.training.stages import Stage, begin_stage, stage_lengths
 from recsys.versions import git_commit, versions
 
 
@@ -43,18 +42,24 @@ def train(config: Config) -> dict[str, Any]:
     with process_group(config.device) as ranks:
         splits = open_splits(config, ranks, config.data.splits)
         output_dir = Path(config.output_dir)
+        monitor = Monitor(output_dir, enabled=ranks.is_first)
+        trainer = Trainer(config, ranks, splits, monitor)
+        # Only now, when whatever could be refused has been.
         if ranks.is_first:
             _make_way(output_dir)
-        with Monitor(output_dir, enabled=ranks.is_first) as monitor:
-            return Trainer(config, ranks, splits, monitor).run()
+        with monitor:
+            return trainer.run()
 
 
 @dataclass
-class _Progress:
-    """How far the run is."""
+class _Totals:
+    """What a stage has done so far; `seconds` are those of training, evaluation left out."""
 
-    step: int = 0
-    epoch: int = 0
+    steps: int = 0
+    epochs: int = 0
+    examples: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
 
 
 @dataclass
@@ -84,14 +89,6 @@ class _Window:
         return {"train/bce": bce, "train/balance": balance, "train/z": z}
 
 
-@dataclass
-class _Best:
-    """The best state of a stage so far: which epoch's (0: as it began), and its figures."""
-
-    epoch: int
-    metrics: Metrics
-
-
 class Trainer:
     """Trains one config's ranker; see `train`.
 
@@ -100,6 +97,9 @@ class Trainer:
         ranks: this process among all.
         splits: opened shards, `train` at least.
         monitor: where the run is shown and recorded.
+
+    Raises:
+        ConfigError: a setting that the device or the data cannot meet.
 
     Attributes:
         sharded: the ranker on its ranks, with the tables' optimizers.
@@ -111,7 +111,9 @@ class Trainer:
         ranker = build_ranker(config, seed=derive_seed(config.seed, "dense arch"))
         self.dense_arch = ranker.dense_arch
         self.sharded = shard(ranker, config, ranks, seed=derive_seed(config.seed, "tables"))
-        self._progress = _Progress()
+        self._step = 0  # over all stages
+        self._epochs = 0  # begun so far, each with an order of its own
+        self._num_steps = stage_lengths(config.stages, self._epoch().num_steps)
         self._best_directory = Path(config.output_dir) / "checkpoints" / "best"
 
     def run(self) -> dict[str, Any]:
@@ -133,7 +135,7 @@ class Trainer:
         seconds = sum(stage["seconds"] for stage in stages.values())
         summary: dict[str, Any] = {
             "name": config.name,
-            "steps": self._progress.step,
+            "steps": self._step,
             "stages": stages,
             "valid": valid.as_dict() if valid else None,
             "test": test.as_dict() if test else None,
@@ -164,97 +166,96 @@ class Trainer:
         with (output_dir / "plan.txt").open("w", encoding="utf-8") as file:
             Console(file=file, width=160).print(plan_table(rows))
         monitor.text("config", f"```yaml\n{config.to_yaml()}```")
-        lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
-        monitor.text("plan", "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in rows)]))
+        monitor.text("plan", markdown_table(rows))
 
     def _run_stage(self, name: str, before: Metrics | None) -> tuple[dict[str, Any], Metrics | None, Path]:
         """Train one stage; `before` are the valid figures of the state in which it begins, if they are known."""
-        stage_config = self.config.stages[name]
-        per_epoch = self._epoch(0).num_steps
-        num_steps = stage_config.steps or per_epoch * (stage_config.epochs or 0)
+        settings, totals, num_steps = self.config.stages[name], _Totals(), self._num_steps[name]
         stage = begin_stage(self.sharded, self.dense_arch, self.config, name, num_steps=num_steps)
-        self.monitor.begin_stage(name, stage_config.trains, num_steps)
-        pipeline = TrainPipelineSparseDist(
-            self.sharded.ranker, stage.optimizer, self.ranks.device, execute_all_batches=True
-        )
-        best: _Best | None = None
-        if stage_config.patience is not None:
-            before = before or self._evaluate(name, "valid")[0]
-            best = _Best(0, before)
-            self._save(self._best_directory, stage, 0)
-        stage_step, epochs, seconds, waited, examples = 0, 0, 0.0, 0.0, 0
-        metrics: Metrics | None = None
-        while stage_step < num_steps:
-            began, evaluating = time.perf_counter(), 0.0
-            with self._loader() as loader:
-                for done, rows, paused in self._steps(pipeline, stage, stage_step, loader):
-                    stage_step, examples, evaluating = done, examples + rows, evaluating + paused
-                waited += loader.wait_seconds
-            seconds += time.perf_counter() - began - evaluating
-            self._progress.epoch += 1
-            epochs += 1
-            if best is not None:
-                pipeline.detach()
-                metrics, _ = self._evaluate(name, "valid")
-                if _better(metrics, best.metrics, stage_config):
-                    best = _Best(epochs, metrics)
-                    self._save(self._best_directory, stage, stage_step)
-                elif epochs - best.epoch >= (stage_config.patience or 0):
-                    break
-        pipeline.detach()
-        if best is not None:
-            if best.epoch != epochs:
-                load_model_and_tables_optimizers(self._best_directory, self.sharded, self.dense_arch)
-                of = f"epoch {best.epoch}" if best.epoch else "the state it began with"
-                self.monitor.say(f"{name:<10} back to its best, {of}")
-            metrics = best.metrics
-            if self.ranks.is_first:
-                shutil.rmtree(self._best_directory)
-        elif "valid" in self.splits:
-            metrics, _ = self._evaluate(name, "valid")
-        checkpoint = self._best_directory.with_name(f"step-{self._progress.step}")
-        self._save(checkpoint, stage, stage_step)
+        self.monitor.begin_stage(name, settings.trains, num_steps)
+        pipeline = TrainPipelineSparseDist(self.sharded.ranker, stage.optimizer, self.ranks.device)
+        valid: Metrics | None = None
+        best_epoch: int | None = None
+        if settings.patience is not None:
+            valid, best_epoch = self._train_to_best(pipeline, stage, totals, before)
+        else:
+            while totals.steps < num_steps:
+                self._train_epoch(pipeline, stage, totals)
+            pipeline.detach()
+            if "valid" in self.splits:
+                valid, _ = self._evaluate(name, "valid")
+        checkpoint = self._best_directory.with_name(f"step-{self._step}")
+        self._save(checkpoint, stage, totals)
         summary = {
-            "trains": stage_config.trains,
-            "steps": stage_step,
-            "epochs": epochs,
-            "best_epoch": best.epoch if best else None,
-            "examples": examples,
-            "seconds": seconds,
-            "examples_per_second": examples / seconds,
-            "data_wait": waited / seconds,
-            "valid": metrics.as_dict() if metrics else None,
+            "trains": settings.trains,
+            "steps": totals.steps,
+            "epochs": totals.epochs,
+            "best_epoch": best_epoch,
+            "examples": totals.examples,
+            "seconds": totals.seconds,
+            "examples_per_second": totals.examples / totals.seconds,
+            "data_wait": totals.waited / totals.seconds,
+            "valid": valid.as_dict() if valid else None,
             "checkpoint": str(checkpoint),
         }
-        return summary, metrics, checkpoint
+        return summary, valid, checkpoint
 
-    def _steps(
-        self, pipeline: TrainPipelineSparseDist[Any, Any], stage: Stage, stage_step: int, loader: Loader
-    ) -> Iterator[tuple[int, int, float]]:
-        """Take the steps of one epoch, or those left of the stage; yields stage step, examples, seconds paused."""
-        epoch, logging = self._epoch(self._progress.epoch), self.config.logging
+    def _train_to_best(
+        self, pipeline: TrainPipelineSparseDist[Any, Any], stage: Stage, totals: _Totals, before: Metrics | None
+    ) -> tuple[Metrics, int]:
+        """Train until patience ends and go back to the best state: its valid figures and epoch (0: as it began)."""
+        best, best_epoch = before or self._evaluate(stage.name, "valid")[0], 0
+        self._save(self._best_directory, stage, totals)
+        while totals.steps < stage.num_steps and totals.epochs - best_epoch < (stage.config.patience or 0):
+            self._train_epoch(pipeline, stage, totals)
+            pipeline.detach()
+            metrics, _ = self._evaluate(stage.name, "valid")
+            if _better(metrics, best, stage.config):
+                best, best_epoch = metrics, totals.epochs
+                self._save(self._best_directory, stage, totals)
+        if best_epoch != totals.epochs:
+            load_model_and_tables_optimizers(self._best_directory, self.sharded, self.dense_arch)
+            of = f"epoch {best_epoch}" if best_epoch else "the state it began with"
+            self.monitor.say(f"{stage.name:<10} back to its best, {of}")
+        if self.ranks.is_first:
+            shutil.rmtree(self._best_directory)
+        return best, best_epoch
+
+    def _train_epoch(self, pipeline: TrainPipelineSparseDist[Any, Any], stage: Stage, totals: _Totals) -> None:
+        """Take the steps of one epoch, or those left of the stage."""
+        data, logging = self.config.data, self.config.logging
+        epoch, steps_left = self._epoch(), stage.num_steps - totals.steps
+        began, paused = time.perf_counter(), 0.0
         self.sharded.ranker.train()
-        batches = islice(iter(loader), stage.num_steps - stage_step)
-        window = self._window(loader)
-        for epoch_step in range(min(epoch.num_steps, stage.num_steps - stage_step)):
-            rates = stage.set_learning_rates(stage_step)
-            output: RankerOutput = pipeline.progress(batches)
-            rows = epoch.global_batch_rows(epoch_step)
-            window.add(output, rows)
-            stage_step += 1
-            self._progress.step += 1
-            self.monitor.advance(stage_step)
-            paused = 0.0
-            if stage_step % logging.every_steps == 0:
-                self._log(stage, stage_step, window, loader, rates)
-                window = self._window(loader)
-            if logging.eval_every_steps and stage_step % logging.eval_every_steps == 0:
-                began = time.perf_counter()
-                pipeline.detach()  # the next progress attaches it again, batches in flight included
-                self._evaluate(stage.name, "valid")
-                paused = time.perf_counter() - began
-                window.began += paused
-            yield stage_step, rows, paused
+        pin = self.ranks.device.type == "cuda"
+        loader = Loader(
+            self.splits["train"], epoch, self.ranks.rank, prefetch_batches=data.prefetch_batches, pin_memory=pin
+        )
+        with loader:
+            batches = islice(iter(loader), steps_left)
+            window = self._window(loader)
+            for epoch_step in range(min(epoch.num_steps, steps_left)):
+                rates = stage.set_learning_rates(totals.steps)
+                output: RankerOutput = pipeline.progress(batches)
+                examples = epoch.global_batch_rows(epoch_step)
+                window.add(output, examples)
+                totals.steps += 1
+                totals.examples += examples
+                self._step += 1
+                self.monitor.advance(totals.steps)
+                if totals.steps % logging.every_steps == 0:
+                    self._log(stage, totals.steps, window, loader, rates)
+                    window = self._window(loader)
+                if logging.eval_every_steps and totals.steps % logging.eval_every_steps == 0:
+                    stopped = time.perf_counter()
+                    pipeline.detach()  # the next step attaches it again, batches in flight included
+                    self._evaluate(stage.name, "valid")
+                    paused += time.perf_counter() - stopped
+                    window.began += time.perf_counter() - stopped
+            totals.waited += loader.wait_seconds
+        totals.seconds += time.perf_counter() - began - paused
+        totals.epochs += 1
+        self._epochs += 1
 
     def _log(self, stage: Stage, stage_step: int, window: _Window, loader: Loader, rates: dict[str, float]) -> None:
         seconds = time.perf_counter() - window.began
@@ -266,7 +267,7 @@ class Trainer:
             "throughput/data_wait": (loader.wait_seconds - window.waited) / seconds,
             "gradient_norm/dense": torch.nn.utils.get_total_norm(gradients).item(),
         }
-        step = self._progress.step
+        step = self._step
         self.monitor.train_window(stage.name, step, stage_step, stage.num_steps, window.metrics.compute(), scalars)
         self.monitor.routing(self.dense_arch, step)
 
@@ -275,25 +276,17 @@ class Trainer:
         metrics = BinaryMetrics(exact_examples=limits.exact_examples, num_bins=limits.num_bins)
         return _Window(metrics, waited=loader.wait_seconds)
 
-    def _epoch(self, number: int) -> Epoch:
+    def _epoch(self) -> Epoch:
+        """The order of the epoch that is next."""
         data = self.config.data
         return Epoch(
             self.splits["train"].row_counts,
             self.ranks.world_size,
             data.batch_size,
             seed=derive_seed(self.config.seed, "order"),
-            epoch=number,
+            epoch=self._epochs,
             shuffle=data.shuffle,
             window_row_groups=data.window_row_groups,
-        )
-
-    def _loader(self) -> Loader:
-        return Loader(
-            self.splits["train"],
-            self._epoch(self._progress.epoch),
-            self.ranks.rank,
-            prefetch_batches=self.config.data.prefetch_batches,
-            pin_memory=self.ranks.device.type == "cuda",
         )
 
     def _evaluate(self, source: str, split: str) -> tuple[Metrics, Metrics | None]:
@@ -305,13 +298,13 @@ class Trainer:
             self.ranks,
             on_batch=partial(self.monitor.evaluating, split),
         )
-        self.monitor.evaluation(source, split, self._progress.step, model)
+        self.monitor.evaluation(source, split, self._step, model)
         if reference is not None and split == "test":
-            self.monitor.evaluation("reference", split, self._progress.step, reference)
+            self.monitor.evaluation("reference", split, self._step, reference)
         return model, reference
 
-    def _save(self, directory: Path, stage: Stage, stage_step: int) -> None:
-        meta = CheckpointMeta(stage.name, self._progress.step, stage_step, self.ranks.world_size)
+    def _save(self, directory: Path, stage: Stage, totals: _Totals) -> None:
+        meta = CheckpointMeta(stage.name, self._step, totals.steps, self.ranks.world_size)
         save_checkpoint(directory, self.config, meta, self.sharded, self.dense_arch, stage.dense_optimizer)
 
 
