@@ -51,7 +51,7 @@ def test_patch_releases_pass(installed):
     [
         (
             {"torch": "2.11.0+cpu", "torchrec": "1.8.0", "fbgemm-gpu-cpu": "1.8.0"},
-            "pip install torch==2.11.0 && pip install --no-deps torchrec==1.6.0 fbgemm-gpu-cpu==1.6.0",
+            "pip install torch==2.11.0 && pip install --no-deps torchrec==1.6.1 fbgemm-gpu-cpu==1.6.0",
         ),
         (
             {"torch": "2.15.0", "torchrec": "1.8.0", "fbgemm-gpu": "1.8.0"},

@@ -11,7 +11,7 @@ from ranks import run_ranks
 from torch import Tensor
 
 from recsys.runtime import Ranks
-from recsys.training.metrics import BinaryMetrics, Metrics
+from recsys.training.metrics import BinaryMetrics, DivergedError, Metrics
 
 quickly = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -188,3 +188,11 @@ def test_figures_are_the_same_on_every_world_size_and_rank(world_size: int) -> N
             assert ranks[0][name].as_dict()[figure] == pytest.approx(value, abs=1e-6, rel=1e-6), (name, figure)
     assert ranks[0]["at the limit"].auc_error == 0 == ranks[0]["one rank has all"].auc_error
     assert ranks[0]["beyond the limit in total"].auc_error > 0
+
+
+@pytest.mark.parametrize("exact_examples", [10, 1])
+def test_a_model_that_predicts_nan_is_not_measured(process_group: None, exact_examples: int) -> None:
+    metrics = BinaryMetrics(exact_examples=exact_examples)
+    metrics.update(torch.tensor([0.5, float("nan"), 1.0]), torch.tensor([0.0, 1.0, 1.0]))
+    with pytest.raises(DivergedError, match="diverged; lower the stage's learning rates"):
+        metrics.compute()
