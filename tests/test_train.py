@@ -1,7 +1,10 @@
 """The training command: what it prints, how bad input ends it, on one rank and on several."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,6 +146,25 @@ def test_a_missing_config_is_named(tmp_path: Path) -> None:
     assert "none.yaml" in first.stderr
     assert second.code != 0
     assert second.stderr == ""
+
+
+def test_a_mismatched_trio_is_explained_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "torchrec-1.5.0.dist-info").mkdir()
+    (tmp_path / "torchrec-1.5.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torchrec\nVersion: 1.5.0\n"
+    )
+    (tmp_path / "torch.py").write_text("raise ImportError('what a mismatch would end in')")
+    finished = subprocess.run(
+        [sys.executable, "-m", "recsys.train"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert finished.returncode == 2
+    assert "torchrec 1.5.0" in finished.stderr
+    assert "pip install --no-deps torchrec==1.8.0" in finished.stderr
+    assert "Traceback" not in finished.stderr
 
 
 def test_fewer_row_groups_than_ranks_an_empty_shard_and_a_huge_batch_work(raw: dict[str, Any], tmp_path: Path) -> None:

@@ -259,8 +259,8 @@ class Loader:
     """Batches of one rank for one epoch, read ahead in the background.
 
     Windows are decoded one ahead of the one being batched, batches are built `prefetch_batches` ahead of the step. Use
-    as a context manager: leaving it stops the threads, also in mid-epoch. Iterating yields exactly `epoch.num_steps`
-    batches.
+    as a context manager: leaving it stops the threads, also in mid-epoch. Iterating, once, yields exactly
+    `epoch.num_steps` batches.
 
     Args:
         shards: what to read.
@@ -283,6 +283,7 @@ class Loader:
         self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(prefetch_batches)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="loader", daemon=True)
+        self._iterated = False
         self.wait_seconds = 0.0
 
     def __enter__(self) -> Self:
@@ -294,6 +295,9 @@ class Loader:
         self._thread.join()
 
     def __iter__(self) -> Iterator[Batch]:
+        if self._iterated or self._thread.ident is None:
+            raise RuntimeError("a Loader yields its batches once, while it is entered as a context manager")
+        self._iterated = True
         while True:
             start = time.perf_counter()
             item = self._ready.get()

@@ -64,7 +64,7 @@ class Monitor:
     def say(self, what: str | Table) -> None:
         """Print a line or a table."""
         # A line of the log stays one line; a table is laid out for the console's width.
-        self._console.print(what, highlight=False, soft_wrap=isinstance(what, str))
+        self._console.print(what, highlight=False, markup=False, soft_wrap=isinstance(what, str))
 
     def text(self, tag: str, markdown: str) -> None:
         """Record a text."""

@@ -144,6 +144,17 @@ def test_features_may_share_a_column_and_be_dense_and_sparse_at_once(tmp_path: P
     assert len(rows.reference) == 0
 
 
+def test_a_loader_that_would_wait_for_ever_says_so(log: Path) -> None:
+    shards = ParquetShards([f"{log}/*.parquet"], COLUMNS, source="data.train")
+    loader = Loader(shards, Epoch(shards.row_counts, 1, 50), 0)
+    with pytest.raises(RuntimeError, match="while it is entered"):
+        next(iter(loader))
+    with loader:
+        assert sum(len(batch.labels) for batch in loader) == sum(shards.row_counts)
+        with pytest.raises(RuntimeError, match="yields its batches once"):
+            next(iter(loader))
+
+
 def test_leaving_in_mid_epoch_stops_the_threads(log: Path) -> None:
     shards = ParquetShards([f"{log}/*.parquet"], COLUMNS, source="data.train")
     with Loader(shards, Epoch(shards.row_counts, 1, 1, window_row_groups=1), 0, prefetch_batches=2) as loader:
