@@ -1,5 +1,6 @@
 """How an entry starts, fails and ends. Imports neither torch nor TorchRec, which `run_entry` checks first."""
 
+import json
 import logging
 import os
 import sys
@@ -7,6 +8,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from recsys.config import UserError
@@ -31,13 +33,13 @@ def run_entry(body: Callable[[], None]) -> NoReturn:
     except (UserError, VersionError) as error:
         code = 2
         if _is_ours_to_tell(caused_by_a_peer=False):
-            print(f"error: {error}", file=sys.stderr)
+            _tell(f"error: {error}")
     except KeyboardInterrupt:
         code = 130
     except Exception:
         code = 1
         if _is_ours_to_tell(caused_by_a_peer=True):
-            traceback.print_exc()
+            _tell(traceback.format_exc().rstrip())
     sys.stdout.flush()
     sys.stderr.flush()
     if code and _process_group_is_up():
@@ -56,6 +58,14 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # TorchRec says this of every data-parallel table, through the root logger.
     logging.getLogger().addFilter(lambda record: not record.getMessage().startswith("Sharding spec not found"))
+
+
+def _tell(text: str) -> None:
+    """Print the failure, and leave it where torchrun and TorchX look for the cause that their own reports name."""
+    print(text, file=sys.stderr)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        cause = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+        Path(path).write_text(json.dumps({"message": cause}), encoding="utf-8")
 
 
 def _process_group_is_up() -> bool:

@@ -222,7 +222,7 @@ class ModelConfig(_Section):
 class SparseOptimizerConfig(_Section):
     """The optimizer fused into the backward pass of the sharded tables; a CPU has neither adam nor weight decay.
 
-    `weight_decay` is an L2 term of the gradient, so it moves only rows that a step looks up.
+    `weight_decay` moves only the rows that a step looks up; for rowwise_adagrad it is an L2 term of the gradient.
     """
 
     type: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"

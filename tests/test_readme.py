@@ -121,7 +121,8 @@ def test_make_train_fails_when_training_does(config: Path) -> None:
     finished = subprocess.run(shlex.split(line), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     assert finished.returncode != 0
     output = finished.stdout + finished.stderr
-    assert len(re.findall(r"error: .*\n.*data\.batch_sise: unknown key", output)) == 1, output
+    assert len(re.findall(r"\[\d\]:error: ", output)) == 1, output
+    assert "data.batch_sise: unknown key" in output
 
 
 def test_make_test_runs_pytest() -> None:

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from ranks import Finished, run_module
 from tiny import tiny_config, tiny_table, write_tiny_log
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 WORLD_SIZE = 2
 
@@ -165,6 +166,20 @@ def test_a_mismatched_trio_is_explained_before_torch_is_imported(tmp_path: Path)
     assert "torchrec 1.5.0" in finished.stderr
     assert "pip install --no-deps torchrec==1.8.0" in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+def test_the_launchers_report_gets_the_cause(tmp_path: Path) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "recsys.train", "data.batch_size=-1"],
+        env={**os.environ, "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    failure = ProcessFailure(0, 1, finished.returncode, str(tmp_path / "error.json"))
+    assert isinstance(failure.message, dict)
+    assert failure.message["message"] == finished.stderr.rstrip()
+    assert "data.batch_size" in finished.stderr
 
 
 def test_fewer_row_groups_than_ranks_an_empty_shard_and_a_huge_batch_work(raw: dict[str, Any], tmp_path: Path) -> None:
