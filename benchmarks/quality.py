@@ -94,13 +94,14 @@ def _train(config: str, overrides: Sequence[str], nproc: int, seed: int) -> int:
 def _figures(summary: Mapping[str, Any]) -> dict[str, float | None]:
     """What is reported of a run; None where it is undefined, as an AUC of one class."""
     test, reference, stages = summary["test"], summary["reference"], summary["stages"].values()
-    valid = [stage["valid"]["auc"] for stage in stages if stage["valid"] and stage["valid"]["auc"] is not None]
+    valid = {name: stage["valid"]["auc"] for name, stage in summary["stages"].items() if stage["valid"]}
     figures: dict[str, float | None] = {
         "test AUC": test["auc"],
         "test log loss": test["log_loss"],
         "test NE": test["ne"],
         "test calibration": test["calibration"],
-        "best valid AUC": max(valid, default=None),
+        "best valid AUC": max((auc for auc in valid.values() if auc is not None), default=None),
+        **{f"valid AUC after {name}": auc for name, auc in valid.items()},
     }
     if reference is not None:
         known = test["auc"] is not None
@@ -151,8 +152,9 @@ def _report(
     ]
     show(f"{label}, {len(runs)} seeds", rows)
     parts: list[str | list[dict[str, str]]] = [
-        f"{len(runs)} seeds, {arguments.nproc} ranks each on {first['device']}. Best valid AUC is the highest at any "
-        "stage's end; training seconds are those of the stages, without evaluation.",
+        f"{len(runs)} seeds, {arguments.nproc} ranks each on {first['device']}. Best valid AUC is the highest after "
+        "any stage; a stage that found nothing better than what it began with leaves that. Training seconds are those of "
+        "the stages, without evaluation.",
         *(f"FAILED: seed {seed}, exit code {code}; its figures are missing below." for seed, code in failed.items()),
         rows,
         [{"seed": str(seed), **{name: number(value) for name, value in run.items()}} for seed, run in runs.items()],

@@ -90,6 +90,7 @@ def test_quality_resumes_and_tells_of_what_failed(folder: Path) -> None:
     page, result = read(folder, "quality_tiny_short")
     figures = result["runs"]["17"]
     assert all(math.isfinite(number) for number in numbers(result))
+    assert figures["best valid AUC"] == figures["valid AUC after backbone"]
     assert figures["gap to it"] == figures["test AUC of truth"] - figures["test AUC"]
     statistics = result["statistics"]["test AUC"]
     assert statistics == {
