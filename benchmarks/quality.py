@@ -153,8 +153,8 @@ def _report(
     show(f"{label}, {len(runs)} seeds", rows)
     parts: list[str | list[dict[str, str]]] = [
         f"{len(runs)} seeds, {arguments.nproc} ranks each on {first['device']}. Best valid AUC is the highest after "
-        "any stage; a stage that found nothing better than what it began with leaves that. Training seconds are those of "
-        "the stages, without evaluation.",
+        "any stage; a stage that found nothing better than what it began with leaves that. Training seconds are the "
+        "stages', without evaluation.",
         *(f"FAILED: seed {seed}, exit code {code}; its figures are missing below." for seed, code in failed.items()),
         rows,
         [{"seed": str(seed), **{name: number(value) for name, value in run.items()}} for seed, run in runs.items()],

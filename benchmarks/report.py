@@ -9,11 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from recsys.versions import git_commit, versions
+from recsys.versions import git_commit, nvidia_driver, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -35,7 +34,7 @@ def environment() -> dict[str, Any]:
             "cpu": _cpu_model(),
             "cores": len(os.sched_getaffinity(0)),
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
-            "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+            "gpus": _gpus(),
         },
         "versions": versions(),
         "date": datetime.now(UTC).date().isoformat(),
@@ -94,3 +93,11 @@ def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
     return found.group(1) if found else platform.machine()
+
+
+def _gpus() -> list[str]:
+    if not nvidia_driver():
+        return []
+    import torch  # two seconds that a machine without a GPU saves
+
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -82,7 +82,7 @@ def test_step_needs_experts_to_compare(folder: Path) -> None:
     assert not (folder / "results").exists()
 
 
-def test_quality_resumes_and_tells_of_what_failed(folder: Path) -> None:
+def test_quality_resumes_and_names_what_failed(folder: Path) -> None:
     short = ("--nproc", "1", "--name", "short", "stages.backbone.epochs=1", "stages.experts=null", "stages.joint=null")
     ended = run("quality.py", folder, "--seeds", "1", *short)
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -101,19 +101,15 @@ def test_quality_resumes_and_tells_of_what_failed(folder: Path) -> None:
     }
 
     shutil.rmtree(folder / "log")  # what runs from here on must fail
-    again = run("quality.py", folder, "--seeds", "1", *short)
-    assert again.returncode == 0
-    assert "seed 17 is already there" in again.stdout
-    assert "seed 17 |" not in again.stdout
-    assert read(folder, "quality_tiny_short")[0] == page
-
     more = run("quality.py", folder, "--seeds", "2", *short)
     assert more.returncode == 1
-    assert "failed: seed 18" in more.stderr
+    assert "seed 17 is already there" in more.stdout
+    assert "seed 17 |" not in more.stdout
     assert "no file matches" in more.stdout
+    assert "failed: seed 18" in more.stderr
     page, result = read(folder, "quality_tiny_short")
     assert "FAILED: seed 18" in page
-    assert (list(result["runs"]), list(result["failed"])) == (["17"], ["18"])
+    assert (result["runs"], list(result["failed"])) == ({"17": figures}, ["18"])
 
     other = run("quality.py", folder, "--seeds", "1", *short, "stages.backbone.learning_rate=0.5")
     assert other.returncode == 1  # other settings are another run
