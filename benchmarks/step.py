@@ -1,0 +1,361 @@
+"""How long a training step takes and where the time goes: `benchmarks/step.py [--config PATH] [path.to.key=value ...]`.
+
+Runs alone or under torchrun. The same tables are trained under a dense tower and under a HiLoMoE tower in each kind of
+stage, in turns, so that whatever else slows the machine slows all of them. Each turn measures
+
+- whole steps through the pipeline and the loader, as the trainer takes them, metrics included, log lines not;
+- steps on batches at hand and without the pipeline, in parts. The graph is cut before the dense arch and the device
+  synchronised at each border, so a part never hides behind another.
+
+What the parts leave of the whole is the rest: the pipeline's own work, negative where the pipeline overlaps parts.
+"""
+
+import argparse
+import json
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from report import RESULTS, environment, number, show, shown_path, write
+from torch import Tensor, nn
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from recsys.cli import run_entry
+from recsys.config import DEFAULT_CONFIG, Config, ConfigError, load_config
+from recsys.data.batch import Batch
+from recsys.data.parquet import Loader, ParquetShards
+from recsys.data.splits import open_splits
+from recsys.data.stream import Epoch
+from recsys.model.ranker import Ranker, build_ranker
+from recsys.runtime import Ranks, process_group
+from recsys.sharding.shard import ShardedRanker, shard
+from recsys.training.metrics import BinaryMetrics
+from recsys.training.stages import Stage, begin_stage
+
+WARM_UP = 10
+"""Steps before the clock starts: they trace the model, make the optimizers' state and use up what was read ahead."""
+
+_RATES = {"steps": WARM_UP, "learning_rate": 1e-3, "sparse_learning_rate": 0.02}
+_LOSSES = {"balance_weight": 0.01, "z_weight": 0.001}
+STAGES: dict[str, dict[str, Any]] = {
+    "backbone": {"trains": "backbone", **_RATES},
+    "experts": {"trains": "experts", **_RATES, **_LOSSES},
+    "joint": {"trains": "all", **_RATES, **_LOSSES},
+}
+"""One of each kind; the config's own may lack one, and what they are for does not change a step's time."""
+
+PARTS = ("sparse forward", "sparse backward", "dense forward", "dense backward", "dense optimizer")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured.
+
+    Attributes:
+        name: in the report.
+        config: of the dense arch and the stages.
+        stage: one of the config's.
+        dense_arch: on the device.
+    """
+
+    name: str
+    config: Config
+    stage: str
+    dense_arch: nn.Module
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks/step.py", description="Time the training step and its parts.")
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file; its stages are not used (%(default)s)")
+    parser.add_argument("--data", help="where the synthetic log of the config is or goes (default: a temporary place)")
+    parser.add_argument("--steps", type=int, default=30, help="steps of a turn (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=7, help="of each case (default: %(default)s)")
+    parser.add_argument("--note", help="what a reader of the figures must know, such as what else the machine did")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go (default: beside this file)")
+    parser.add_argument("overrides", nargs="*", metavar="path.to.key=value", help="settings that replace the file's")
+    arguments = parser.parse_args()
+    if arguments.steps < 1 or arguments.turns < 1:
+        parser.error("--steps and --turns must be at least 1")
+    run_entry(lambda: _benchmark(arguments))
+
+
+def _benchmark(arguments: argparse.Namespace) -> None:
+    config = _load(arguments, {"joint": STAGES["joint"]})
+    if config.model.hilomoe is None:
+        raise ConfigError("model.hilomoe is null, so there is no HiLoMoE tower to compare the dense one with")
+    if arguments.data is not None and config.data.synthetic is None:
+        raise ConfigError("--data is for the synthetic log, and data.synthetic is not set")
+    with process_group(config.device) as ranks, _log_directory(config, arguments.data, ranks) as log:
+        config = _load(arguments, STAGES, *log)
+        plain = _load(arguments, {"joint": STAGES["joint"]}, *log, "model.hilomoe=null")
+        shards = open_splits(config, ranks, ["train"])["train"]
+        ranker, dense_arch = build_ranker(config, seed=0), build_ranker(plain, seed=0).dense_arch.to(ranks.device)
+        cases = [
+            Case("dense tower", plain, "joint", dense_arch),
+            *(Case(f"HiLoMoE, {stage}", config, stage, ranker.dense_arch) for stage in STAGES),
+        ]
+        sharded = shard(ranker, config, ranks, seed=0)
+        turns: dict[str, list[dict[str, float]]] = {case.name: [] for case in cases}
+        with ExitStack() as stack:
+            stream = _Stream(shards, config, ranks, stack)
+            for turn in range(arguments.turns):
+                for case in cases:
+                    turns[case.name].append(_turn(case, sharded, stream, ranks, arguments.steps))
+                if ranks.is_first:
+                    print(f"turn {turn + 1} of {arguments.turns}", flush=True)
+        dist.barrier()  # no rank may take the log away while another still reads it
+        if ranks.is_first:
+            _report(arguments, config, ranks, turns)
+
+
+def _load(arguments: argparse.Namespace, stages: Mapping[str, Any], *overrides: str) -> Config:
+    return load_config(arguments.config, [*arguments.overrides, *overrides, f"stages={json.dumps(stages)}"])
+
+
+@contextmanager
+def _log_directory(config: Config, given: str | None, ranks: Ranks) -> Iterator[list[str]]:
+    """Overrides that put the synthetic log of a config where all ranks find it; none for a config with other data."""
+    if config.data.synthetic is None:
+        yield []
+        return
+    with ExitStack() as stack:
+        shared = [given]
+        if given is None and ranks.is_first:
+            shared = [stack.enter_context(TemporaryDirectory(prefix="hilorec-"))]
+        dist.broadcast_object_list(shared)
+        splits = [f"data.{split}={json.dumps(f'{shared[0]}/{split}/*.parquet')}" for split in config.data.splits]
+        yield [f"data.synthetic.directory={json.dumps(shared[0])}", *splits]
+
+
+class _Stream:
+    """A rank's batches, epoch after epoch without end, and how long they were waited for.
+
+    Args:
+        shards: what to read.
+        config: how to read it.
+        ranks: this process among all.
+        stack: what stops the reading.
+    """
+
+    def __init__(self, shards: ParquetShards, config: Config, ranks: Ranks, stack: ExitStack) -> None:
+        self._shards, self._config, self._ranks, self._stack = shards, config, ranks, stack
+        self._earlier_seconds = 0.0
+        self._loader = self._load(0)
+
+    @property
+    def wait_seconds(self) -> float:
+        return self._earlier_seconds + self._loader.wait_seconds
+
+    def batches(self) -> Iterator[Batch]:
+        for epoch in count(1):
+            yield from self._loader
+            self._earlier_seconds += self._loader.wait_seconds
+            self._loader = self._load(epoch)
+
+    def _load(self, epoch: int) -> Loader:
+        data = self._config.data
+        order = Epoch(
+            self._shards.row_counts,
+            self._ranks.world_size,
+            data.batch_size,
+            epoch=epoch,
+            shuffle=data.shuffle,
+            window_row_groups=data.window_row_groups,
+        )
+        pin = self._ranks.device.type == "cuda"
+        loader = Loader(self._shards, order, self._ranks.rank, prefetch_batches=data.prefetch_batches, pin_memory=pin)
+        return self._stack.enter_context(loader)
+
+
+def _turn(case: Case, sharded: ShardedRanker, stream: _Stream, ranks: Ranks, steps: int) -> dict[str, float]:
+    """Seconds a step of a case takes, whole and in parts, over all ranks; a collective call."""
+    stage = begin_stage(sharded, case.dense_arch, case.config, case.stage, num_steps=WARM_UP + steps)
+    sharded.ranker.train()
+    batches = stream.batches()
+    whole = _whole_steps(sharded.ranker, stage, batches, stream, ranks, steps)
+    parts = _parted_steps(sharded.ranker, stage, list(islice(batches, 1 + steps)), ranks)
+    figures = torch.tensor(
+        [whole["examples"], whole["step"], whole["data wait"], *(parts[name] for name in PARTS)], dtype=torch.float64
+    )
+    dist.all_reduce(figures)
+    examples, *seconds = figures.tolist()
+    step, wait, *parted = [value / ranks.world_size for value in seconds]
+    return {
+        "examples/s": examples / steps / step,
+        "step": step,
+        "data wait": wait,
+        **dict(zip(PARTS, parted, strict=True)),
+        "rest": step - wait - sum(parted),
+    }
+
+
+def _whole_steps(
+    ranker: Ranker, stage: Stage, batches: Iterator[Batch], stream: _Stream, ranks: Ranks, steps: int
+) -> dict[str, float]:
+    """Examples of this rank in all steps; seconds of a step, and of its wait for data, in the mean."""
+    pipeline = TrainPipelineSparseDist(ranker, stage.optimizer, ranks.device, execute_all_batches=True)
+    metrics = BinaryMetrics(exact_examples=1 << 22, num_bins=1 << 16)
+    examples, began, waited = 0, 0.0, 0.0
+    for step in range(WARM_UP + steps):
+        if step == WARM_UP:
+            began, waited, examples = _clock(ranks), stream.wait_seconds, 0
+        stage.set_learning_rates(step)
+        output = pipeline.progress(batches)
+        metrics.update(output.logits, output.labels)
+        examples += len(output.labels)
+    seconds = _clock(ranks) - began
+    pipeline.detach()
+    return {
+        "examples": examples,
+        "step": seconds / steps,
+        "data wait": (stream.wait_seconds - waited) / steps,
+    }
+
+
+def _parted_steps(ranker: Ranker, stage: Stage, batches: Sequence[Batch], ranks: Ranks) -> dict[str, float]:
+    """Seconds of each part of a step, in the mean over all batches but the first, which is to warm up."""
+    seconds = dict.fromkeys(PARTS, 0.0)
+    cut = _Cut(ranks)
+    handle = ranker.dense_arch.register_forward_pre_hook(cut)
+    for index, batch in enumerate([batch.to(ranks.device) for batch in batches]):
+        stage.optimizer.zero_grad()
+        dist.barrier()  # or a rank's wait for the one behind it would count as its sparse forward
+        began = _clock(ranks)
+        loss, _ = ranker(batch)
+        forward = _clock(ranks)
+        loss.backward()
+        backward = _clock(ranks)
+        if cut.pooled.requires_grad:
+            cut.pooled.backward(cut.leaf.grad)
+        sparse_backward = _clock(ranks)
+        stage.dense_optimizer.step()
+        dense_update = _clock(ranks)
+        for name, optimizer in stage.optimizer.optimizers:
+            if name != "dense":
+                optimizer.step()
+        sparse_update = _clock(ranks)
+        if index == 0:
+            continue
+        seconds["sparse forward"] += cut.reached - began
+        seconds["sparse backward"] += sparse_backward - backward + sparse_update - dense_update
+        seconds["dense forward"] += forward - cut.reached
+        seconds["dense backward"] += backward - forward
+        seconds["dense optimizer"] += dense_update - sparse_backward
+    handle.remove()
+    return {name: value / (len(batches) - 1) for name, value in seconds.items()}
+
+
+class _Cut:
+    """Hook before the dense arch that parts the graph there and notes when the forward pass came by.
+
+    Attributes:
+        pooled: end of the sparse part, with its graph unless the embeddings are frozen.
+        leaf: beginning of the dense part, the same values.
+        reached: time.
+    """
+
+    pooled: Tensor
+    leaf: Tensor
+    reached: float
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
+    def __call__(self, _: nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        self.pooled, dense_features = inputs
+        self.leaf = self.pooled.detach().requires_grad_(self.pooled.requires_grad)
+        self.reached = _clock(self._ranks)
+        return self.leaf, dense_features
+
+
+def _clock(ranks: Ranks) -> float:
+    """The time when all that was asked of the device is done."""
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _report(
+    arguments: argparse.Namespace, config: Config, ranks: Ranks, turns: Mapping[str, Sequence[Mapping[str, float]]]
+) -> None:
+    cases = {
+        name: {figure: median(turn[figure] for turn in measured) for figure in measured[0]}
+        for name, measured in turns.items()
+    }
+
+    def ratio(name: str, other: str, figure: str) -> float:
+        return median(a[figure] / b[figure] for a, b in zip(turns[name], turns[other], strict=True))
+
+    ratios = {
+        "HiLoMoE step / dense step": ratio("HiLoMoE, joint", "dense tower", "step"),
+        "experts stage / joint stage": ratio("HiLoMoE, experts", "HiLoMoE, joint", "step"),
+        "backbone stage / joint stage": ratio("HiLoMoE, backbone", "HiLoMoE, joint", "step"),
+    }
+    command = ["torchrun", "--nproc-per-node", str(ranks.world_size)] if ranks.world_size > 1 else ["python"]
+    command += ["benchmarks/step.py", "--config", shown_path(arguments.config)]
+    command += ["--steps", str(arguments.steps), "--turns", str(arguments.turns)]
+    result = {
+        "name": config.name,
+        "command": shlex.join([*command, *arguments.overrides]),
+        "note": arguments.note,
+        "ranks": ranks.world_size,
+        "threads_per_rank": torch.get_num_threads(),
+        "device": ranks.device.type,
+        "batch_size": config.data.batch_size,
+        "cases": cases,
+        "ratios": ratios,
+        "turns": turns,
+        **environment(),
+    }
+    split = [_split_row(name, figures, turns[name]) for name, figures in cases.items()]
+    detail = [{"ms": name, **{part: _milliseconds(figures[part]) for part in PARTS}} for name, figures in cases.items()]
+    shown_ratios = [{"ratio of times": name, "": f"{value:.2f}"} for name, value in ratios.items()]
+    title = f"Training step: {config.name}, {ranks.world_size} ranks on {ranks.device.type}"
+    for rows in (split, detail, shown_ratios):
+        show(title, rows)
+    how = (
+        f"{ranks.world_size} ranks with {torch.get_num_threads()} threads each, batch {config.data.batch_size} a rank. "
+        f"Medians of {arguments.turns} turns of {arguments.steps} steps; examples/s over all ranks, with the range of "
+        "the turns."
+    )
+    borders = (
+        "Sparse: input distribution, lookup, output distribution; gradients' way back and the tables' update. Dense: "
+        "forward and backward of projection, tower, head and losses with DDP's reduction, and AdamW. Both are taken "
+        "without the pipeline; the rest is what they and the data wait leave of the whole step, negative where the "
+        "pipeline overlaps them. In the experts stage the embeddings are frozen, so they have no backward."
+    )
+    note = [arguments.note] if arguments.note else []
+    stem = arguments.output / f"step_{ranks.device.type}"
+    write(stem, title, [how, split, shown_ratios, detail, borders, *note], result)
+
+
+def _split_row(name: str, figures: Mapping[str, float], turns: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    rates = [turn["examples/s"] for turn in turns]
+    sums = {
+        "data wait": figures["data wait"],
+        **{kind: sum(figures[part] for part in PARTS if part.startswith(kind)) for kind in ("sparse", "dense")},
+        "rest": figures["rest"],
+    }
+    return {
+        "": name,
+        "examples/s": f"{number(figures['examples/s'])} ({number(min(rates))} to {number(max(rates))})",
+        "step, ms": _milliseconds(figures["step"]),
+        **{f"{part}, ms": f"{_milliseconds(value)} ({value / figures['step']:.0%})" for part, value in sums.items()},
+    }
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.2f}"
+
+
+if __name__ == "__main__":
+    main()

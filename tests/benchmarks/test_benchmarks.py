@@ -1,0 +1,116 @@
+"""The benchmarks as a user runs them, on a config so small that the figures mean nothing but must be there."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import write_tiny_config, write_tiny_log
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def run(script: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / script), "--config", "tiny.yaml", "--output", "results", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def read(folder: Path, name: str) -> tuple[str, dict[str, Any]]:
+    page = (folder / "results" / f"{name}.md").read_text()
+    result: dict[str, Any] = json.loads((folder / "results" / f"{name}.json").read_text())
+    assert str(folder) not in page + json.dumps(result)
+    for fact in ("commit", "hardware", "versions", "date", "command"):
+        assert result[fact] is not None or fact == "commit"  # none outside a checkout
+        assert f"- {fact}: " in page
+    return page, result
+
+
+def numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from numbers(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from numbers(item)
+    elif isinstance(value, float):
+        yield value
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_tiny_log(tmp_path / "log", rows={"train": 300, "valid": 60, "test": 60})
+    write_tiny_config(tmp_path / "tiny.yaml", tmp_path / "log", tmp_path / "out")
+    return tmp_path
+
+
+def test_step_tells_the_parts_of_every_case_and_their_ratios(folder: Path) -> None:
+    ended = run("step.py", folder, "--steps", "8", "--turns", "3", "device=cpu")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    page, result = read(folder, "step_cpu")
+    assert result["command"] == "python benchmarks/step.py --config tiny.yaml --steps 8 --turns 3 device=cpu"
+    assert list(result["cases"]) == ["dense tower", "HiLoMoE, backbone", "HiLoMoE, experts", "HiLoMoE, joint"]
+    assert all(math.isfinite(number) for number in numbers(result))
+    assert all(ratio > 0 for ratio in result["ratios"].values())
+    for name, figures in result["cases"].items():
+        assert f"| {name} |" in page
+        assert f"│ {name}" in ended.stdout
+        rate, step, wait, rest = (figures.pop(key) for key in ("examples/s", "step", "data wait", "rest"))
+        # 300 rows in batches of 32 have a last one of 12, which a turn need not meet.
+        assert 12 / step < rate < 33 / step
+        assert wait >= 0
+        # Nothing is computed for a backward of frozen embeddings but the times on both of its sides.
+        assert all(seconds > 0 for seconds in figures.values())
+        assert (figures["sparse backward"] < 0.2 * figures["sparse forward"]) == (name == "HiLoMoE, experts")
+        # Medians of the turns, whose parts sum up exactly; that they are near is not to be had on a busy machine.
+        assert abs(rest) < step
+    for turn in (turn for turns in result["turns"].values() for turn in turns):
+        rate, step = turn.pop("examples/s"), turn.pop("step")
+        assert sum(turn.values()) == pytest.approx(step)
+
+
+def test_step_needs_experts_to_compare(folder: Path) -> None:
+    ended = run("step.py", folder, "model.hilomoe=null")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: model.hilomoe is null")
+    assert not (folder / "results").exists()
+
+
+def test_quality_resumes_and_names_what_failed(folder: Path) -> None:
+    short = ("--nproc", "1", "--name", "short", "stages.backbone.epochs=1", "stages.experts=null", "stages.joint=null")
+    ended = run("quality.py", folder, "--seeds", "1", *short)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "seed 17 | backbone: 10 steps" in ended.stdout
+    page, result = read(folder, "quality_tiny_short")
+    figures = result["runs"]["17"]
+    assert all(math.isfinite(number) for number in numbers(result))
+    assert figures["best valid AUC"] == figures["valid AUC after backbone"]
+    assert figures["gap to it"] == figures["test AUC of truth"] - figures["test AUC"]
+    statistics = result["statistics"]["test AUC"]
+    assert statistics == {
+        "mean": figures["test AUC"],
+        "standard deviation": None,
+        "min": figures["test AUC"],
+        "max": figures["test AUC"],
+    }
+
+    shutil.rmtree(folder / "log")  # what runs from here on must fail
+    more = run("quality.py", folder, "--seeds", "2", *short)
+    assert more.returncode == 1
+    assert "seed 17 is already there" in more.stdout
+    assert "seed 17 |" not in more.stdout
+    assert "no file matches" in more.stdout
+    assert "failed: seed 18" in more.stderr
+    page, result = read(folder, "quality_tiny_short")
+    assert "FAILED: seed 18" in page
+    assert (result["runs"], list(result["failed"])) == ({"17": figures}, ["18"])
+
+    other = run("quality.py", folder, "--seeds", "1", *short, "stages.backbone.learning_rate=0.5")
+    assert other.returncode == 1  # other settings are another run
+    assert "seed 17 runs" in other.stdout
