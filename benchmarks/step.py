@@ -144,18 +144,22 @@ class _Stream:
         config: how to read it.
         ranks: this process among all.
         stack: what stops the reading.
+
+    Attributes:
+        batches: the one iterator, which turns go on with where the one before left it.
     """
 
     def __init__(self, shards: ParquetShards, config: Config, ranks: Ranks, stack: ExitStack) -> None:
         self._shards, self._config, self._ranks, self._stack = shards, config, ranks, stack
         self._earlier_seconds = 0.0
         self._loader = self._load(0)
+        self.batches = self._read()
 
     @property
     def wait_seconds(self) -> float:
         return self._earlier_seconds + self._loader.wait_seconds
 
-    def batches(self) -> Iterator[Batch]:
+    def _read(self) -> Iterator[Batch]:
         for epoch in count(1):
             yield from self._loader
             self._earlier_seconds += self._loader.wait_seconds
@@ -180,9 +184,8 @@ def _turn(case: Case, sharded: ShardedRanker, stream: _Stream, ranks: Ranks, ste
     """Seconds a step of a case takes, whole and in parts, over all ranks; a collective call."""
     stage = begin_stage(sharded, case.dense_arch, case.config, case.stage, num_steps=WARM_UP + steps)
     sharded.ranker.train()
-    batches = stream.batches()
-    whole = _whole_steps(sharded.ranker, stage, batches, stream, ranks, steps)
-    parts = _parted_steps(sharded.ranker, stage, list(islice(batches, 1 + steps)), ranks)
+    whole = _whole_steps(sharded.ranker, stage, stream, ranks, steps)
+    parts = _parted_steps(sharded.ranker, stage, list(islice(stream.batches, 1 + steps)), ranks)
     figures = torch.tensor(
         [whole["examples"], whole["step"], whole["data wait"], *(parts[name] for name in PARTS)], dtype=torch.float64
     )
@@ -198,9 +201,7 @@ def _turn(case: Case, sharded: ShardedRanker, stream: _Stream, ranks: Ranks, ste
     }
 
 
-def _whole_steps(
-    ranker: Ranker, stage: Stage, batches: Iterator[Batch], stream: _Stream, ranks: Ranks, steps: int
-) -> dict[str, float]:
+def _whole_steps(ranker: Ranker, stage: Stage, stream: _Stream, ranks: Ranks, steps: int) -> dict[str, float]:
     """Examples of this rank in all steps; seconds of a step, and of its wait for data, in the mean."""
     pipeline = TrainPipelineSparseDist(ranker, stage.optimizer, ranks.device, execute_all_batches=True)
     metrics = BinaryMetrics(exact_examples=1 << 22, num_bins=1 << 16)
@@ -209,7 +210,7 @@ def _whole_steps(
         if step == WARM_UP:
             began, waited, examples = _clock(ranks), stream.wait_seconds, 0
         stage.set_learning_rates(step)
-        output = pipeline.progress(batches)
+        output = pipeline.progress(stream.batches)
         metrics.update(output.logits, output.labels)
         examples += len(output.labels)
     seconds = _clock(ranks) - began
