@@ -146,20 +146,20 @@ class _Stream:
         stack: what stops the reading.
 
     Attributes:
-        batches: the one iterator, which turns go on with where the one before left it.
+        batches: the one iterator of all of them.
     """
 
     def __init__(self, shards: ParquetShards, config: Config, ranks: Ranks, stack: ExitStack) -> None:
         self._shards, self._config, self._ranks, self._stack = shards, config, ranks, stack
         self._earlier_seconds = 0.0
         self._loader = self._load(0)
-        self.batches = self._read()
+        self.batches = self._batches()
 
     @property
     def wait_seconds(self) -> float:
         return self._earlier_seconds + self._loader.wait_seconds
 
-    def _read(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[Batch]:
         for epoch in count(1):
             yield from self._loader
             self._earlier_seconds += self._loader.wait_seconds
@@ -203,7 +203,7 @@ def _turn(case: Case, sharded: ShardedRanker, stream: _Stream, ranks: Ranks, ste
 
 def _whole_steps(ranker: Ranker, stage: Stage, stream: _Stream, ranks: Ranks, steps: int) -> dict[str, float]:
     """Examples of this rank in all steps; seconds of a step, and of its wait for data, in the mean."""
-    pipeline = TrainPipelineSparseDist(ranker, stage.optimizer, ranks.device, execute_all_batches=True)
+    pipeline = TrainPipelineSparseDist(ranker, stage.optimizer, ranks.device)
     metrics = BinaryMetrics(exact_examples=1 << 22, num_bins=1 << 16)
     examples, began, waited = 0, 0.0, 0.0
     for step in range(WARM_UP + steps):
@@ -320,11 +320,11 @@ def _report(
     split = [_split_row(name, figures, turns[name]) for name, figures in cases.items()]
     detail = [{"ms": name, **{part: _milliseconds(figures[part]) for part in PARTS}} for name, figures in cases.items()]
     shown_ratios = [{"ratio of times": name, "": f"{value:.2f}"} for name, value in ratios.items()]
-    title = f"Training step: {config.name}, {ranks.world_size} ranks on {ranks.device.type}"
+    title = f"Training step: {config.name} on {ranks.device.type}"
     for rows in (split, detail, shown_ratios):
         show(title, rows)
     how = (
-        f"{ranks.world_size} ranks with {torch.get_num_threads()} threads each, batch {config.data.batch_size} a rank. "
+        f"Ranks: {ranks.world_size}; threads and batch of each: {torch.get_num_threads()}, {config.data.batch_size}. "
         f"Medians of {arguments.turns} turns of {arguments.steps} steps; examples/s over all ranks, with the range of "
         "the turns."
     )

@@ -204,7 +204,10 @@ class Trainer:
         self, pipeline: TrainPipelineSparseDist[Any, Any], stage: Stage, totals: _Totals, before: Metrics | None
     ) -> tuple[Metrics, int]:
         """Train until patience ends and go back to the best state: its valid figures and epoch (0: as it began)."""
-        best, best_epoch = before or self._evaluate(stage.name, "valid")[0], 0
+        if before is None:
+            self.monitor.say(f"{stage.name:<10} valid before the first step:")
+            before, _ = self._evaluate(stage.name, "valid")
+        best, best_epoch = before, 0
         self._save(self._best_directory, stage, totals)
         while totals.steps < stage.num_steps and totals.epochs - best_epoch < (stage.config.patience or 0):
             self._train_epoch(pipeline, stage, totals)
