@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from tiny import write_tiny_config, write_tiny_log
 
 from recsys.config import Config, load_config
+from recsys.training.stages import stage_lengths
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -136,6 +137,16 @@ def test_evaluate_takes_the_checkpoint_of_a_run(config: Path, tmp_path: Path) ->
     steps = steps_of(tmp_path / "out")
     line = re.sub(r"outputs/\S+", f"{tmp_path}/out/checkpoints/step-{steps}", command("python -m recsys.evaluate"))
     assert f"step-{steps}, test" in run(line)
+
+
+def test_the_checkpoint_that_the_readme_evaluates_is_the_one_that_the_line_before_leaves() -> None:
+    index = COMMANDS.index(command("python -m recsys.evaluate"))
+    assert COMMANDS[index - 1] == "python -m recsys.train --config configs/small.yaml"
+    config = load_config(ROOT / "configs" / "small.yaml")
+    assert config.data.synthetic is not None
+    steps_per_epoch = -(-config.data.synthetic.train_rows // config.data.batch_size)
+    steps = sum(stage_lengths(config.stages, steps_per_epoch).values())
+    assert f"{config.output_dir}/checkpoints/step-{steps} " in COMMANDS[index]
 
 
 @pytest.fixture
