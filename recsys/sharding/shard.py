@@ -115,10 +115,18 @@ def _data_parallel_optimizer(
 ) -> KeyedOptimizer | None:
     if not parameters:
         return None
-    return KeyedOptimizerWrapper(
+    optimizer = KeyedOptimizerWrapper(
         dict(parameters),
         lambda params: _DATA_PARALLEL[config.type](params, lr=0.0, weight_decay=config.weight_decay),
     )
+    # Adam makes its state at its first step, but the state in which a stage begins must be whole to go back to.
+    optimizer.init_state()
+    for parameter in parameters.values():
+        parameter.grad = None
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()
+    return optimizer
 
 
 @torch.no_grad()

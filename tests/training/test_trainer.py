@@ -180,6 +180,20 @@ def test_a_stage_that_only_gets_worse_goes_back_to_its_start(log: Path, tmp_path
     assert not (tmp_path / "out" / "checkpoints" / "best").exists()
 
 
+def test_the_first_stage_can_go_back_to_the_untrained_model(log: Path, tmp_path: Path) -> None:
+    raw = tiny_config(log, tmp_path / "out")
+    raw["stages"] = {"joint": {"trains": "all", "epochs": 3, "patience": 1, **RATES, "learning_rate": 50.0}}
+    (summary, _) = run_ranks(2, train_on, as_config(raw, tmp_path))
+    assert summary["stages"]["joint"]["best_epoch"] == 0
+    tensors = checkpoint_tensors(Path(summary["checkpoint"]), tmp_path)
+    state = {name: value for name, value in tensors.items() if name.startswith("optimizer.data_parallel.")}
+    assert {name.rpartition(".")[2] for name in state} == {"step", "exp_avg", "exp_avg_sq"}
+    assert not any(value.any() for value in state.values())
+    experts = {name: value for name, value in tensors.items() if name.endswith("lora_B")}
+    assert experts
+    assert not any(value.any() for value in experts.values())
+
+
 def test_evaluating_in_mid_epoch_does_not_disturb_training(run: Path, log: Path, tmp_path: Path) -> None:
     raw = tiny_config(log, tmp_path / "out")
     raw["logging"]["eval_every_steps"] = 4
