@@ -113,6 +113,13 @@ class Rows:
         )
 
     @staticmethod
+    def none(columns: Columns) -> "Rows":
+        """No rows of the given columns."""
+        no_lists = Jagged(np.empty(0, np.int64), np.zeros(1, np.int64))
+        dense = np.empty((0, len(columns.dense)), np.float32)
+        return Rows(np.empty(0, np.float32), np.empty(0), dense, (no_lists,) * len(columns.sparse))
+
+    @staticmethod
     def concatenate(parts: Sequence["Rows"]) -> "Rows":
         """All parts, one after another; at least one."""
         if len(parts) == 1:
@@ -347,7 +354,7 @@ class Loader:
             yield self._batch(rest, step)
             step += 1
         while step < epoch.num_steps:
-            yield self._batch(self._shards.read([RowSlice(0, 0, 0)]), step)
+            yield self._batch(Rows.none(self._shards.columns), step)
             step += 1
 
     def _windows(self) -> Iterator[Rows]:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from recsys.runtime import Ranks, process_group
 from recsys.sharding.shard import shard
 from recsys.training.checkpoint import load_model, read_meta
 from recsys.training.metrics import BinaryMetrics, Metrics
+from recsys.training.monitor import console
 
 
 def evaluate_checkpoint(
@@ -60,8 +60,7 @@ def evaluate_checkpoint(
                 table.add_row(
                     name, *("-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.6f}" for v in values)
                 )
-            console = Console()
-            (console if console.is_terminal else Console(width=120)).print(table)
+            console().print(table)
         return results
 
 
@@ -89,7 +88,7 @@ def evaluate(
     epoch = Epoch(
         shards.row_counts, ranks.world_size, config.data.eval_batch_size or config.data.batch_size, shuffle=False
     )
-    limits = {"exact_examples": config.metrics.exact_examples, "num_bins": config.metrics.num_bins}
+    limits = config.metrics.model_dump()
     model, reference = BinaryMetrics(**limits), BinaryMetrics(**limits)
     was_training = ranker.training
     ranker.eval()

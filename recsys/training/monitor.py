@@ -19,6 +19,12 @@ from recsys.training.metrics import Metrics
 _FIGURES = ("auc", "log_loss", "ne", "calibration")
 
 
+def console(*, quiet: bool = False) -> Console:
+    """The terminal; where output is piped, as by TorchX and torchrun, one wide enough to keep tables whole."""
+    terminal = Console(quiet=quiet)
+    return terminal if terminal.is_terminal else Console(quiet=quiet, width=120)
+
+
 class Monitor:
     """Shows and records a run, while entered. On all ranks but the first every method does nothing.
 
@@ -32,10 +38,7 @@ class Monitor:
     def __init__(self, output_dir: Path, *, enabled: bool) -> None:
         self.output_dir = output_dir
         self._enabled = enabled
-        # TorchX and torchrun pipe the output: a fixed width keeps lines and tables whole there.
-        self._console = Console(quiet=not enabled)
-        if not self._console.is_terminal:
-            self._console = Console(quiet=not enabled, width=120)
+        self._console = console(quiet=not enabled)
         self._writer: SummaryWriter | None = None
         self._progress = Progress(
             TextColumn("{task.description:<10}"),

@@ -275,9 +275,7 @@ class Trainer:
         self.monitor.routing(self.dense_arch, step)
 
     def _window(self, loader: Loader) -> _Window:
-        limits = self.config.metrics
-        metrics = BinaryMetrics(exact_examples=limits.exact_examples, num_bins=limits.num_bins)
-        return _Window(metrics, waited=loader.wait_seconds)
+        return _Window(BinaryMetrics(**self.config.metrics.model_dump()), waited=loader.wait_seconds)
 
     def _epoch(self) -> Epoch:
         """The order of the epoch that is next."""
