@@ -1,5 +1,6 @@
 """The training command: what it prints, how bad input ends it, on one rank and on several."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -64,6 +65,30 @@ def test_a_run_prints_stages_figures_and_where_its_outputs_are(raw: dict[str, An
     assert f"Outputs in {tmp_path}/out" in first.stdout
     assert max(map(len, first.stdout.splitlines())) <= 150
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 15
+
+
+def test_a_terminal_gets_a_live_bar_in_place_of_lines(raw: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "live.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+    screen, terminal = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "recsys.train", "--config", str(tmp_path / "live.yaml")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "COLUMNS": "150"},
+        stdout=terminal,
+        stderr=terminal,
+    )
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal says that its last process has ended
+        while part := os.read(screen, 1 << 16):
+            shown += part
+    os.close(screen)
+    assert process.wait(60) == 0
+    text = shown.decode()
+    # 900 rows in batches of 32 on one rank.
+    assert "29/29" in text
+    assert "evaluating valid" in text
+    assert "step  5/29" not in text
+    assert "Warning" not in text
 
 
 def test_an_earlier_run_of_the_same_name_is_kept(raw: dict[str, Any], tmp_path: Path) -> None:
