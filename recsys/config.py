@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -161,11 +161,16 @@ class DataConfig(_Section):
 
 
 class HiLoMoEConfig(_Section):
-    """Experts attached to every linear of the tower (arXiv 2510.10432): L layers of K rank-1 experts."""
+    """Experts attached to linears of the dense arch (arXiv 2510.10432): L layers of K rank-1 experts each.
+
+    `experts_in` are patterns of the linears' names (`tower.linears.0`, `tower.cross.*`, `head`); each must match one.
+    Null takes the tower's own choice, its `expert_linears`.
+    """
 
     num_layers: PositiveInt = 3
     num_experts: PositiveInt = 8
     top_k: PositiveInt | None = None
+    experts_in: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> Self:
@@ -177,6 +182,8 @@ class HiLoMoEConfig(_Section):
 class MLPTowerConfig(_Section):
     """A multi-layer perceptron; no hidden layers make the ranker a logistic regression on its embeddings."""
 
+    expert_linears: ClassVar = ("tower.linears.*",)
+
     type: Literal["mlp"]
     hidden: tuple[PositiveInt, ...] = (256, 128, 64)
     dropout: Probability = 0.0
@@ -184,6 +191,8 @@ class MLPTowerConfig(_Section):
 
 class DCNv2TowerConfig(_Section):
     """Cross layers in front of a perceptron (arXiv 2008.13535, stacked)."""
+
+    expert_linears: ClassVar = ("tower.cross.*", "tower.mlp.*")
 
     type: Literal["dcn_v2"]
     num_cross_layers: PositiveInt = 3
@@ -193,6 +202,8 @@ class DCNv2TowerConfig(_Section):
 
 class TransformerTowerConfig(_Section):
     """Pre-norm encoder blocks over one token per feature (plus one for the dense features)."""
+
+    expert_linears: ClassVar = ("tower.blocks.*",)
 
     type: Literal["transformer"]
     model_dim: PositiveInt = 32
@@ -208,7 +219,35 @@ class TransformerTowerConfig(_Section):
         return self
 
 
-TowerConfig = Annotated[MLPTowerConfig | DCNv2TowerConfig | TransformerTowerConfig, Field(discriminator="type")]
+class FinalMLPTowerConfig(_Section):
+    """Two perceptrons on differently gated features, fused bilinearly (arXiv 2304.00902).
+
+    `first_context` and `second_context` name the sparse features that gate each stream; none gates by a learned vector.
+    Null `gate_hidden` leaves the gates out.
+    """
+
+    expert_linears: ClassVar = ("tower.first.*", "tower.second.*")
+
+    type: Literal["final_mlp"]
+    first_hidden: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (256, 128)
+    second_hidden: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (256, 128)
+    num_heads: PositiveInt = 4
+    first_context: tuple[Name, ...] = ()
+    second_context: tuple[Name, ...] = ()
+    gate_hidden: PositiveInt | None = 64
+    dropout: Probability = 0.0
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        for stream, hidden in (("first_hidden", self.first_hidden), ("second_hidden", self.second_hidden)):
+            if hidden[-1] % self.num_heads:
+                raise ValueError(f"num_heads {self.num_heads} does not divide {stream}'s last width {hidden[-1]}")
+        return self
+
+
+TowerConfig = Annotated[
+    MLPTowerConfig | DCNv2TowerConfig | TransformerTowerConfig | FinalMLPTowerConfig, Field(discriminator="type")
+]
 
 
 class ModelConfig(_Section):
@@ -346,6 +385,13 @@ class Config(_Section):
                 )
         if unused := set(self.tables) - used:
             raise ValueError(f"tables.{min(unused)}: no feature in features.sparse uses this table; remove it")
+        if isinstance(tower := self.model.tower, FinalMLPTowerConfig):
+            for context in ("first_context", "second_context"):
+                if unknown := set(getattr(tower, context)) - set(self.features.sparse):
+                    raise ValueError(
+                        f"model.tower.{context}: no sparse feature {min(unknown)!r}; "
+                        f"there are {_listed(self.features.sparse)}"
+                    )
         if both := set(self.features.sparse) & set(self.features.dense):
             raise ValueError(f"features: {min(both)!r} is both a sparse and a dense feature; rename one")
         for name, stage in self.stages.items():
