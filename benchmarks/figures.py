@@ -8,21 +8,25 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from grid import Case, GridConfig, Run, TableConfig
+from grid import Case, GridConfig, RivalsConfig, Run, TableConfig
 from intervals import Difference, difference
 from pydantic import BaseModel
-from report import Rows, number, shown_path
+from report import Rows, shown_path
 
 from recsys.config import read_yaml, validate
 
 Spread = Mapping[str, float | None]
 
 
-class _Rivals(BaseModel):
-    """What another program measured, by seed; further keys are its own matter."""
-
+class _RivalModel(BaseModel):
     model: str
     runs: dict[int, dict[str, float | None]]
+
+
+class _Rivals(BaseModel):
+    """What another program measured; further keys are its own matter."""
+
+    models: dict[str, _RivalModel]
 
 
 class Figures:
@@ -33,7 +37,7 @@ class Figures:
         cases: its cases.
 
     Raises:
-        ConfigError: a case's rivals are there but not in the form that `CaseConfig` gives.
+        ConfigError: a file of rivals is there but not in the form that `RivalsConfig` gives.
 
     Attributes:
         of: by case and seed, a run's figures by name; None where one is undefined, as an AUC of one class.
@@ -47,11 +51,9 @@ class Figures:
         for case in cases:
             for run in case.runs:
                 self.take(run)
-            if case.rivals is not None and Path(case.rivals).exists():
-                raw = read_yaml(Path(case.rivals), "results", remedy="its program writes it")  # JSON is YAML
-                rivals = validate(_Rivals, raw, source=case.rivals)
-                self.of[case.name].update(rivals.runs)
-                self._rivals[case.name] = rivals.model
+            if case.rivals is not None and (rival := _rival(case.rivals)):
+                self.of[case.name].update(rival.runs)
+                self._rivals[case.name] = rival.model
 
     def take(self, run: Run) -> bool:
         """Add a run's figures if it is complete under its settings; whether it is."""
@@ -69,14 +71,18 @@ class Figures:
         """What the runs' summaries say under a key, each answer once."""
         return sorted({str(summary[key]) for summary in self._summaries.values()})
 
-    def case_rows(self) -> list[dict[str, str]]:
-        """A row for each case: its seeds, means and spreads; the trials of searches have tables of their own."""
+    def case_rows(self, *, brief: bool = False) -> list[dict[str, str]]:
+        """A row for each case: its seeds, means and spreads, as many as a terminal has room for if `brief`.
+
+        The trials of searches are left to tables of their own.
+        """
+        forms = {figure: form for figure, form in _SHOWN.items() if not brief or figure in _BRIEF}
         rows = []
         for case in self.cases:
             if not self.grid.cases[case.section].search:
                 there = len(self.of[case.name])
                 seeds = str(there) if there == len(case.runs) or case.rivals else f"{there} of {len(case.runs)}"
-                shown = {figure: form(self._spread(case.name, figure)) for figure, form in _SHOWN.items()}
+                shown = {figure: form(self._spread(case.name, figure)) for figure, form in forms.items()}
                 rows.append({"case": case.name, "seeds": seeds, **shown})
         return rows
 
@@ -168,7 +174,7 @@ class Figures:
             {
                 "trial": name,
                 "best valid AUC": digits(self._trial(name).get("best valid AUC")),
-                **{figure: number(self._trial(name).get(figure)) for figure in ("epochs", "training seconds")},
+                **{figure: _SHOWN[figure](self._spread(name, figure)) for figure in ("epochs", "training seconds")},
             }
             for name in self._ranked(section)
         ]
@@ -177,7 +183,7 @@ class Figures:
         missing = []
         for case in self.cases:
             if case.rivals is not None and not self.of[case.name]:
-                missing.append(f"{case.name}, from {shown_path(case.rivals)}")
+                missing.append(f"{case.name}, from {shown_path(case.rivals.file)}")
             for run in case.runs:
                 if run.seed not in self.of[case.name]:
                     how = f" (FAILED with exit code {failed[run]})" if run in failed else ""
@@ -186,7 +192,8 @@ class Figures:
 
     def _description(self, case: Case) -> str:
         if case.rivals is not None:
-            return f"- {case.name}: {self._rivals.get(case.name, 'not there yet')}, from {shown_path(case.rivals)}"
+            model = self._rivals.get(case.name, case.rivals.model)
+            return f"- {case.name}: {model}, from {shown_path(case.rivals.file)}"
         return f"- {case.name}: " + " ".join(f"`{part}`" for part in (shown_path(case.config), *case.overrides))
 
     def _case_result(self, case: Case, failed: Mapping[Run, int]) -> dict[str, Any]:
@@ -208,6 +215,13 @@ class Figures:
                 found = self._difference(case, table.baseline, figure)
                 differences[case][figure] = asdict(found) if found else None
         return {"question": table.question, "baseline": table.baseline, "differences": differences}
+
+
+def _rival(where: RivalsConfig) -> _RivalModel | None:
+    if not Path(where.file).exists():
+        return None
+    raw = read_yaml(Path(where.file), "results", remedy="the program that writes it has not done so")  # JSON is YAML
+    return validate(_Rivals, raw, source=where.file).models.get(where.model)
 
 
 def digits(value: float | None) -> str:
@@ -258,21 +272,22 @@ def _with_deviation(spread: Spread) -> str:
     return digits(spread["mean"]) + ("" if deviation is None else f" ± {deviation:.5f}")
 
 
-def _mean_alone(spread: Spread) -> str:
-    return number(spread["mean"])
+def _to_digits(places: int) -> Callable[[Spread], str]:
+    return lambda spread: "-" if spread["mean"] is None else f"{spread['mean']:,.{places}f}"
 
 
 _SHOWN: Mapping[str, Callable[[Spread], str]] = {
     "test AUC": _with_deviation,
     "test log loss": _with_deviation,
     "best valid AUC": _with_deviation,
-    "FLOPs per example": _mean_alone,
-    "dense parameters": _mean_alone,
-    "parameters": _mean_alone,
-    "training seconds": _mean_alone,
-    "examples": _mean_alone,
-    "epochs": _mean_alone,
+    "FLOPs per example": _to_digits(0),
+    "dense parameters": _to_digits(0),
+    "parameters": _to_digits(0),
+    "training seconds": _to_digits(1),
+    "examples": _to_digits(0),
+    "epochs": _to_digits(1),
 }
+_BRIEF = ("test AUC", "test log loss", "best valid AUC", "training seconds")
 _COMPARED = ("test AUC", "test log loss", "FLOPs per example", "dense parameters")
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Self
@@ -20,24 +20,33 @@ Overrides = tuple[str, ...]
 Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
 
 
-class CaseConfig(_Section):
-    """One thing to train and measure; null settings are the grid's.
+class RivalsConfig(_Section):
+    """Another program's figures: those of `model` in a JSON file that holds
 
-    `overrides` come after the grid's. `search` maps config paths to the values to try: every combination is a trial
-    with the case's first seed, ranked by the valid split and part of no table but its own. `rivals` names a JSON file
-    with another program's figures, `{"model": ..., "runs": {"<seed>": {"test AUC": ...}}}`; nothing is trained then.
+    {"models": {"<model>": {"model": "<its full name>", "runs": {"<seed>": {"test AUC": ..., ...}}}}}
+    """
+
+    file: str
+    model: str
+
+
+class CaseConfig(_Section):
+    """One thing to train and measure; null settings are the grid's, whose `overrides` come first.
+
+    `search` maps config paths to the values to try: every combination is a trial with the case's first seed, ranked by
+    the valid split and part of no table but its own. A case of `rivals` is trained elsewhere.
     """
 
     config: str | None = None
     overrides: Overrides = ()
     seeds: Seeds | None = None
     search: dict[str, Annotated[tuple[JsonValue, ...], Field(min_length=1)]] = {}
-    rivals: str | None = None
+    rivals: RivalsConfig | None = None
 
     @model_validator(mode="after")
     def _rivals_stand_alone(self) -> Self:
         if self.rivals is not None and self.model_fields_set != {"rivals"}:
-            raise ValueError("rivals are trained elsewhere; give nothing else beside their file")
+            raise ValueError("rivals are trained elsewhere, so nothing else can be set for them")
         return self
 
 
@@ -84,7 +93,7 @@ class GridConfig(_Section):
 
 @dataclass(frozen=True)
 class Run:
-    """One training of a case; it happens in `directory`, and its output goes to `log` beside that."""
+    """One training of a case, in `directory`; `config` is what `path` and `overrides` make."""
 
     case: str
     seed: int
@@ -95,6 +104,7 @@ class Run:
 
     @property
     def log(self) -> Path:
+        """What the run says, beside its directory."""
         return self.directory.with_name(f"{self.directory.name}.log")
 
 
@@ -105,15 +115,18 @@ class Case:
     Attributes:
         name: the case's, and for a trial of a search its values.
         section: the case's own name, which a search's trials share.
-        runs: by seed, the command line's config path and overrides, and the config that they make.
+        config: path of the YAML file; empty for rivals.
+        overrides: the grid's, the case's and the trial's.
+        runs: one a seed; none for rivals.
+        rivals: where their figures are.
     """
 
     name: str
     section: str
-    overrides: Overrides
     config: str
+    overrides: Overrides
     runs: tuple[Run, ...]
-    rivals: str | None = None
+    rivals: RivalsConfig | None = None
 
 
 def load_grid(path: str | Path) -> GridConfig:
@@ -142,24 +155,24 @@ def cases_of(grid: GridConfig, runs: Path) -> list[Case]:
 def _expand(grid: GridConfig, section: str, runs: Path) -> Iterator[Case]:
     case = grid.cases[section]
     if case.rivals is not None:
-        yield Case(section, section, (), "", (), case.rivals)
+        yield Case(section, section, "", (), (), case.rivals)
         return
     path, seeds = case.config or grid.config, case.seeds or grid.seeds
     if not case.search:
         overrides = (*grid.overrides, *case.overrides)
-        yield Case(section, section, overrides, path, _runs(section, path, overrides, seeds, runs))
+        yield Case(section, section, path, overrides, _runs(section, path, overrides, seeds, runs))
         return
     for values in itertools.product(*case.search.values()):
         trial = {key: json.dumps(value) for key, value in zip(case.search, values, strict=True)}
         overrides = (*grid.overrides, *case.overrides, *(f"{key}={value}" for key, value in trial.items()))
         name = f"{section}[{', '.join(f'{_short(key, case.search)}={value}' for key, value in trial.items())}]"
-        yield Case(name, section, overrides, path, _runs(name, path, overrides, seeds[:1], runs))
+        yield Case(name, section, path, overrides, _runs(name, path, overrides, seeds[:1], runs))
 
 
 def _runs(case: str, path: str, overrides: Overrides, seeds: Sequence[int], runs: Path) -> tuple[Run, ...]:
     made = []
     for seed in seeds:
-        directory = runs / case.replace("/", "_") / f"seed-{seed}"
+        directory = runs / case.replace("/", "_") / f"seed-{seed}"  # a trial may try paths
         full = (*overrides, f"seed={seed}", f"output_dir={json.dumps(str(directory))}")
         try:
             config = load_config(path, full)
@@ -171,7 +184,7 @@ def _runs(case: str, path: str, overrides: Overrides, seeds: Sequence[int], runs
     return tuple(made)
 
 
-def _short(path: str, others: Sequence[str] | dict[str, tuple[JsonValue, ...]]) -> str:
+def _short(path: str, others: Iterable[str]) -> str:
     """The last part of a config path where that tells it from the others."""
     last = path.rpartition(".")[2]
     return last if sum(other.rpartition(".")[2] == last for other in others) == 1 else path

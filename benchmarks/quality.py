@@ -57,7 +57,9 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     figures = Figures(grid, cases)
     runs = [] if arguments.report_only else _in_turns([c for c in cases if c.section in (arguments.only or grid.cases)])
     todo = [run for run in runs if run.seed not in figures.of[run.case]]
-    print(f"{grid.name}: {len(runs)} runs, {len(runs) - len(todo)} already there, in {arguments.runs / grid.name}")
+    there = len(runs) - len(todo)
+    if runs:
+        print(f"{grid.name}: {len(runs)} runs, {there} already there, in {arguments.runs / grid.name}", flush=True)
     failed: dict[Run, int] = {}
     began = time.monotonic()
     with closing(_train(todo, grid.nproc, arguments.jobs)) as ends:
@@ -75,9 +77,9 @@ def _benchmark(arguments: argparse.Namespace) -> None:
                     print(f"{label} | {line}")
             minutes = math.ceil((time.monotonic() - began) / done * (len(todo) - done) / 60)
             left = f", about {minutes} min left" if done < len(todo) else ""
-            print(f"{label}: {outcome}; {len(runs) - len(todo) + done}/{len(runs)} done{left}", flush=True)
+            print(f"{label}: {outcome}; {there + done}/{len(runs)} done{left}", flush=True)
     if any(figures.of.values()):
-        show(grid.name, figures.case_rows())
+        show(grid.name, figures.case_rows(brief=True))
         _write(arguments, figures, failed)
     else:
         print(f"{grid.name}: no run is complete, so there is nothing to report", file=sys.stderr)

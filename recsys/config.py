@@ -502,9 +502,7 @@ def _explain(error: ValidationError, schema: type[BaseModel]) -> Iterator[str]:
             yield f"{'.'.join(path)}: {fault['msg']}, found {shown if len(shown) < 80 else type(found).__name__}"
 
 
-def _user_path(
-    location: tuple[int | str, ...], schema: type[BaseModel]
-) -> tuple[list[str], type[BaseModel] | None]:
+def _user_path(location: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[list[str], type[BaseModel] | None]:
     """Path as the user writes it, and the model of its last section, found by walking the schema along the way."""
     path: list[str] = []
     annotation: Any = schema
