@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -422,33 +422,56 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             the config is listed, one a line.
     """
     path = Path(path)
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except OSError as error:
-        raise ConfigError(f"cannot read config {path}: {error.strerror or error}; give one with --config") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"config {path} is not UTF-8 text: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {path} is not valid YAML: {_one_line(str(error))}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"config {path} must be a mapping of sections, found {type(raw).__name__}")
+    raw = read_yaml(path, "config", remedy="give one with --config")
     for override in overrides:
         _apply(raw, override)
     raw.setdefault("name", path.stem)
     raw.setdefault("output_dir", f"outputs/{raw['name']}")
-    return _validate(raw, source=str(path))
+    return validate(Config, raw, source=str(path))
 
 
-def _validate(raw: Mapping[str, Any], *, source: str) -> Config:
+def read_yaml(path: Path, kind: str, *, remedy: str) -> dict[str, Any]:
+    """Read a mapping from YAML, refusing duplicate keys and taking `1e-4` for a number.
+
+    Args:
+        path: the file.
+        kind: what the file is, for messages.
+        remedy: what helps where it cannot be read.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no YAML mapping.
+    """
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except OSError as error:
+        raise ConfigError(f"cannot read {kind} {path}: {error.strerror or error}; {remedy}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{kind} {path} is not UTF-8 text: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{kind} {path} is not valid YAML: {_one_line(str(error))}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{kind} {path} must be a mapping of sections, found {type(raw).__name__}")
+    return raw
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def validate(schema: type[_Model], raw: Mapping[str, Any], *, source: str) -> _Model:
+    """Make a model of what was read from `source`.
+
+    Raises:
+        ConfigError: a value is not allowed; every fault is listed with its path, one a line.
+    """
     # Through JSON, because pydantic's strict mode takes a JSON array for a tuple but not a Python list.
     try:
         text = json.dumps(raw, default=str)
     except ValueError:
         raise ConfigError(f"{source}: a YAML alias stands inside what it refers to") from None
     try:
-        return Config.model_validate_json(text)
+        return schema.model_validate_json(text)
     except ValidationError as error:
-        faults = "\n".join(f"  {fault}" for fault in dict.fromkeys(_explain(error)))
+        faults = "\n".join(f"  {fault}" for fault in dict.fromkeys(_explain(error, schema)))
         raise ConfigError(f"{source}:\n{faults}") from None
 
 
@@ -499,10 +522,10 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     section[keys[-1]] = value
 
 
-def _explain(error: ValidationError) -> Iterator[str]:
+def _explain(error: ValidationError, schema: type[BaseModel]) -> Iterator[str]:
     for fault in error.errors():
         # Tags of discriminated unions ('mlp') and of `str | tuple` alternatives are not part of the user's path.
-        path, model = _user_path(fault["loc"])
+        path, model = _user_path(fault["loc"], schema)
         kind, found = fault["type"], fault["input"]
         if kind == "extra_forbidden":
             *section, key = path
@@ -525,10 +548,10 @@ def _explain(error: ValidationError) -> Iterator[str]:
             yield f"{'.'.join(path)}: {fault['msg']}, found {shown if len(shown) < 80 else type(found).__name__}"
 
 
-def _user_path(location: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel] | None]:
+def _user_path(location: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[list[str], type[BaseModel] | None]:
     """Path as the user writes it, and the model of its last section, found by walking the schema along the way."""
     path: list[str] = []
-    annotation: Any = Config
+    annotation: Any = schema
     model: type[BaseModel] | None = None
     for part in location:
         candidates = list(_models(annotation))
