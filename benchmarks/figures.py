@@ -145,11 +145,11 @@ class Figures:
                     "case": case,
                     "compared": _how(auc),
                     "test AUC, 10⁻⁴": _in_1e4(auc),
-                    "test AUC, %": _percent(auc),
+                    "test AUC, %": _percent(auc, 3),
                     "test log loss, 10⁻⁴": _in_1e4(loss),
-                    "test log loss, %": _percent(loss),
-                    "FLOPs, %": _percent(flops),
-                    "dense parameters, %": _percent(parameters),
+                    "test log loss, %": _percent(loss, 3),
+                    "FLOPs, %": _percent(flops, 1),
+                    "dense parameters, %": _percent(parameters, 1),
                 }
             )
         return rows
@@ -304,5 +304,5 @@ def _in_1e4(found: Difference | None) -> str:
     return f"{found.mean * 1e4:+.1f} [{interval}]"
 
 
-def _percent(found: Difference | None) -> str:
-    return "-" if found is None else f"{found.relative:+.2%}"
+def _percent(found: Difference | None, places: int) -> str:
+    return "-" if found is None else f"{100 * found.relative:+.{places}f}"

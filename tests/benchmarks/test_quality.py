@@ -155,6 +155,28 @@ def test_at_most_so_many_runs_train_at_once_and_closing_ends_them(
     assert [process.returncode for process in started] == [0, 0, 0, -signal.SIGTERM]
 
 
+@pytest.mark.parametrize(
+    ("given", "nproc", "threads", "launcher"),
+    [(None, 1, "3", ["-m", "recsys.train"]), ("5", 2, "5", ["-m", "torch.distributed.run"])],
+)
+def test_a_run_has_its_launcher_its_threads_and_its_log(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, nproc: int, threads: str, launcher: list[str]
+) -> None:
+    run = cases_of(write_grid(folder, {"tiny": {}}), Path("runs"))[0].runs[0]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    started: list[tuple[list[str], dict[str, Any]]] = []
+    monkeypatch.setattr(quality.subprocess, "Popen", lambda command, **how: started.append((command, how)))
+    quality._start(run, nproc=nproc, threads=3)
+    ((command, how),) = started
+    assert command[1:3] == launcher
+    assert ("--nproc-per-node" in command) == (nproc > 1)
+    assert command[-2:] == ["seed=17", 'output_dir="runs/tiny/seed-17"']
+    assert how["env"]["OMP_NUM_THREADS"] == threads
+    assert how["stdout"].name == "runs/tiny/seed-17.log"
+
+
 def test_a_run_that_another_process_still_trains_is_not_started_again(folder: Path) -> None:
     run = cases_of(write_grid(folder, {"tiny": {}}), Path("runs"))[0].runs[0]
     run.log.parent.mkdir(parents=True)
@@ -224,10 +246,10 @@ def test_the_report_pairs_seeds_and_tells_what_is_missing(folder: Path) -> None:
     ]
     # AUC differences 0.01 and 0.03, so 0.02 +- 12.706 * 0.01; log loss -0.001 and -0.005, so -0.003 +- 12.706 * 0.002.
     # The rival's means are 0.79 and 0.81 with equal deviations: 2 degrees of freedom, 0.02 +- 4.3027 * sqrt(2) * 0.01.
-    pairs = ["+200.0 [-1070.6, +1470.6]", "+2.47%", "-30.0 [-284.1, +224.1]", "-0.59%"]
+    pairs = ["+200.0 [-1070.6, +1470.6]", "+2.469", "-30.0 [-284.1, +224.1]", "-0.588"]
     assert rows(page, "## Which?") == [
-        ["hilomoe", "2 pairs of one seed", *pairs, "+24.00%", "+25.00%"],
-        ["rival", "means (Welch)", "-200.0 [-808.5, +408.5]", "-2.47%", "-", "-", "-", "-"],
+        ["hilomoe", "2 pairs of one seed", *pairs, "+24.0", "+25.0"],
+        ["rival", "means (Welch)", "-200.0 [-808.5, +408.5]", "-2.469", "-", "-", "-", "-"],
         ["unknown", *["-"] * 7],
     ]
     differences = result["tables"][0]["differences"]["hilomoe"]
