@@ -251,10 +251,15 @@ TowerConfig = Annotated[
 
 
 class ModelConfig(_Section):
-    """The replicated part of the ranker; dense features are projected to `dense_dim`, null `hilomoe` is a baseline."""
+    """The replicated part of the ranker; dense features are projected to `dense_dim`, null `hilomoe` is a baseline.
+
+    `replaces` is the dense tower that this one stands in for, with whose cost its own is compared; null is the same
+    tower without experts. It is never trained.
+    """
 
     tower: TowerConfig
     hilomoe: HiLoMoEConfig | None = None
+    replaces: TowerConfig | None = None
     dense_dim: PositiveInt = 16
 
 
@@ -385,11 +390,13 @@ class Config(_Section):
                 )
         if unused := set(self.tables) - used:
             raise ValueError(f"tables.{min(unused)}: no feature in features.sparse uses this table; remove it")
-        if isinstance(tower := self.model.tower, FinalMLPTowerConfig):
+        for key, tower in (("tower", self.model.tower), ("replaces", self.model.replaces)):
+            if not isinstance(tower, FinalMLPTowerConfig):
+                continue
             for context in ("first_context", "second_context"):
                 if unknown := set(getattr(tower, context)) - set(self.features.sparse):
                     raise ValueError(
-                        f"model.tower.{context}: no sparse feature {min(unknown)!r}; "
+                        f"model.{key}.{context}: no sparse feature {min(unknown)!r}; "
                         f"there are {_listed(self.features.sparse)}"
                     )
         if both := set(self.features.sparse) & set(self.features.dense):

@@ -153,6 +153,22 @@ def test_unknown_or_missing_tower_type_lists_the_towers(load: Callable[..., Conf
 
 
 @pytest.mark.parametrize(
+    ("replaces", "message"),
+    [
+        ("{type: mlp, hiden: [8]}", "model.replaces.hiden: unknown key; did you mean 'hidden'?"),
+        ("{type: cnn}", "model.replaces.type: must be one of dcn_v2, final_mlp, mlp, transformer, found 'cnn'"),
+        ("{type: final_mlp, first_context: [nobody]}", "model.replaces.first_context: no sparse feature 'nobody'"),
+    ],
+)
+def test_the_tower_that_is_replaced_is_checked_like_the_tower(
+    load: Callable[..., Config], replaces: str, message: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(f"model.replaces={replaces}")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
     "path", ["data", "tables", "features", "model", "stages", "data.train", "tables.user.num_embeddings"]
 )
 def test_missing_key_names_its_path(load: Callable[..., Config], path: str) -> None:
