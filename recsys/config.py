@@ -122,13 +122,33 @@ class SyntheticConfig(_Section):
     hierarchy: bool = True
 
 
+class DomainConfig(_Section):
+    """What parts the rows: integer column `column` of 0 .. `num_domains` - 1, and how reports call each."""
+
+    column: str
+    num_domains: PositiveInt
+    names: tuple[str, ...] | None = None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """A name for each domain, its number if it has no other."""
+        return self.names or tuple(map(str, range(self.num_domains)))
+
+    @model_validator(mode="after")
+    def _one_name_each(self) -> Self:
+        if self.names is not None and not len(self.names) == len(set(self.names)) == self.num_domains:
+            raise ValueError(f"names must be {self.num_domains} different ones, one for each of num_domains")
+        return self
+
+
 class DataConfig(_Section):
     """Where the shards are and how they are read.
 
     `train`, `valid` and `test` are globs (relative to the working directory). `label` names a 0/1 column; `reference` a
     column of probabilities whose metrics are reported beside the model's (the model in production, or the true
-    probability of a synthetic log). `batch_size` is per rank. Rows are shuffled within windows of `window_row_groups`
-    row groups, which are themselves in random order; two windows are in memory at a time.
+    probability of a synthetic log); `domain` what parts the rows in reports. `batch_size` is per rank. Rows are
+    shuffled within windows of `window_row_groups` row groups, which are themselves in random order; two windows are in
+    memory at a time.
     """
 
     train: str | tuple[str, ...]
@@ -136,6 +156,7 @@ class DataConfig(_Section):
     test: str | tuple[str, ...] | None = None
     label: str = "label"
     reference: str | None = None
+    domain: DomainConfig | None = None
     batch_size: PositiveInt
     eval_batch_size: PositiveInt | None = None
     shuffle: bool = True
@@ -315,8 +336,8 @@ class StageConfig(_Section):
     `trains` is `backbone` (embeddings and base weights; experts that no earlier stage trained are not even computed),
     `experts` (backbone frozen) or `all`. The stage lasts `epochs` or `steps`. With `patience` it is evaluated on the
     valid split after each epoch, stops after that many epochs without a better `monitor`, and goes back to its best
-    state, the one it started from included. `sparse_learning_rate` is for the sharded tables,
-    `data_parallel_learning_rate` (`learning_rate` if null) for the data-parallel ones.
+    state, the one it started from included. The `_weight`s are factors of auxiliary losses. `sparse_learning_rate` is
+    for the sharded tables, `data_parallel_learning_rate` (`learning_rate` if null) for the data-parallel ones.
     """
 
     trains: Literal["backbone", "experts", "all"]
@@ -329,6 +350,7 @@ class StageConfig(_Section):
     warmup_steps: NonNegativeInt = 0
     balance_weight: NonNegativeFloat = 0.0
     z_weight: NonNegativeFloat = 0.0
+    diversity_weight: NonNegativeFloat = 0.0
     patience: PositiveInt | None = None
     monitor: Literal["log_loss", "auc"] = "log_loss"
 

@@ -26,6 +26,7 @@ def tiny_table(rows: int, seed: int) -> pa.Table:
             "z": random.normal(size=rows),
             "label": (random.random(rows) < probability).astype(np.int8),
             "truth": probability,
+            "domain": (user % 3).astype(np.int8),
         }
     )
 
@@ -50,6 +51,7 @@ def tiny_config(directory: Path, output_dir: Path) -> dict[str, Any]:
         "data": {
             **{split: f"{directory}/{split}/*.parquet" for split in ("train", "valid", "test")},
             "reference": "truth",
+            "domain": {"column": "domain", "num_domains": 3, "names": ["home", "search", "cart"]},
             "batch_size": 32,
             "window_row_groups": 3,
         },

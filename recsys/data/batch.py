@@ -17,6 +17,7 @@ class Batch(Pipelineable):
         sparse_features: one key a sparse feature, B bags each; a null or empty id list is an empty bag.
         labels: (B,) float32, 0 or 1.
         reference: (B,) float64 probabilities of the reference column; (0,) where there is none.
+        domain: (B,) int64, the domain of each row; (0,) where the config names no domain column.
         loss_scale: what the sum of this rank's losses is multiplied by so that the mean over ranks, which is what DDP
             and TorchRec take of gradients, is the mean over the step's examples: world size / examples on all ranks.
     """
@@ -25,6 +26,7 @@ class Batch(Pipelineable):
     sparse_features: KeyedJaggedTensor
     labels: Tensor
     reference: Tensor
+    domain: Tensor
     loss_scale: float
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
@@ -34,6 +36,7 @@ class Batch(Pipelineable):
             sparse_features=self.sparse_features.to(device, non_blocking=non_blocking),
             labels=self.labels.to(device, non_blocking=non_blocking),
             reference=self.reference,  # only the host's metrics read it
+            domain=self.domain.to(device, non_blocking=non_blocking),
             loss_scale=self.loss_scale,
         )
 
@@ -42,6 +45,7 @@ class Batch(Pipelineable):
         self.dense_features.record_stream(stream)
         self.sparse_features.record_stream(stream)
         self.labels.record_stream(stream)
+        self.domain.record_stream(stream)
 
     def pin_memory(self) -> "Batch":
         """A copy in page-locked memory, from which copies to a GPU are asynchronous."""
@@ -50,5 +54,6 @@ class Batch(Pipelineable):
             sparse_features=self.sparse_features.pin_memory(),
             labels=self.labels.pin_memory(),
             reference=self.reference,
+            domain=self.domain.pin_memory(),
             loss_scale=self.loss_scale,
         )

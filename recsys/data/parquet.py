@@ -41,6 +41,13 @@ class SparseColumn(NamedTuple):
     num_embeddings: int
 
 
+class DomainColumn(NamedTuple):
+    """A column of integers without nulls, each in 0 .. num_domains - 1."""
+
+    column: str
+    num_domains: int
+
+
 @dataclass(frozen=True)
 class Columns:
     """What to read of each row.
@@ -50,17 +57,20 @@ class Columns:
         reference: a column of probabilities without nulls, or None.
         dense: by feature name.
         sparse: by feature name.
+        domain: what parts the rows in reports, or None.
     """
 
     label: str
     reference: str | None
     dense: Mapping[str, DenseColumn]
     sparse: Mapping[str, SparseColumn]
+    domain: DomainColumn | None = None
 
     @property
     def names(self) -> list[str]:
         """Every column once."""
         names = [self.label, *([self.reference] if self.reference else [])]
+        names += [self.domain.column] if self.domain else []
         names += [spec.column for spec in self.dense.values()] + [spec.column for spec in self.sparse.values()]
         return list(dict.fromkeys(names))
 
@@ -88,10 +98,11 @@ class Jagged(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """Decoded and checked rows: labels (N,), reference (N,) or (0,), dense (N, F_d), one Jagged a sparse feature."""
+    """Decoded and checked rows: labels (N,), reference and domain (N,) or (0,), dense (N, F_d), a Jagged a feature."""
 
     labels: NDArray[np.float32]
     reference: NDArray[np.float64]
+    domain: NDArray[np.int64]
     dense: NDArray[np.float32]
     sparse: tuple[Jagged, ...]
 
@@ -101,13 +112,16 @@ class Rows:
     def take(self, rows: NDArray[np.int64]) -> "Rows":
         """The given rows, in the given order."""
         reference = self.reference[rows] if len(self.reference) else self.reference
-        return Rows(self.labels[rows], reference, self.dense[rows], tuple(jagged.take(rows) for jagged in self.sparse))
+        domain = self.domain[rows] if len(self.domain) else self.domain
+        sparse = tuple(jagged.take(rows) for jagged in self.sparse)
+        return Rows(self.labels[rows], reference, domain, self.dense[rows], sparse)
 
     def slice(self, start: int, stop: int) -> "Rows":
         """Rows start up to stop, sharing memory where possible."""
         return Rows(
             self.labels[start:stop],
             self.reference[start:stop],
+            self.domain[start:stop],
             self.dense[start:stop],
             tuple(jagged.slice(start, stop) for jagged in self.sparse),
         )
@@ -117,7 +131,8 @@ class Rows:
         """No rows of the given columns."""
         no_lists = Jagged(np.empty(0, np.int64), np.zeros(1, np.int64))
         dense = np.empty((0, len(columns.dense)), np.float32)
-        return Rows(np.empty(0, np.float32), np.empty(0), dense, (no_lists,) * len(columns.sparse))
+        sparse = (no_lists,) * len(columns.sparse)
+        return Rows(np.empty(0, np.float32), np.empty(0), np.empty(0, np.int64), dense, sparse)
 
     @staticmethod
     def concatenate(parts: Sequence["Rows"]) -> "Rows":
@@ -133,6 +148,7 @@ class Rows:
         return Rows(
             np.concatenate([part.labels for part in parts]),
             np.concatenate([part.reference for part in parts]),
+            np.concatenate([part.domain for part in parts]),
             np.concatenate([part.dense for part in parts]),
             tuple(sparse),
         )
@@ -204,20 +220,22 @@ class ParquetShards:
         checks = [(self.columns.label, "label", _is_number)]
         if self.columns.reference:
             checks.append((self.columns.reference, "reference", _is_number))
+        if self.columns.domain:
+            checks.append((self.columns.domain.column, "domain", _is_integer))
         checks += [(spec.column, f"dense feature {name}", _is_number) for name, spec in self.columns.dense.items()]
         checks += [(spec.column, f"sparse feature {name}", _is_ids) for name, spec in self.columns.sparse.items()]
         for name, role, accepts in checks:
             kind = schema.field(name).type
             if not accepts(kind):
-                wanted = "integers or lists of integers" if accepts is _is_ids else "numbers"
-                raise DataError(f"{file}: column {name!r} ({role}) has type {kind}; {wanted} are needed")
+                wanted = {_is_ids: "integers or lists of integers", _is_integer: "integers", _is_number: "numbers"}
+                raise DataError(f"{file}: column {name!r} ({role}) has type {kind}; {wanted[accepts]} are needed")
 
     def read(self, slices: Sequence[RowSlice]) -> Rows:
         """Decode and check the given rows, in the given order.
 
         Raises:
-            DataError: a label other than 0 or 1, a null where none may be, an id out of range, a dense value that is
-                not finite, or a file that can no longer be read or was replaced by another.
+            DataError: a label other than 0 or 1, a null where none may be, an id or domain out of range, a dense value
+                that is not finite, or a file that can no longer be read or was replaced by another.
         """
         return Rows.concatenate([self._read(part) for part in slices])
 
@@ -248,6 +266,7 @@ class ParquetShards:
             reference = _numbers(table, columns.reference, None, where).astype(np.float64)
             if not ((reference >= 0) & (reference <= 1)).all():
                 raise DataError(f"{where}: reference column {columns.reference!r} has values outside 0..1")
+        domain = _domains(table, columns.domain, where) if columns.domain else np.empty(0, np.int64)
         dense = np.empty((len(table), len(columns.dense)), dtype=np.float32)
         for index, (name, numeric) in enumerate(columns.dense.items()):
             values = _numbers(table, numeric.column, numeric.fill, where)
@@ -259,7 +278,7 @@ class ParquetShards:
                     f"in float32{' after log1p' * numeric.log1p}; write nulls and give the feature a fill"
                 )
         sparse = tuple(_ids(table, name, spec, where) for name, spec in columns.sparse.items())
-        return Rows(labels.astype(np.float32), reference, dense, sparse)
+        return Rows(labels.astype(np.float32), reference, domain, dense, sparse)
 
 
 class Loader:
@@ -387,6 +406,7 @@ class Loader:
             sparse_features=sparse_features,
             labels=torch.from_numpy(rows.labels),
             reference=torch.from_numpy(rows.reference),
+            domain=torch.from_numpy(rows.domain),
             loss_scale=self._epoch.world_size / self._epoch.global_batch_rows(step),
         )
         return batch.pin_memory() if self._pin_memory else batch
@@ -403,6 +423,23 @@ def _numbers(table: pa.Table, name: str, fill: float | None, where: str) -> NDAr
         column = pc.fill_null(column.cast(pa.float64(), safe=False), fill)  # large integers are rounded
     values: NDArray[Any] = column.to_numpy()
     return values
+
+
+def _domains(table: pa.Table, spec: DomainColumn, where: str) -> NDArray[np.int64]:
+    column = table.column(spec.column)
+    if column.null_count:
+        raise DataError(
+            f"{where}: domain column {spec.column!r} has {column.null_count} nulls; "
+            "give rows of no known domain a number of their own when the shards are written"
+        )
+    values: NDArray[Any] = column.to_numpy()
+    if (wrong := (values < 0) | (values >= spec.num_domains)).any():
+        raise DataError(
+            f"{where}: domain column {spec.column!r} has {_count(wrong)} out of range, such as {values[wrong][0]}; "
+            f"there are domains 0..{spec.num_domains - 1}: raise data.domain.num_domains or map them when the shards "
+            "are written"
+        )
+    return values.astype(np.int64, copy=False)
 
 
 def _ids(table: pa.Table, name: str, spec: SparseColumn, where: str) -> Jagged:
@@ -437,10 +474,12 @@ def _is_number(kind: pa.DataType) -> bool:
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
 
 
-def _is_ids(kind: pa.DataType) -> bool:
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        kind = kind.value_type
+def _is_integer(kind: pa.DataType) -> bool:
     return bool(pa.types.is_integer(kind))
+
+
+def _is_ids(kind: pa.DataType) -> bool:
+    return _is_integer(kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind)
 
 
 def _count(mask: NDArray[np.bool_]) -> str:

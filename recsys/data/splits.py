@@ -6,7 +6,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from recsys.config import Config, ConfigError
-from recsys.data.parquet import Columns, DenseColumn, ParquetShards, SparseColumn
+from recsys.data.parquet import Columns, DenseColumn, DomainColumn, ParquetShards, SparseColumn
 from recsys.data.synthetic import write_synthetic
 from recsys.runtime import Ranks
 
@@ -29,6 +29,7 @@ def open_splits(config: Config, ranks: Ranks, names: Sequence[str]) -> dict[str,
             except (ValueError, OSError) as error:
                 raise ConfigError(f"data.synthetic: {error}") from None
         dist.barrier()
+    domain = config.data.domain
     columns = Columns(
         label=config.data.label,
         reference=config.data.reference,
@@ -37,5 +38,6 @@ def open_splits(config: Config, ranks: Ranks, names: Sequence[str]) -> dict[str,
             name: SparseColumn(f.column or name, config.tables[f.table].num_embeddings)
             for name, f in config.features.sparse.items()
         },
+        domain=DomainColumn(domain.column, domain.num_domains) if domain else None,
     )
     return {name: ParquetShards(config.data.patterns(name), columns, source=f"data.{name}") for name in names}

@@ -155,6 +155,19 @@ class HiLoMoELinear(nn.Linear):
         """Scores of every layer from the down-projection h = V x, (N, L K)."""
         return _route(down, self.lora_A, self.num_layers, self.num_experts, self.top_k)
 
+    def diversity_loss(self) -> Tensor:
+        """Mean over pairs of experts of one layer of cos^2(v_i, v_j), (L,): 0 if orthogonal, 1 if all are alike.
+
+        Keys alone decide whether experts differ: those of the same v get the same score on every row, and u_i v' and
+        u_j v' add up to one expert of u_i + u_j, whatever the u are. Nor are the u defined in direction where training
+        begins, at U = 0, whereas this is smooth there. K > D_in keys cannot all be orthogonal; the least mean is then
+        (K / D_in - 1) / (K - 1), the Welch bound.
+        """
+        precision = torch.promote_types(self.lora_A.dtype, torch.float32)
+        keys = F.normalize(self.lora_A.to(precision).unflatten(0, (self.num_layers, self.num_experts)), dim=-1)
+        pairs = (keys @ keys.transpose(1, 2)).square().triu(1).sum((1, 2))
+        return pairs / max(self.num_experts * (self.num_experts - 1) / 2, 1)
+
     def extra_repr(self) -> str:
         """Sizes as nn.Linear shows them, and the experts."""
         return (

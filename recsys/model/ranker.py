@@ -32,16 +32,20 @@ class RankerOutput(NamedTuple):
     Attributes:
         logits: (B,) click logits.
         labels: (B,) as in the batch.
+        domain: (B,) or (0,) as in the batch.
         bce: scalar, this rank's share of the step's mean binary cross entropy (the mean over ranks is the step's).
         balance: scalar, mean balance loss over this rank's expert layers; 0 when no expert is active.
         z: scalar, mean router z-loss likewise.
+        diversity: scalar, mean diversity loss over the expert layers; 0 also while its weight is 0.
     """
 
     logits: Tensor
     labels: Tensor
+    domain: Tensor
     bce: Tensor
     balance: Tensor
     z: Tensor
+    diversity: Tensor
 
 
 class DenseArch(nn.Module):
@@ -60,25 +64,27 @@ class DenseArch(nn.Module):
         self.tower = tower
         self.head = nn.Linear(out_features, 1)
 
-    def forward(self, pooled: Tensor, dense_features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pooled embeddings (B, sum of dims) and dense features (B, F_d) to logits (B,), balance and z loss (scalars).
+    def forward(
+        self, pooled: Tensor, dense_features: Tensor, *, with_diversity: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pooled embeddings (B, sum of dims) and dense features (B, F_d) to logits (B,) and three auxiliary losses.
 
-        The auxiliary losses are means over all expert layers of this rank's batch, 0 when no expert is active.
+        These are scalars: balance, z and diversity loss, means over all expert layers of this rank's batch, 0 when no
+        expert is active. The last depends on parameters alone; it is 0 unless `with_diversity` asks for it.
         """
         parts = [pooled]
         if self.dense_projection is not None:
             parts.append(self.dense_projection(dense_features))
         logits: Tensor = self.head(self.tower(torch.cat(parts, 1))).squeeze(-1)
-        routings = [
-            layer.routing
-            for layer in hilomoe_layers(self).values()
-            if layer.experts_active and layer.routing is not None
-        ]
+        layers = [layer for layer in hilomoe_layers(self).values() if layer.experts_active]
+        routings = [layer.routing for layer in layers if layer.routing is not None]
+        none = logits.new_zeros(())
         if not routings:
-            return logits, logits.new_zeros(()), logits.new_zeros(())
+            return logits, none, none, none
         balance = torch.stack([routing.balance_loss() for routing in routings]).mean()
         z = torch.stack([routing.z_loss() for routing in routings]).mean()
-        return logits, balance, z
+        diversity = torch.stack([layer.diversity_loss() for layer in layers]).mean() if with_diversity else none
+        return logits, balance, z, diversity
 
 
 class Ranker(nn.Module):
@@ -95,6 +101,7 @@ class Ranker(nn.Module):
             optimizer state of any table change.
         balance_weight: factor of the balance loss in the total.
         z_weight: factor of the router z-loss in the total.
+        diversity_weight: factor of the diversity loss in the total, which is computed only if this is positive.
     """
 
     def __init__(
@@ -107,17 +114,20 @@ class Ranker(nn.Module):
         self.embeddings_frozen = False
         self.balance_weight = 0.0
         self.z_weight = 0.0
+        self.diversity_weight = 0.0
 
     def forward(self, batch: Batch) -> tuple[Tensor, RankerOutput]:
         """Total loss (scalar, with graph) and what to log of it."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.embeddings_frozen):
             pooled = self.embedding_bag_collection(batch.sparse_features)
             (features,) = KeyedTensor.regroup([pooled], [self.feature_names])
-        logits, balance, z = self.dense_arch(features, batch.dense_features)
+        logits, balance, z, diversity = self.dense_arch(
+            features, batch.dense_features, with_diversity=self.diversity_weight > 0
+        )
         bce = F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="sum") * batch.loss_scale
-        loss = bce + self.balance_weight * balance + self.z_weight * z
-        output = RankerOutput(logits.detach(), batch.labels, bce.detach(), balance.detach(), z.detach())
-        return loss, output
+        loss = bce + self.balance_weight * balance + self.z_weight * z + self.diversity_weight * diversity
+        losses = (value.detach() for value in (bce, balance, z, diversity))
+        return loss, RankerOutput(logits.detach(), batch.labels, batch.domain, *losses)
 
 
 def build_ranker(config: Config, *, seed: int, device: torch.device | None = None) -> Ranker:

@@ -1,7 +1,7 @@
 """What a person watches and a machine reads: the terminal, TensorBoard and summary.json, from rank 0."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -9,15 +9,18 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summary
 
 from recsys.model.cost import CostReport
-from recsys.model.hilomoe import hilomoe_layers
+from recsys.training.heatmap import cell_text, draw_heat_map
 from recsys.training.metrics import Metrics
+from recsys.training.routing import RoutingSummary
 
 _FIGURES = ("auc", "log_loss", "ne", "calibration")
+
+MAX_SHOWN_DOMAINS = 64
+"""Rows of a heat map; of more domains those of the most inputs are shown."""
 
 
 def console(*, quiet: bool = False) -> Console:
@@ -127,18 +130,44 @@ class Monitor:
             width = len(f"{num_steps:,}")
             self.say(f"{stage:<10} step {stage_step:>{width},}/{num_steps:,}  {_shown(metrics)}  {speed}")
 
-    def routing(self, dense_arch: nn.Module, step: int) -> None:
-        """Expert load and entropy of every expert layer, over the first rank's last batch."""
+    def routing(self, step: int, window: Mapping[str, RoutingSummary]) -> None:
+        """How the experts of each linear were used since the last window."""
         if self._writer is None:
             return
-        for name, layer in hilomoe_layers(dense_arch).items():
-            if not layer.experts_active or layer.routing is None:
-                continue
-            entropies, loads = layer.routing.entropy().tolist(), layer.routing.load().tolist()
-            for number, (entropy, load) in enumerate(zip(entropies, loads, strict=True), start=1):
-                self._writer.add_scalar(f"routing_entropy/{name}/layer{number}", entropy, step)
+        for name, summary in window.items():
+            figures = summary.as_dict()
+            for tag in {"paths", "paths_at_least"} & figures.keys():
+                self._writer.add_scalar(f"routing_{tag}/{name}", figures.pop(tag), step)
+            for (layer, health), load in zip(figures.items(), summary.load().tolist(), strict=True):
+                self._writer.add_scalar(f"routing_entropy/{name}/{layer}", health["entropy"], step)
+                self._writer.add_scalar(f"routing_cv/{name}/{layer}", health["cv"], step)
+                self._writer.add_scalar(f"routing_dead/{name}/{layer}", len(health["dead"]), step)
                 for expert, share in enumerate(load, start=1):
-                    self._writer.add_scalar(f"routing_load/{name}/layer{number}/expert{expert}", share, step)
+                    self._writer.add_scalar(f"routing_load/{name}/{layer}/expert{expert}", share, step)
+
+    def routing_by_domain(self, step: int, epoch: Mapping[str, RoutingSummary], domains: Sequence[str]) -> None:
+        """Which experts the domains, named in order, used in an epoch: an image and a table for each linear."""
+        if self._writer is None:
+            return
+        for name, summary in epoch.items():
+            inputs = summary.scores.sum((1, 2))
+            shown = inputs.argsort(descending=True, stable=True)[:MAX_SHOWN_DOMAINS].sort().values
+            loads, rows = summary.domain_load()[shown].numpy(), [domains[index] for index in shown.tolist()]
+            layers = [f"layer {number}" for number in range(1, loads.shape[1] + 1)]
+            image = draw_heat_map(loads, rows, layers)
+            self._writer.add_image(f"routing_by_domain/{name}", image, step, dataformats="HWC")
+            table = [
+                {
+                    "domain": row,
+                    **{
+                        f"{layer}, expert {expert}": cell_text(value)
+                        for layer, values in zip(layers, of_row.tolist(), strict=True)
+                        for expert, value in enumerate(values, start=1)
+                    },
+                }
+                for row, of_row in zip(rows, loads, strict=True)
+            ]
+            self._writer.add_text(f"routing_by_domain/{name}", markdown_table(table), step)
 
     def evaluating(self, split: str, done: int, num_batches: int) -> None:
         """Batches of a split are done; shown on the bar alone."""

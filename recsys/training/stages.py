@@ -88,6 +88,7 @@ def begin_stage(sharded: ShardedRanker, dense_arch: nn.Module, config: Config, n
     ranker = sharded.ranker
     ranker.embeddings_frozen = stage.trains == "experts"
     ranker.balance_weight, ranker.z_weight = stage.balance_weight, stage.z_weight
+    ranker.diversity_weight = stage.diversity_weight
     ranker.dense_arch = DistributedDataParallel(dense_arch, gradient_as_bucket_view=True)
 
     trained = {name: parameter for name, parameter in dense_arch.named_parameters() if parameter.requires_grad}

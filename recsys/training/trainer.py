@@ -29,6 +29,7 @@ from recsys.training.checkpoint import CheckpointMeta, load_model_and_tables_opt
 from recsys.training.evaluation import evaluate
 from recsys.training.metrics import BinaryMetrics, Metrics
 from recsys.training.monitor import Monitor, markdown_table
+from recsys.training.routing import DEAD_LOAD, RoutingStatistics, RoutingSummary, dead_experts
 from recsys.training.stages import Stage, begin_stage, stage_lengths
 from recsys.versions import git_commit, versions
 
@@ -54,13 +55,14 @@ def train(config: Config) -> dict[str, Any]:
 
 @dataclass
 class _Totals:
-    """What a stage has done so far; `seconds` are those of training, evaluation left out."""
+    """What a stage has done so far; `seconds` are those of training, evaluation left out, `routing` is of one epoch."""
 
     steps: int = 0
     epochs: int = 0
     examples: int = 0
     seconds: float = 0.0
     waited: float = 0.0
+    routing: dict[str, RoutingSummary] = field(default_factory=dict)
 
 
 @dataclass
@@ -76,7 +78,7 @@ class _Window:
 
     def add(self, output: RankerOutput, examples: int) -> None:
         self.metrics.update(output.logits, output.labels)
-        losses = torch.stack([output.bce, output.balance, output.z])
+        losses = torch.stack([output.bce, output.balance, output.z, output.diversity])
         self.losses = losses if self.losses is None else self.losses + losses
         self.steps += 1
         self.examples += examples
@@ -86,8 +88,9 @@ class _Window:
         assert self.losses is not None
         losses = self.losses / self.steps
         dist.all_reduce(losses)
-        bce, balance, z = (losses / dist.get_world_size()).tolist()
-        return {"train/bce": bce, "train/balance": balance, "train/z": z}
+        names = ("bce", "balance", "z", "diversity")
+        means = (losses / dist.get_world_size()).tolist()
+        return {f"train/{name}": mean for name, mean in zip(names, means, strict=True)}
 
 
 class Trainer:
@@ -200,6 +203,7 @@ class Trainer:
             "examples_per_second": totals.examples / totals.seconds,
             "data_wait": totals.waited / totals.seconds,
             "valid": valid.as_dict() if valid else None,
+            "routing": {linear: routing.as_dict() for linear, routing in totals.routing.items()},
             "checkpoint": str(checkpoint),
         }
         return summary, valid, checkpoint
@@ -232,7 +236,8 @@ class Trainer:
         """Take the steps of one epoch, or those left of the stage."""
         data, logging = self.config.data, self.config.logging
         epoch, steps_left = self._epoch(), stage.num_steps - totals.steps
-        began, paused = time.perf_counter(), 0.0
+        began, paused, examples_before = time.perf_counter(), 0.0, totals.examples
+        routing = RoutingStatistics(self.dense_arch, num_domains=data.domain.num_domains if data.domain else 0)
         self.sharded.ranker.train()
         pin = self.ranks.device.type == "cuda"
         loader = Loader(
@@ -246,12 +251,14 @@ class Trainer:
                 output: RankerOutput = pipeline.progress(batches)
                 examples = epoch.global_batch_rows(epoch_step)
                 window.add(output, examples)
+                routing.update(output.domain)
                 totals.steps += 1
                 totals.examples += examples
                 self._step += 1
                 self.monitor.advance(totals.steps)
                 if totals.steps % logging.every_steps == 0:
                     self._log(stage, totals.steps, window, loader, rates)
+                    self.monitor.routing(self._step, routing.window())
                     window = self._window(loader)
                 if logging.eval_every_steps and totals.steps % logging.eval_every_steps == 0:
                     stopped = time.perf_counter()
@@ -263,12 +270,27 @@ class Trainer:
         totals.seconds += time.perf_counter() - began - paused
         totals.epochs += 1
         self._epochs += 1
+        totals.routing = routing.epoch()
+        self._report_routing(stage, totals.epochs, totals.routing, totals.examples - examples_before)
+
+    def _report_routing(self, stage: Stage, epoch: int, routing: dict[str, RoutingSummary], examples: int) -> None:
+        """Warn of experts that were dead for an epoch, or what the stage took of it; show who used which."""
+        for dead in dead_experts(routing):
+            self.monitor.say(
+                f"warning: {stage.name} epoch {epoch}: {dead} dead (below {DEAD_LOAD:.0%} of a uniform load over "
+                f"{examples:,} examples); raise balance_weight where experts train, or model.hilomoe.top_k if it is set"
+            )
+        if self.config.data.domain is not None:
+            self.monitor.routing_by_domain(self._step, routing, self.config.data.domain.labels)
 
     def _log(self, stage: Stage, stage_step: int, window: _Window, loader: Loader, rates: dict[str, float]) -> None:
         seconds = time.perf_counter() - window.began
         gradients = [p.grad for p in self.dense_arch.parameters() if p.grad is not None]
+        losses = window.mean_losses()
+        if not stage.config.diversity_weight:
+            del losses["train/diversity"]  # it was not computed
         scalars = {
-            **window.mean_losses(),
+            **losses,
             **{f"learning_rate/{name}": rate for name, rate in rates.items()},
             "throughput/examples_per_second": window.examples / seconds,
             "throughput/data_wait": (loader.wait_seconds - window.waited) / seconds,
@@ -276,7 +298,6 @@ class Trainer:
         }
         step = self._step
         self.monitor.train_window(stage.name, step, stage_step, stage.num_steps, window.metrics.compute(), scalars)
-        self.monitor.routing(self.dense_arch, step)
 
     def _window(self, loader: Loader) -> _Window:
         return _Window(BinaryMetrics(**self.config.metrics.model_dump()), waited=loader.wait_seconds)

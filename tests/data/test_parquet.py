@@ -10,13 +10,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tiny import tiny_table, write_tiny_log
 
 from recsys.data.batch import Batch
-from recsys.data.parquet import Columns, DataError, DenseColumn, Jagged, Loader, ParquetShards, Rows, SparseColumn
+from recsys.data.parquet import (
+    Columns,
+    DataError,
+    DenseColumn,
+    DomainColumn,
+    Jagged,
+    Loader,
+    ParquetShards,
+    Rows,
+    SparseColumn,
+)
 from recsys.data.stream import Epoch, RowSlice
 
 COLUMNS = Columns(
@@ -24,10 +35,11 @@ COLUMNS = Columns(
     reference="truth",
     dense={"x": DenseColumn("x", 0.5), "scale": DenseColumn("z", None)},
     sparse={"user": SparseColumn("user", 40), "item": SparseColumn("item", 30), "tags": SparseColumn("tags", 12)},
+    domain=DomainColumn("domain", 3),
 )
 
-Example = tuple[float, float, tuple[float, ...], tuple[tuple[int, ...], ...]]
-"""Label, reference, dense features, ids of each sparse feature."""
+Example = tuple[float, float, int, tuple[float, ...], tuple[tuple[int, ...], ...]]
+"""Label, reference, domain, dense features, ids of each sparse feature."""
 
 
 def open_table(directory: Path, table: pa.Table, columns: Columns, row_group_rows: int = 1000) -> ParquetShards:
@@ -51,6 +63,7 @@ def examples_of_table(table: pa.Table) -> list[Example]:
         (
             float(row["label"]),
             row["truth"],
+            row["domain"],
             (0.5 if row["x"] is None else row["x"], float(np.float32(row["z"]))),
             ((row["user"],), () if row["item"] is None else (row["item"],), tuple(row["tags"] or ())),
         )
@@ -67,6 +80,7 @@ def examples_of_batch(batch: Batch) -> list[Example]:
         (
             batch.labels[row].item(),
             batch.reference[row].item(),
+            int(batch.domain[row]),
             tuple(batch.dense_features[row].tolist()),
             tuple(tuple(column[row]) for column in columns),
         )
@@ -129,6 +143,7 @@ def test_fewer_row_groups_and_rows_than_ranks_give_empty_batches(tmp_path: Path)
     assert sorted(len(batches[0].labels) for batches in ranks) == [0, 0, 1, 1, 1]
     empty = next(batches[0] for batches in ranks if not len(batches[0].labels))
     assert empty.dense_features.shape == (0, 2)
+    assert (empty.domain.shape, empty.domain.dtype) == ((0,), torch.int64)
     assert empty.sparse_features.stride() == 0
     assert empty.sparse_features.keys() == ["user", "item", "tags"]
     assert empty.loss_scale == 5 / 3
@@ -141,7 +156,7 @@ def test_features_may_share_a_column_and_be_dense_and_sparse_at_once(tmp_path: P
     rows = read_all(open_table(tmp_path, pa.table({"label": [0, 1], "a": [3, 5]}), columns))
     assert rows.dense.tolist() == [[3], [5]]
     assert [bags(jagged) for jagged in rows.sparse] == [[[3], [5]]] * 2
-    assert len(rows.reference) == 0
+    assert len(rows.reference) == len(rows.domain) == 0
 
 
 def test_a_loader_that_would_wait_for_ever_says_so(log: Path) -> None:
@@ -262,6 +277,41 @@ def test_labels_and_dense_features_of_every_numeric_type_are_read(tmp_path: Path
     assert rows.labels.tolist() == rows.reference.tolist() == [0, 1, 1]
     assert rows.dense.tolist() == [[0, 0], [1, -2.5], [1, 1]]
     assert [array.dtype for array in (rows.labels, rows.reference, rows.dense)] == [np.float32, np.float64, np.float32]
+
+
+@pytest.mark.parametrize("kind", INTEGERS)
+def test_domains_of_every_integer_type_are_read_and_taken_along(tmp_path: Path, kind: str) -> None:
+    columns = Columns("label", None, {}, JUST_IDS.sparse, DomainColumn("part", 100))
+    table = pa.table({"label": [0, 1, 1], "ids": [1, 2, 3], "part": pa.array([99, 0, 5], getattr(pa, kind)())})
+    rows = read_all(open_table(tmp_path, table, columns, row_group_rows=2))
+    assert (rows.domain.tolist(), rows.domain.dtype) == ([99, 0, 5], np.int64)
+    assert rows.take(np.array([2, 0])).slice(0, 1).domain.tolist() == [5]
+    assert Rows.none(columns).domain.tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("domain", "message"),
+    [
+        ([0, None, 2], "domain column 'part' has 1 nulls; give rows of no known domain a number of their own"),
+        ([0, 3, 7], "domain column 'part' has 2 values out of range, such as 3; there are domains 0..2"),
+        ([-1, 0, 1], "domain column 'part' has 1 value out of range, such as -1"),
+        (pa.array([0, 1, 2**63], pa.uint64()), "such as 9223372036854775808"),
+    ],
+)
+def test_bad_domain_names_file_row_group_and_column(tmp_path: Path, domain: Any, message: str) -> None:
+    columns = Columns("label", None, {}, JUST_IDS.sparse, DomainColumn("part", 3))
+    shards = open_table(tmp_path, pa.table({"label": [0, 1, 1], "ids": [1, 2, 3], "part": domain}), columns)
+    with pytest.raises(DataError) as error:
+        read_all(shards)
+    assert str(error.value).startswith(f"{tmp_path / 'part.parquet'}, row group 0: {message}"[:60])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("domain", [[0.0, 1.0], ["a", "b"], [[0], [1]]], ids=str)
+def test_domain_that_is_no_integer_is_refused_on_opening(tmp_path: Path, domain: Any) -> None:
+    columns = Columns("label", None, {}, JUST_IDS.sparse, DomainColumn("part", 3))
+    with pytest.raises(DataError, match=r"column 'part' \(domain\) has type .*; integers are needed"):
+        open_table(tmp_path, pa.table({"label": [0, 1], "ids": [1, 2], "part": domain}), columns)
 
 
 @pytest.mark.filterwarnings("error")
@@ -423,7 +473,7 @@ def jagged(lists: list[list[int]]) -> Jagged:
 
 def rows_of(lists: list[list[int]]) -> Rows:
     numbers: NDArray[np.float32] = np.arange(len(lists), dtype=np.float32)
-    return Rows(numbers % 2, np.empty(0), numbers[:, None], (jagged(lists), jagged(lists[::-1])))
+    return Rows(numbers % 2, np.empty(0), np.empty(0, np.int64), numbers[:, None], (jagged(lists), jagged(lists[::-1])))
 
 
 @settings(deadline=None)

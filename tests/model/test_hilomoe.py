@@ -298,6 +298,80 @@ def test_z_loss_is_the_mean_squared_logsumexp_and_positive() -> None:
     assert (routing.z_loss() > 0).all()
 
 
+def with_keys(keys: Tensor, num_layers: int = 1) -> HiLoMoELinear:
+    """A layer of the given keys (L K x D_in), at U = 0."""
+    layer = make(keys.shape[1], D_OUT, num_layers, len(keys) // num_layers, zero_up=True)
+    nn.init.zeros_(layer.lora_A)
+    with torch.no_grad():
+        layer.lora_A += keys
+    return layer
+
+
+def test_diversity_loss_is_0_for_orthogonal_experts_and_1_for_those_alike() -> None:
+    axes, ones = torch.eye(D_IN, dtype=torch.float64), torch.ones(K, D_IN, dtype=torch.float64)
+    scale = torch.tensor([[1.0], [-2.0], [3.0], [0.1]], dtype=torch.float64)
+    layer = with_keys(torch.cat([axes[:K] * scale, ones * scale, torch.cat([axes[:3], axes[:1]])]), 3)
+    wanted = torch.tensor([0.0, 1.0, 1 / 6], dtype=torch.float64)  # in the last layer one pair of the six is alike
+    torch.testing.assert_close(layer.diversity_loss().detach(), wanted)
+
+
+def test_diversity_loss_is_the_mean_squared_cosine_over_pairs() -> None:
+    layer = make()
+    for keys, loss in zip(layer.lora_A.split(K), layer.diversity_loss(), strict=True):
+        pairs = [F.cosine_similarity(keys[i], keys[j], 0).square() for i in range(K) for j in range(i)]
+        torch.testing.assert_close(loss, torch.stack(pairs).mean())
+
+
+def test_diversity_loss_has_the_gradient_of_its_finite_differences() -> None:
+    layer = make()
+
+    def loss(keys: Tensor) -> Tensor:
+        return torch.func.functional_call(_Diversity(layer), {"layer.lora_A": keys}, ())
+
+    assert torch.autograd.gradcheck(loss, (layer.lora_A.detach().requires_grad_(),))
+
+
+class _Diversity(nn.Module):
+    def __init__(self, layer: HiLoMoELinear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self) -> Tensor:
+        return self.layer.diversity_loss()
+
+
+def test_diversity_loss_is_finite_at_zero_keys_and_for_a_single_expert() -> None:
+    for layer in (with_keys(torch.zeros(K, D_IN, dtype=torch.float64)), make(num_experts=1)):
+        loss = layer.diversity_loss().sum()
+        loss.backward()
+        assert loss == 0
+        assert layer.lora_A.grad is not None and not layer.lora_A.grad.any()
+
+
+def test_training_on_the_diversity_loss_makes_experts_orthogonal_from_zero_up_projections_on() -> None:
+    base = torch.ones(K, D_IN, dtype=torch.float64)
+    layer = with_keys(base + 0.1 * inputs(K, D_IN))
+    first = layer.diversity_loss().item()
+    optimizer = torch.optim.SGD([layer.lora_A], lr=1.0)
+    for _ in range(500):
+        optimizer.zero_grad()
+        layer.diversity_loss().sum().backward()
+        optimizer.step()
+    assert first > 0.9
+    assert layer.diversity_loss().item() < 1e-3
+
+
+def test_experts_of_the_same_key_are_one_expert_of_their_summed_up_projections() -> None:
+    layer = make()
+    with torch.no_grad():
+        layer.lora_A[1] = layer.lora_A[0]
+    before = layer(inputs())
+    with torch.no_grad():
+        layer.lora_B[:, 0] += layer.lora_B[:, 1]
+        layer.lora_B[:, 1] = 0
+    torch.testing.assert_close(layer(inputs()), before)
+
+
 @pytest.mark.parametrize("top_k", [1, 2, K])
 def test_top_k_keeps_the_largest_logits_and_renormalises_them(top_k: int) -> None:
     routing = routing_of(make(top_k=top_k), inputs())

@@ -12,7 +12,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 
 from recsys.config import Config, ConfigError, load_config
 from recsys.data.batch import Batch
-from recsys.model.hilomoe import hilomoe_layers
+from recsys.model.hilomoe import HiLoMoELinear, hilomoe_layers
 from recsys.model.ranker import Ranker, RankerOutput, build_dense_arch, build_ranker
 
 CPU = torch.device("cpu")
@@ -47,6 +47,7 @@ def make_batch(rows: Sequence[int], *, loss_scale: float) -> Batch:
         ),
         labels=torch.tensor([row % 2 for row in rows], dtype=torch.float32),
         reference=torch.empty(0, dtype=torch.float64),
+        domain=torch.tensor([row % 3 for row in rows], dtype=torch.int64),
         loss_scale=loss_scale,
     )
 
@@ -133,10 +134,11 @@ def test_mean_over_ranks_of_scaled_losses_is_that_of_the_whole_batch(ranker: Ran
 
 
 def test_total_loss_is_the_weighted_sum_of_its_parts(ranker: Ranker) -> None:
-    ranker.balance_weight, ranker.z_weight = 0.3, 0.7
+    ranker.balance_weight, ranker.z_weight, ranker.diversity_weight = 0.3, 0.7, 1.1
     loss, output = ranker(make_batch(range(12), loss_scale=1 / 12))
-    assert output.balance > 0 and output.z > 0
-    torch.testing.assert_close(loss.detach(), output.bce + 0.3 * output.balance + 0.7 * output.z)
+    assert output.balance > 0 and output.z > 0 and output.diversity > 0
+    wanted = output.bce + 0.3 * output.balance + 0.7 * output.z + 1.1 * output.diversity
+    torch.testing.assert_close(loss.detach(), wanted)
     assert not any(tensor.requires_grad for tensor in output)
     wanted = nn.functional.binary_cross_entropy_with_logits(output.logits, output.labels)
     torch.testing.assert_close(output.bce, wanted)
@@ -150,14 +152,30 @@ def test_auxiliary_losses_are_means_over_all_expert_layers(ranker: Ranker) -> No
     torch.testing.assert_close(output.balance, losses.mean())
 
 
+def test_diversity_is_computed_only_where_it_has_a_weight(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, calls = make_batch(range(12), loss_scale=1 / 12), []
+    loss = HiLoMoELinear.diversity_loss
+    monkeypatch.setattr(HiLoMoELinear, "diversity_loss", lambda layer: calls.append(layer) or loss(layer))
+    assert ranker(batch)[1].diversity == 0
+    assert not calls
+    ranker.diversity_weight = 0.5
+    diversity = ranker(batch)[1].diversity
+    assert len(calls) == 2
+    torch.testing.assert_close(diversity, torch.cat([loss(layer) for layer in calls]).mean().detach())
+
+
+def test_output_tells_each_rows_domain(ranker: Ranker) -> None:
+    assert ranker(make_batch(range(5), loss_scale=1 / 5))[1].domain.tolist() == [0, 1, 2, 0, 1]
+
+
 def test_auxiliary_losses_are_zero_while_no_expert_is_active(ranker: Ranker) -> None:
-    ranker.balance_weight = ranker.z_weight = 1.0
+    ranker.balance_weight = ranker.z_weight = ranker.diversity_weight = 1.0
     batch = make_batch(range(12), loss_scale=1 / 12)
     ranker(batch)  # leaves routings behind, which must not count any more
     for layer in hilomoe_layers(ranker).values():
         layer.experts_active = False
     loss, output = ranker(batch)
-    assert output.balance == output.z == 0
+    assert output.balance == output.z == output.diversity == 0
     assert torch.equal(loss, output.bce)
 
 
@@ -211,10 +229,10 @@ def test_every_tower_gives_one_logit_a_row(tmp_path: Path, tower: str, num_dense
     overrides = [f"model.tower={tower}"] + ([] if experts else ["model.hilomoe=null", "stages.experts=null"])
     config = load_config(write_tiny_config(tmp_path / "tiny.yaml", tmp_path, tmp_path), overrides)
     arch = build_dense_arch(config.model, {"user": 8, "item": 4}, num_dense_features=num_dense_features)
-    logits, balance, z = arch(torch.randn(5, 12), torch.randn(5, num_dense_features))
+    logits, balance, z, diversity = arch(torch.randn(5, 12), torch.randn(5, num_dense_features), with_diversity=True)
     assert logits.shape == (5,)
     assert bool(hilomoe_layers(arch)) == experts
-    assert (balance > 0) == (z > 0) == experts
+    assert (balance > 0) == (z > 0) == (diversity > 0) == experts
 
 
 @pytest.mark.parametrize("experts_in", [["head"], ["tower.linears.0"], ["tower.*", "dense_projection"]])

@@ -1,6 +1,7 @@
 """Training over several ranks, end to end on a tiny log."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import yaml
 from ranks import run_module, run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 from tiny import tiny_config, write_tiny_log
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -28,6 +30,10 @@ from recsys.training.metrics import Metrics
 from recsys.training.monitor import Monitor
 from recsys.training.stages import begin_stage
 from recsys.training.trainer import Trainer
+
+BACKBONE = {"trains": "backbone", "steps": 4, "learning_rate": 0.01, "sparse_learning_rate": 0.1}
+EXPERTS = {"trains": "experts", "steps": 4, "learning_rate": 0.01, "balance_weight": 0.01, "diversity_weight": 0.1}
+JOINT = {"trains": "all", "steps": 4, "learning_rate": 0.01, "sparse_learning_rate": 0.1, "z_weight": 0.001}
 
 RATES = {"learning_rate": 1.0, "sparse_learning_rate": 1.0}
 
@@ -133,7 +139,11 @@ def test_tensorboard_holds_what_one_watches(run: Path) -> None:
         "gradient_norm/dense",
         "routing_entropy/tower.linears.0/layer1",
         "routing_load/tower.linears.1/layer2/expert3",
+        "routing_cv/tower.linears.0/layer2",
+        "routing_dead/tower.linears.1/layer1",
+        "routing_paths/tower.linears.1",
     } <= scalars
+    assert "train/diversity" not in scalars  # it has no weight
     loads = [events.Scalars(f"routing_load/tower.linears.0/layer1/expert{k}")[-1].value for k in (1, 2, 3)]
     assert sum(loads) == pytest.approx(1.0, abs=1e-5)
     assert len(events.Scalars("valid/auc")) == 3
@@ -158,6 +168,119 @@ def test_tensorboard_holds_the_cost_by_part(run: Path) -> None:
         assert expected in text.decode()
     metrics = events.summary_metadata["_hparams_/experiment"].plugin_data.content
     assert b"cost/flops_per_example/total" in metrics
+
+
+def test_the_summary_tells_how_the_experts_were_used(run: Path) -> None:
+    stages = json.loads((run / "summary.json").read_text())["stages"]
+    assert stages["backbone"]["routing"] == {}
+    for stage in ("experts", "joint"):
+        routing = stages[stage]["routing"]
+        assert routing.keys() == {"tower.linears.0", "tower.linears.1"}
+        for linear in routing.values():
+            assert linear.keys() == {"layer1", "layer2", "paths"}
+            assert 1 <= linear["paths"] <= 3**2
+            for layer in (linear["layer1"], linear["layer2"]):
+                assert 0 < layer["entropy"] <= math.log(3)
+                assert 0 < layer["cv"] < math.sqrt(2)
+                assert layer["dead"] == []
+
+
+def test_tensorboard_shows_which_experts_each_domain_used(run: Path) -> None:
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0, "tensors": 0})
+    events.Reload()
+    tags = {f"routing_by_domain/tower.linears.{number}" for number in (0, 1)}
+    assert set(events.Tags()["images"]) == tags
+    for tag in tags:
+        # The one epoch of the expert stage, and the whole and the cut-off one of the joint stage.
+        assert [image.step for image in events.Images(tag)] == [45, 60, 65]
+        assert all(image.width > 300 and image.height > 100 for image in events.Images(tag))
+        text = make_ndarray(events.Tensors(f"{tag}/text_summary")[-1].tensor_proto).item().decode()
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+        assert [row[0] for row in rows] == ["domain", "---", "home", "search", "cart"]
+        assert rows[0][1::3] == ["layer 1, expert 1", "layer 2, expert 1"]
+        for row in rows[2:]:
+            assert sum(map(float, row[1:4])) == pytest.approx(3, abs=0.02)
+
+
+def test_without_domains_there_is_no_heat_map(log: Path, tmp_path: Path) -> None:
+    raw = tiny_config(log, tmp_path / "out")
+    raw["stages"], raw["data"]["domain"] = {"joint": {**JOINT, "diversity_weight": 0.1}}, None
+    raw["logging"]["every_steps"] = 2
+    (summary,) = run_ranks(1, train_on, as_config(raw, tmp_path))
+    assert summary["stages"]["joint"]["routing"].keys() == {"tower.linears.0", "tower.linears.1"}
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    events.Reload()
+    assert not events.Tags()["images"]
+    diversity = [event.value for event in events.Scalars("train/diversity")]
+    assert len(diversity) == 2
+    assert 0 < diversity[1] < diversity[0] < 1
+
+
+class Listener(Monitor):
+    """Keeps what is said."""
+
+    said: list[str]
+
+    def say(self, what: Any) -> None:
+        self.said = [*getattr(self, "said", []), str(what)]
+
+
+def _starve_an_expert(ranks: Ranks, config: Config) -> tuple[dict[str, Any], list[str]]:
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    splits = open_splits(config, ranks, config.data.splits)
+    with Listener(Path(config.output_dir), enabled=ranks.is_first) as monitor:
+        trainer = Trainer(config, ranks, splits, monitor)
+        keys = hilomoe_layers(trainer.dense_arch)["tower.linears.0"].lora_A.detach()
+        # Of the first layer's logits a, -a and 0 the last is never the largest.
+        keys[1], keys[2] = -keys[0], 0
+        return trainer.run(), monitor.said
+
+
+def test_an_expert_that_no_row_chose_in_an_epoch_is_a_warning(log: Path, tmp_path: Path) -> None:
+    raw = tiny_config(log, tmp_path / "out")
+    raw["model"]["hilomoe"]["top_k"] = 1
+    raw["stages"] = {"experts": {"trains": "experts", "epochs": 2, "learning_rate": 1e-9}}
+    results = run_ranks(2, _starve_an_expert, as_config(raw, tmp_path))
+    said = results[0][1]
+    warnings = [line for line in said if line.startswith("warning: ") and "linears.0 layer 1" in line]
+    assert warnings == [
+        f"warning: experts epoch {epoch}: tower.linears.0 layer 1: expert 3 is dead (below 1% of a uniform load over "
+        "900 examples); raise balance_weight where experts train, or model.hilomoe.top_k if it is set"
+        for epoch in (1, 2)
+    ]
+    for summary, _ in results:
+        assert summary["stages"]["experts"]["routing"]["tower.linears.0"]["layer1"]["dead"] == [3]
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    events.Reload()
+    assert {event.value for event in events.Scalars("routing_dead/tower.linears.0/layer1")} == {1.0}
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        ["joint"],
+        ["experts"],
+        ["joint", "backbone", "experts"],
+        ["experts", "backbone", "joint"],
+        ["backbone", "experts", "backbone", "experts", "joint"],
+    ],
+    ids="-".join,
+)
+def test_stages_run_in_any_order_and_each_trains_what_it_says(log: Path, tmp_path: Path, order: list[str]) -> None:
+    raw, kinds = tiny_config(log, tmp_path / "out"), {"backbone": BACKBONE, "experts": EXPERTS, "joint": JOINT}
+    raw["stages"] = {f"{kind}{number}": kinds[kind] for number, kind in enumerate(order)}
+    config = as_config(raw, tmp_path)
+    (summary, _) = run_ranks(2, train_on, config)
+    assert list(summary["stages"]) == list(raw["stages"])
+    initial = build_ranker(config, seed=derive_seed(config.seed, "dense arch")).dense_arch.state_dict()
+    before = {f"model.dense_arch.{name}": value for name, value in initial.items()}
+    for number, kind in enumerate(order, start=1):
+        after = checkpoint_tensors(tmp_path / "out" / "checkpoints" / f"step-{4 * number}", tmp_path)
+        names = {name for name in before if name.startswith("model.")}  # at first without the tables
+        experts = {name for name in names if name.endswith(("lora_A", "lora_B"))}
+        wanted = {"backbone": names - experts, "experts": experts, "joint": names}[kind]
+        assert {name for name in names if not torch.equal(before[name], after[name])} == wanted
+        before = after
 
 
 def _attach(ranks: Ranks, config: Config) -> tuple[Metrics, Metrics]:
