@@ -49,7 +49,9 @@ def number(value: float | None) -> str:
 
 
 def show(title: str, rows: Rows) -> None:
-    """Print rows as a table; their first column names them."""
+    """Print rows as a table; their first column names them. Without rows nothing is printed."""
+    if not rows:
+        return
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(rows[0]):
         table.add_column(column, justify="left" if index == 0 else "right")
@@ -64,7 +66,7 @@ def write(
 ) -> None:
     """Write `<stem>.md` of paragraphs and tables and `<stem>.json`, and say so unless `quiet`.
 
-    `result` holds what `environment` tells and the `command`; both end the page, so that a figure never stands without
+    A table without rows is left out. `result` holds what `environment` tells and the `command`; both end the page, so that a figure never stands without
     how it came about.
     """
     hardware = result["hardware"]
@@ -76,7 +78,7 @@ def write(
         "versions": ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
         "date": result["date"],
     }
-    page = [f"# {title}", *(part if isinstance(part, str) else _markdown(part) for part in parts)]
+    page = [f"# {title}", *(part if isinstance(part, str) else _markdown(part) for part in parts if part)]
     page.append("\n".join(f"- {name}: {value}" for name, value in facts.items()))
     stem.parent.mkdir(parents=True, exist_ok=True)
     stem.with_name(f"{stem.name}.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
