@@ -66,8 +66,8 @@ def write(
 ) -> None:
     """Write `<stem>.md` of paragraphs and tables and `<stem>.json`, and say so unless `quiet`.
 
-    A table without rows is left out. `result` holds what `environment` tells and the `command`; both end the page, so that a figure never stands without
-    how it came about.
+    A table without rows is left out. `result` holds what `environment` tells and the `command`; both end the page, so
+    that a figure never stands without how it came about.
     """
     hardware = result["hardware"]
     facts = {
