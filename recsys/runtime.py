@@ -56,7 +56,7 @@ def process_group(device: str) -> Iterator[Ranks]:
             f"device: cuda needs a GPU for each of this machine's {local_world_size} processes, and it has {gpus}; "
             "start fewer processes or set device=cpu"
         )
-    use_cuda = device == "cuda" or (device == "auto" and gpus >= local_world_size)
+    use_cuda = device_type(device, local_world_size) == "cuda"
     chosen = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(chosen)
@@ -71,6 +71,13 @@ def process_group(device: str) -> Iterator[Ranks]:
     yield Ranks(rank, world_size, local_rank, local_world_size, chosen)
     # Not in a finally: after a failure the other ranks may never come, and the process is about to end anyway.
     dist.destroy_process_group()
+
+
+def device_type(device: str, local_world_size: int) -> str:
+    """`cpu` or `cuda`: what a config's `device` means for that many processes on this machine."""
+    if device == "auto":
+        return "cuda" if torch.cuda.device_count() >= local_world_size else "cpu"
+    return device
 
 
 def derive_seed(seed: int, purpose: str) -> int:

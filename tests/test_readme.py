@@ -80,6 +80,7 @@ def test_every_command_is_run_by_a_test_below() -> None:
         "torchrun --nproc-per-node 2 -m recsys.train",
         "python -m recsys.train",
         "python -m recsys.evaluate",
+        "python -m recsys.plan",
         "python -m recsys.doctor",  # tests/test_doctor.py
         "docker compose",  # tests/test_docker.py reads what it would build; there is no engine to run it
         "python -m recsys.prepare movielens-1m",  # tests/test_prepare.py
@@ -137,6 +138,12 @@ def test_evaluate_takes_the_checkpoint_of_a_run(config: Path, tmp_path: Path) ->
     steps = steps_of(tmp_path / "out")
     line = re.sub(r"outputs/\S+", f"{tmp_path}/out/checkpoints/step-{steps}", command("python -m recsys.evaluate"))
     assert f"step-{steps}, test" in run(line)
+
+
+def test_plan_prints_where_the_tables_would_be_and_what_an_example_costs() -> None:
+    output = run(command("python -m recsys.plan"))
+    assert "Embedding plan" in output
+    assert "Cost of hilomoe mlp 64x32 L2 K4 against mlp 64x32" in output
 
 
 def test_the_checkpoint_that_the_readme_evaluates_is_the_one_that_the_line_before_leaves() -> None:

@@ -60,6 +60,11 @@ def test_a_run_prints_stages_figures_and_where_its_outputs_are(raw: dict[str, An
     assert first.stderr == ""  # no warning of a library reaches the user
     assert (second.stdout, second.stderr) == ("", "")
     assert "tiny: 2 ranks on cpu" in first.stdout
+    assert (
+        "An example costs 1,880 FLOPs (embedding 20, projection 16, tower 1,024, experts 768, routing 36, head 16)"
+        in first.stdout
+    )
+    assert "hilomoe mlp 16x8 L2 K3 against mlp 16x8: FLOPs of tower and experts +" in first.stdout
     assert "joint: 15 steps, training all" in first.stdout
     assert "test, truth" in first.stdout
     assert f"Outputs in {tmp_path}/out" in first.stdout

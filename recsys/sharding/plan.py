@@ -30,13 +30,15 @@ def make_plan(
     *,
     batch_size: int,
 ) -> ShardingPlan:
-    """Plan a model's tables over all ranks; a collective call with the same result on each.
+    """Plan a model's tables over all ranks; a collective call, with the same result on each, in a process group.
+
+    Without one it plans for ranks that need not exist.
 
     Args:
         model: holds one `EmbeddingBagCollection`, on the meta device.
         sharder: says how that collection can be sharded.
         tables: the config's tables, whose constraints bind the planner.
-        ranks: this process among all.
+        ranks: this process among all, or one of those to plan for.
         batch_size: rows of a rank's step, from which the planner estimates the cost of a lookup.
 
     Raises:
@@ -66,7 +68,9 @@ def make_plan(
         constraints=constraints,
     )
     try:
-        return planner.collective_plan(model, [sharder], dist.group.WORLD)
+        if dist.is_initialized():
+            return planner.collective_plan(model, [sharder], dist.group.WORLD)
+        return planner.plan(model, [sharder])
     except PlannerError as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), "no plan found")
         raise ConfigError(

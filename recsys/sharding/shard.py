@@ -64,8 +64,7 @@ def shard(ranker: Ranker, config: Config, ranks: Ranks, *, seed: int) -> Sharded
     Raises:
         ConfigError: an optimizer or a sharding that the device lacks, or tables that do not fit.
     """
-    sharder = EmbeddingBagCollectionSharder(fused_params=_fused_params(config.optimizers.sparse, ranks.device))
-    plan = make_plan(ranker, sharder, config.tables, ranks, batch_size=config.data.batch_size)
+    sharder, plan = plan_tables(ranker, config, ranks)
     module_plan = plan.get_plan_for_module(COLLECTION)
     assert module_plan is not None
     env = ShardingEnv.from_process_group(dist.group.WORLD)
@@ -85,6 +84,12 @@ def shard(ranker: Ranker, config: Config, ranks: Ranks, *, seed: int) -> Sharded
         sparse_optimizer=fused,
         data_parallel_optimizer=_data_parallel_optimizer(replicated, config.optimizers.data_parallel),
     )
+
+
+def plan_tables(ranker: Ranker, config: Config, ranks: Ranks) -> tuple[EmbeddingBagCollectionSharder, ShardingPlan]:
+    """Where `shard` puts a ranker's tables, and what shards them so; see `recsys.sharding.plan.make_plan`."""
+    sharder = EmbeddingBagCollectionSharder(fused_params=_fused_params(config.optimizers.sparse, ranks.device))
+    return sharder, make_plan(ranker, sharder, config.tables, ranks, batch_size=config.data.batch_size)
 
 
 def _fused_params(config: SparseOptimizerConfig, device: torch.device) -> dict[str, object]:

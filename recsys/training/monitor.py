@@ -12,6 +12,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summary
 
+from recsys.model.cost import CostReport
 from recsys.training.heatmap import cell_text, draw_heat_map
 from recsys.training.metrics import Metrics
 from recsys.training.routing import RoutingSummary
@@ -76,6 +77,17 @@ class Monitor:
         """Record a text."""
         if self._writer is not None:
             self._writer.add_text(tag, markdown)
+
+    def cost(self, report: CostReport) -> None:
+        """What an example costs: said in a line or two, recorded as a table and by part."""
+        for line in report.lines():
+            self.say(line)
+        if self._writer is None:
+            return
+        notes = "".join(f"- {assumption}\n" for assumption in report.assumptions())
+        self.text("cost", f"{report.title()}\n\n{markdown_table(report.rows())}\n\n{notes}")
+        for tag, value in _cost_scalars(report.as_dict()).items():
+            self._writer.add_scalar(tag, value, 0)
 
     def begin_stage(self, name: str, trains: str, num_steps: int) -> None:
         """A stage of `num_steps` steps begins."""
@@ -178,7 +190,8 @@ class Monitor:
         rows = _summary_rows(summary)
         held_out = summary["test"] or summary["valid"] or {}
         final = {f"final/{key}": held_out[key] for key in _FIGURES if held_out.get(key) is not None}
-        for part in hparams_summary(dict(hyperparameters), final):
+        cost = {tag: value for tag, value in _cost_scalars(summary["cost"]).items() if tag.endswith("/total")}
+        for part in hparams_summary(dict(hyperparameters), {**final, **cost}):
             self._writer._get_file_writer().add_summary(part)
         for tag, value in final.items():
             self._writer.add_scalar(tag, value, summary["steps"])
@@ -200,6 +213,11 @@ class Monitor:
             value = getattr(metrics, figure)
             if value is not None:
                 self._writer.add_scalar(f"{split}/{figure}", value, step)
+
+
+def _cost_scalars(cost: Mapping[str, Any]) -> dict[str, float]:
+    tags = {"flops": "cost/flops_per_example", "parameters": "cost/parameters"}
+    return {f"{tag}/{part}": value for figure, tag in tags.items() for part, value in cost[figure].items()}
 
 
 def _shown(metrics: Metrics) -> str:

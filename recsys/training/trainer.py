@@ -20,6 +20,7 @@ from recsys.config import Config, StageConfig
 from recsys.data.parquet import Loader, ParquetShards
 from recsys.data.splits import open_splits
 from recsys.data.stream import Epoch
+from recsys.model.cost import cost_report
 from recsys.model.ranker import RankerOutput, build_ranker
 from recsys.runtime import Ranks, derive_seed, process_group
 from recsys.sharding.plan import plan_rows, plan_table
@@ -117,6 +118,7 @@ class Trainer:
         self._step = 0  # over all stages
         self._epochs = 0  # begun so far, each with an order of its own
         self._num_steps = stage_lengths(config.stages, self._epoch().num_steps)
+        self._cost = cost_report(config)
         self._best_directory = Path(config.output_dir) / "checkpoints" / "best"
 
     def run(self) -> dict[str, Any]:
@@ -144,6 +146,7 @@ class Trainer:
             "test": test.as_dict() if test else None,
             "reference": {"column": config.data.reference, **reference.as_dict()} if reference else None,
             "examples_per_second": sum(stage["examples"] for stage in stages.values()) / seconds,
+            "cost": self._cost.as_dict(),
             "checkpoint": str(checkpoint),
             "world_size": self.ranks.world_size,
             "device": str(self.ranks.device.type),
@@ -162,6 +165,7 @@ class Trainer:
         sizes = ", ".join(f"{sum(shards.row_counts):,} {split} rows" for split, shards in self.splits.items())
         monitor.say(f"{config.name}: {count} on {ranks.device.type}, {parameters:,} dense parameters, {sizes}")
         monitor.say(plan_table(rows))
+        monitor.cost(self._cost)
         if not ranks.is_first:
             return
         output_dir = Path(config.output_dir)

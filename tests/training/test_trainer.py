@@ -20,6 +20,7 @@ from recsys.config import Config, ConfigError, load_config
 from recsys.data.parquet import Loader, ParquetShards
 from recsys.data.splits import open_splits
 from recsys.data.stream import Epoch
+from recsys.model.cost import cost_report
 from recsys.model.hilomoe import hilomoe_layers
 from recsys.model.ranker import Ranker, build_ranker
 from recsys.runtime import Ranks, derive_seed
@@ -82,6 +83,7 @@ def test_a_run_leaves_what_it_says(run: Path) -> None:
     assert summary["stages"]["backbone"]["examples"] == 1800
     assert (summary["valid"]["examples"], summary["test"]["examples"]) == (200, 251)
     assert summary["reference"]["auc"] > 0.7
+    assert summary["cost"] == cost_report(load_config(run / "config.yaml")).as_dict()
     assert load_config(run / "config.yaml").name == "tiny"
     assert "table_wise" in (run / "plan.txt").read_text()
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-30", "step-45", "step-65"]
@@ -145,7 +147,8 @@ def test_tensorboard_holds_what_one_watches(run: Path) -> None:
     loads = [events.Scalars(f"routing_load/tower.linears.0/layer1/expert{k}")[-1].value for k in (1, 2, 3)]
     assert sum(loads) == pytest.approx(1.0, abs=1e-5)
     assert len(events.Scalars("valid/auc")) == 3
-    assert {"config/text_summary", "plan/text_summary", "stages/text_summary"} <= set(events.Tags()["tensors"])
+    texts = {f"{name}/text_summary" for name in ("config", "plan", "cost", "stages")}
+    assert texts <= set(events.Tags()["tensors"])
     assert "_hparams_/experiment" in events.summary_metadata
 
 
@@ -260,6 +263,24 @@ def test_stages_run_in_any_order_and_each_trains_what_it_says(log: Path, tmp_pat
         wanted = {"backbone": names - experts, "experts": experts, "joint": names}[kind]
         assert {name for name in names if not torch.equal(before[name], after[name])} == wanted
         before = after
+
+
+def test_tensorboard_holds_the_cost_by_part(run: Path) -> None:
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    cost = json.loads((run / "summary.json").read_text())["cost"]
+    for figure, tag in (("flops", "flops_per_example"), ("parameters", "parameters")):
+        for part, value in cost[figure].items():
+            assert [point.value for point in events.Scalars(f"cost/{tag}/{part}")] == [value]
+    (text,) = events.Tensors("cost/text_summary")[0].tensor_proto.string_val
+    for expected in (
+        "Cost of hilomoe mlp 16x8 L2 K3 against mlp 16x8",
+        "| experts | ",
+        "- 1 id for each sparse feature",
+    ):
+        assert expected in text.decode()
+    metrics = events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    assert b"cost/flops_per_example/total" in metrics
 
 
 def _attach(ranks: Ranks, config: Config) -> tuple[Metrics, Metrics]:

@@ -1,0 +1,84 @@
+"""What a run would be: `python -m recsys.plan [--config PATH] [--nnodes N] [--nproc N] [path.to.key=value ...]`.
+
+Prints where each table would be and what an example costs. It starts no process, reads no data and allocates no table,
+so that a run on GPUs can be planned where there are none.
+"""
+
+import argparse
+import json
+import math
+
+from recsys.cli import run_entry
+from recsys.config import DEFAULT_CONFIG, Config, load_config
+
+
+def main() -> None:
+    """Read the arguments and print the plan."""
+    parser = argparse.ArgumentParser(
+        prog="recsys.plan", description="Where a config's tables would be, and what an example costs."
+    )
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
+    parser.add_argument("--nnodes", type=_count, default=1, help="machines (default: %(default)s)")
+    parser.add_argument("--nproc", type=_count, default=1, help="processes on each machine (default: %(default)s)")
+    parser.add_argument(
+        "--ids",
+        type=_feature_and_mean,
+        action="append",
+        default=[],
+        metavar="FEATURE=MEAN",
+        help="ids of a feature in the mean example, where that is not 1; may be repeated",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("overrides", nargs="*", metavar="path.to.key=value", help="settings that replace the file's")
+    arguments = parser.parse_args()
+
+    def body() -> None:
+        config = load_config(arguments.config, arguments.overrides)
+        _print_plan(config, arguments.nnodes, arguments.nproc, dict(arguments.ids), as_json=arguments.json)
+
+    run_entry(body)
+
+
+def _print_plan(config: Config, nnodes: int, nproc: int, ids: dict[str, float], *, as_json: bool) -> None:
+    import torch
+
+    from recsys.model.cost import cost_report, cost_table
+    from recsys.model.ranker import build_ranker
+    from recsys.runtime import Ranks, device_type
+    from recsys.sharding.plan import plan_rows, plan_table
+    from recsys.sharding.shard import COLLECTION, plan_tables
+    from recsys.training.monitor import console
+
+    report = cost_report(config, ids)
+    first = Ranks(0, nnodes * nproc, 0, nproc, torch.device(device_type(config.device, nproc)))
+    _, plan = plan_tables(build_ranker(config, seed=0), config, first)
+    rows = plan_rows(plan, config.tables, COLLECTION)
+    if as_json:
+        run = {"name": config.name, "world_size": first.world_size, "device": first.device.type}
+        print(json.dumps({**run, "plan": rows, "cost": report.as_dict()}, indent=2))
+        return
+    terminal = console()
+    terminal.print(plan_table(rows), cost_table(report))
+    for assumption in report.assumptions():
+        terminal.print(f"- {assumption}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return int(text)
+
+
+def _feature_and_mean(text: str) -> tuple[str, float]:
+    feature, _, mean = text.partition("=")
+    try:
+        number = float(mean)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form feature=mean")
+    return feature, number
+
+
+if __name__ == "__main__":
+    main()
