@@ -184,6 +184,8 @@ class DataConfig(_Section):
 class HiLoMoEConfig(_Section):
     """Experts attached to linears of the dense arch (arXiv 2510.10432): L layers of K rank-1 experts each.
 
+    The options are those of `HiLoMoELinear`. Two defaults differ from its own, the paper's plainest reading: queries
+    are normalised and keys start with unit variance, without which routing stays uniform (docs/hilomoe.md).
     `experts_in` are patterns of the linears' names (`tower.linears.0`, `tower.cross.*`, `head`); each must match one.
     Null takes the tower's own choice, its `expert_linears`.
     """
@@ -191,6 +193,14 @@ class HiLoMoEConfig(_Section):
     num_layers: PositiveInt = 3
     num_experts: PositiveInt = 8
     top_k: PositiveInt | None = None
+    hierarchical: bool = True
+    query_projection: bool = False
+    normalize_query: bool = True
+    learned_temperature: bool = False
+    detach_query: bool = False
+    key_init: Literal["xavier_uniform", "normal"] = "normal"
+    up_init: Literal["zeros", "normal"] = "zeros"
+    expert_dropout: Probability = 0.0
     experts_in: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")

@@ -14,16 +14,22 @@ scores of the layers before it, never on their outputs. Two exact identities mak
   for any L.
 * V_l q_l = h_l + sum_{m<l} (V_l V_m') s_m: routing stays in expert space, given the Gram matrix V V' (LK x LK), which
   is computed once a call. Routing a row costs O(L^2 K^2) instead of O(L K D_in).
+
+Within the layer, what lives in expert space is (L K, N), rows last: a softmax over few experts then runs along
+neighbouring rows, and all layers before the l-th are one contiguous block.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+_MEAN_SQUARE_EPS = 1e-6
+"""Added to the mean square of a query before it is normalised, so that the gradient at x = 0 is bounded."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +48,22 @@ class Routing:
         """Share of a layer's routed mass that each expert got, (L, K); rows sum to 1, or are 0 without any input."""
         return self.scores.sum(0) / max(self.scores.shape[0], 1)
 
-    def balance_loss(self) -> Tensor:
-        """K * sum_i load_i^2 for each layer, (L,): 1 at uniform load, K when one expert takes everything.
+    def balance_loss(self, form: Literal["mean_score", "argmax"] = "mean_score") -> Tensor:
+        """K * sum_i f_i P_i for each layer, (L,), with P the load: 1 at uniform load, K when one expert takes all.
 
-        The Switch loss K * sum_i f_i P_i with f = P: under dense softmax routing the mass an expert gets is its mean
-        score, and this form, unlike the argmax one, has its strict minimum at uniform load.
+        Args:
+            form: what f is, which the paper's public text leaves open. `mean_score`: P itself; under dense softmax
+                routing the mass that an expert gets is its mean score, and this form alone has its strict minimum at
+                uniform load. `argmax`: share of the rows whose largest score is the expert's, the Switch loss
+                (arXiv 2101.03961, eq. 4).
         """
-        return self.load().square().sum(-1) * self.scores.shape[-1]
+        load = self.load()
+        if form == "argmax":
+            first = self.scores.argmax(-1, keepdim=True)
+            chosen = torch.zeros_like(self.scores).scatter(-1, first, 1.0).sum(0) / max(self.scores.shape[0], 1)
+        else:
+            chosen = load
+        return (chosen * load).sum(-1) * self.scores.shape[-1]
 
     def z_loss(self) -> Tensor:
         """Mean over rows of logsumexp(logits)^2 for each layer, (L,); keeps the router's logits small."""
@@ -64,7 +79,10 @@ class HiLoMoELinear(nn.Linear):
     """A drop-in for `nn.Linear` whose weight is perturbed, per row, by L layers of K rank-1 experts.
 
     A state dict of `nn.Linear` is a subset of this layer's, and since `lora_B` starts at zero the layer starts as
-    exactly that linear. Names follow LoRA: `lora_A` is V stacked, `lora_B` is U stacked.
+    exactly that linear. Names follow LoRA: `lora_A` is V stacked (L K, D_in), `lora_B` is U stacked (D_out, L K).
+
+    Every input vector is routed on its own: a sample in an MLP, a token in a transformer. That and the options below
+    are where the paper's public text leaves a choice; each default is the plainest reading of its formulas.
 
     Args:
         in_features: D_in.
@@ -73,17 +91,36 @@ class HiLoMoELinear(nn.Linear):
         num_experts: K; 0 leaves the plain linear.
         top_k: keep only the k largest logits of each layer and row (softmax over the survivors); None routes densely,
             as the paper's formulas do.
+        hierarchical: False leaves every query at q_1, so that layers route independently: the flat control.
+        query_projection: q_1 = P x with a parameter P (D_in, D_in), for inputs that lie in another space than the keys.
+            It starts as the identity, hence as the layer without it, and only V P (L K, D_in) is ever applied to rows.
+        normalize_query: q_1 is divided by its root mean square, so that the scale of the embeddings, which grows in
+            training, does not sharpen the routing. Combine it with `key_init="normal"`.
+        learned_temperature: divide each layer's logits by a learned positive number, stored as its logarithm and 1 at
+            first: keys need not grow for the routing to become sharp.
+        detach_query: the scores in q_{l+1} count as constants, so that no layer is trained to serve later layers.
+        key_init: `xavier_uniform`, by layer; or `normal` of unit variance, which gives queries of root mean square 1
+            logits of unit variance at any width, where Xavier's shrink as 1/sqrt(D_in).
+        up_init: `zeros`, which makes attaching experts exact; or `normal` of variance 1/(L K), their fan-in, under
+            which U neither amplifies nor damps what it maps: the ablation.
+        expert_dropout: probability of dropping an expert's contribution s_i (v_i' x) for a row while training. Whole
+            experts are dropped, not output features, since it is reliance on few experts that it works against; scores
+            and the auxiliary losses do not feel it.
         bias: whether there is b.
         device: of the parameters.
         dtype: of the parameters; routing is float32 at least.
 
     Attributes:
         experts_active: False computes the plain linear only. With `lora_B` zero the output is the same bit for bit.
-        record_routing: True keeps the last call's `Routing` in `routing`, with its graph, for auxiliary losses.
+        record_routing: True keeps the last call's `Routing` in `routing`, with its graph, for auxiliary losses; an
+            exported program records nothing.
         routing: the last recorded routing.
+        fused: True runs routing and experts as one autograd function with a backward pass of its own. False leaves the
+            backward pass to autograd, which `torch.func` transforms and forward-mode need; `torch.compile` and
+            `torch.export` always do so.
 
     Raises:
-        ValueError: a negative size, or top_k outside 1..num_experts.
+        ValueError: a negative size, top_k outside 1..num_experts, expert_dropout outside [0, 1), an unknown init.
     """
 
     def __init__(
@@ -94,6 +131,14 @@ class HiLoMoELinear(nn.Linear):
         num_experts: int,
         *,
         top_k: int | None = None,
+        hierarchical: bool = True,
+        query_projection: bool = False,
+        normalize_query: bool = False,
+        learned_temperature: bool = False,
+        detach_query: bool = False,
+        key_init: Literal["xavier_uniform", "normal"] = "xavier_uniform",
+        up_init: Literal["zeros", "normal"] = "zeros",
+        expert_dropout: float = 0.0,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -102,58 +147,139 @@ class HiLoMoELinear(nn.Linear):
             raise ValueError(f"num_layers {num_layers} and num_experts {num_experts} must not be negative")
         if top_k is not None and not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k {top_k} must lie in 1..num_experts = {num_experts}")
+        if not 0 <= expert_dropout < 1:
+            raise ValueError(f"expert_dropout {expert_dropout} must lie in [0, 1)")
+        for name, value, known in (
+            ("key_init", key_init, ("xavier_uniform", "normal")),
+            ("up_init", up_init, ("zeros", "normal")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} {value!r} must be one of {', '.join(known)}")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.num_layers, self.num_experts, self.top_k = num_layers, num_experts, top_k
+        self.hierarchical, self.normalize_query, self.detach_query = hierarchical, normalize_query, detach_query
+        self.key_init, self.up_init, self.expert_dropout = key_init, up_init, expert_dropout
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
         experts = num_layers * num_experts
-        self.lora_A = nn.Parameter(torch.empty(experts, in_features, device=device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.empty(out_features, experts, device=device, dtype=dtype))
+        self.lora_A = parameter(experts, in_features)
+        self.lora_B = parameter(out_features, experts)
+        self.query_weight: nn.Parameter | None
+        self.register_parameter("query_weight", parameter(in_features, in_features) if query_projection else None)
+        self.log_temperature: nn.Parameter | None
+        self.register_parameter("log_temperature", parameter(num_layers) if learned_temperature else None)
         self.experts_active = experts > 0
         self.record_routing = False
         self.routing: Routing | None = None
+        self.fused = True
         self.reset_experts()
 
     def reset_experts(self) -> None:
-        """Give every layer of experts fresh Xavier-uniform keys V (K x D_in) and U = 0."""
-        for keys in self.lora_A.detach().split(self.num_experts) if self.experts_active else ():
-            nn.init.xavier_uniform_(keys)
-        nn.init.zeros_(self.lora_B)
+        """Give the experts and their routing fresh parameters, as `key_init`, `up_init` and the options say."""
+        if self._num_all_experts:
+            for keys in self.lora_A.detach().split(self.num_experts):
+                (nn.init.normal_ if self.key_init == "normal" else nn.init.xavier_uniform_)(keys)
+        if self.up_init == "normal" and self._num_all_experts:
+            nn.init.normal_(self.lora_B, std=self._num_all_experts**-0.5)
+        else:
+            nn.init.zeros_(self.lora_B)
+        if self.query_weight is not None:
+            nn.init.eye_(self.query_weight)
+        if self.log_temperature is not None:
+            nn.init.zeros_(self.log_temperature)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, num_layers: int, num_experts: int, *, top_k: int | None = None) -> Self:
-        """Attach experts to a trained linear; weight and bias are copied, the output is unchanged bit for bit."""
+    def from_linear(cls, linear: nn.Linear, num_layers: int, num_experts: int, **options: Any) -> Self:
+        """Attach experts to a trained linear; weight and bias are copied.
+
+        With `up_init="zeros"` the output is unchanged bit for bit.
+
+        Args:
+            linear: left as it is.
+            num_layers: L.
+            num_experts: K.
+            options: keyword arguments of the constructor but `bias`, `device` and `dtype`, which are the linear's.
+        """
         layer = cls(
             linear.in_features,
             linear.out_features,
             num_layers,
             num_experts,
-            top_k=top_k,
+            **options,
             bias=linear.bias is not None,
             device=linear.weight.device,
             dtype=linear.weight.dtype,
         )
         layer.load_state_dict(linear.state_dict(), strict=False)
-        return layer
+        return layer.train(linear.training)
+
+    def merge(self) -> nn.Linear:
+        """The `nn.Linear` that computes the same in evaluation, a copy, where there is one.
+
+        Raises:
+            ValueError: active layers of more than one expert: their scores, and so the weight, depend on the input.
+        """
+        active = self.experts_active and self._num_all_experts > 0
+        if active and self.num_experts > 1:
+            raise ValueError(
+                f"{self.num_layers} layers of {self.num_experts} experts do not merge into one linear: the scores that "
+                "weigh them depend on each input row; only layers of a single expert merge"
+            )
+        linear = nn.Linear(
+            self.in_features,
+            self.out_features,
+            bias=self.bias is not None,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        with torch.no_grad():
+            linear.weight.copy_(self.weight + self.lora_B @ self.lora_A if active else self.weight)
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear.train(self.training)
 
     def expert_parameters(self) -> list[nn.Parameter]:
-        """U and V: (D_in + D_out) L K numbers, all the parameters that the experts and their routing have."""
-        return [self.lora_A, self.lora_B]
+        """All the parameters of experts and routing: U, V, and P and the temperatures where the options ask for them.
+
+        U and V are (D_in + D_out) L K numbers.
+        """
+        routing = [parameter for parameter in (self.query_weight, self.log_temperature) if parameter is not None]
+        return [self.lora_A, self.lora_B, *routing]
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x (..., D_in), giving (..., D_out)."""
-        base = F.linear(x, self.weight, self.bias)
-        if not self.experts_active:
-            return base
+        if not (self.experts_active and self._num_all_experts):
+            return F.linear(x, self.weight, self.bias)
         rows = x.reshape(-1, self.in_features)
-        down = F.linear(rows, self.lora_A)
-        routing = self.route(down)
-        if self.record_routing:
-            self.routing = routing
-        weighted = down * routing.scores.flatten(1).to(down.dtype)
-        return torch.addmm(base.reshape(-1, self.out_features), weighted, self.lora_B.t().to(down.dtype)).view_as(base)
+        base, down = _project(rows, self.weight, self.bias, self.lora_A, self.fused)
+        first, gram = self._router(rows, down)
+        if self.expert_dropout:
+            down = F.dropout(down, self.expert_dropout, self.training)
+        output, logits, scores = _apply_experts(
+            base, down, self.lora_B, first, gram, self.num_experts, self.top_k, self.detach_query, self.fused
+        )
+        if self.record_routing and not torch.compiler.is_exporting():
+            self.routing = self._routing(logits, scores)
+        return output.reshape(x.shape[:-1] + (self.out_features,))  # noqa: RUF005  symbolic tracing cannot unpack
 
-    def route(self, down: Tensor) -> Routing:
-        """Scores of every layer from the down-projection h = V x, (N, L K)."""
-        return _route(down, self.lora_A, self.num_layers, self.num_experts, self.top_k)
+    def route(self, x: Tensor) -> Routing:
+        """How x (..., D_in) is routed, with its graph; records nothing."""
+        rows = x.reshape(-1, self.in_features)
+        first, gram = self._router(rows, torch.mm(self.lora_A, rows.t()))
+        return self._routing(*_route(first, gram, self.num_experts, self.top_k, self.detach_query))
+
+    def materialize(self, x: Tensor) -> Tensor:
+        """The weight W + sum_l U_l diag(s_l) V_l that each vector of x (..., D_in) meets, (..., D_out, D_in).
+
+        For inspection of few rows: the layer itself never makes it. Dropout is left out.
+        """
+        shape = (*x.shape[:-1], self.out_features, self.in_features)
+        if not (self.experts_active and self._num_all_experts):
+            return self.weight.expand(shape)
+        scores = self.route(x).scores.flatten(1).to(self.weight.dtype)
+        return (self.weight + torch.einsum("oe,ne,ei->noi", self.lora_B, scores, self.lora_A)).reshape(shape)
 
     def diversity_loss(self) -> Tensor:
         """Mean over pairs of experts of one layer of cos^2(v_i, v_j), (L,): 0 if orthogonal, 1 if all are alike.
@@ -169,38 +295,240 @@ class HiLoMoELinear(nn.Linear):
         return pairs / max(self.num_experts * (self.num_experts - 1) / 2, 1)
 
     def extra_repr(self) -> str:
-        """Sizes as nn.Linear shows them, and the experts."""
-        return (
-            f"{super().extra_repr()}, num_layers={self.num_layers}, num_experts={self.num_experts}, top_k={self.top_k}"
-        )
+        """Sizes as nn.Linear shows them, the experts, and what is not at its default."""
+        options = {
+            "hierarchical": self.hierarchical,
+            "query_projection": self.query_weight is not None,
+            "normalize_query": self.normalize_query,
+            "learned_temperature": self.log_temperature is not None,
+            "detach_query": self.detach_query,
+            "expert_dropout": self.expert_dropout,
+        }
+        plain = {"hierarchical": True}
+        told = [f"{name}={value}" for name, value in options.items() if value != plain.get(name, False)]
+        sizes = f"num_layers={self.num_layers}, num_experts={self.num_experts}, top_k={self.top_k}"
+        return ", ".join([super().extra_repr(), sizes, *told])
+
+    @property
+    def _num_all_experts(self) -> int:
+        return self.num_layers * self.num_experts
+
+    def _router(self, rows: Tensor, down: Tensor) -> tuple[Tensor, Tensor | None]:
+        """From rows (N, D_in) and h = V x (L K, N): all layers' logits for the query q_1, (L K, N); the Gram matrix.
+
+        Both are scaled, so that layer l's logits are first_l + sum_{m<l} gram_{l,m} s_m. No Gram matrix is
+        flat routing.
+        """
+        precision = torch.promote_types(self.lora_A.dtype, torch.float32)
+        scale: Tensor | float = self.in_features**-0.5
+        if self.log_temperature is not None:
+            temperature = self.log_temperature.to(precision).exp().repeat_interleave(self.num_experts)
+            scale = (scale / temperature).unsqueeze(1)
+        keys = self.lora_A.to(precision)
+        if self.query_weight is not None:
+            down = torch.mm(_matmul(keys, self.query_weight.to(precision)).to(rows.dtype), rows.t())
+        first = down.to(precision) * scale
+        if self.normalize_query:
+            queries = rows if self.query_weight is None else F.linear(rows, self.query_weight)
+            norm = torch.linalg.vector_norm(queries, dim=1, dtype=precision)
+            first = first * (norm.square() / self.in_features + _MEAN_SQUARE_EPS).rsqrt()
+        if not self.hierarchical or self.num_layers == 1:
+            return first, None
+        return first, _matmul(keys * scale, keys.t())
+
+    def _routing(self, logits: Tensor, scores: Tensor) -> Routing:
+        shape = (self.num_layers, self.num_experts, -1)
+        return Routing(logits.view(shape).permute(2, 0, 1), scores.view(shape).permute(2, 0, 1))
 
 
 @torch.fx.wrap  # autocast's switch is nothing that symbolic tracing can record
-def _route(down: Tensor, keys: Tensor, num_layers: int, num_experts: int, top_k: int | None) -> Routing:
-    """Float32 at least, autocast or not: the scores of a layer feed the next one's logits."""
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    """In the operands' precision, autocast or not."""
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right
+
+
+@torch.fx.wrap
+def _project(rows: Tensor, weight: Tensor, bias: Tensor | None, keys: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
+    """W x + b (N, D_out) and h = V x (L K, N) of rows (N, D_in)."""
+    if not fused or torch.compiler.is_compiling():
+        return F.linear(rows, weight, bias), torch.mm(keys, rows.t())
+    device = rows.device.type
+    operands = [rows, weight, bias, keys]
+    if torch.is_autocast_enabled(device):  # which does not reach into an autograd function
+        dtype = torch.get_autocast_dtype(device)
+        operands = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in operands]
+    with torch.autocast(device, enabled=False):
+        result: tuple[Tensor, Tensor] = _FusedProjections.apply(*operands)  # type: ignore[no-untyped-call]
+        return result
+
+
+@torch.fx.wrap
+def _apply_experts(
+    base: Tensor,
+    down: Tensor,
+    up: Tensor,
+    first: Tensor,
+    gram: Tensor | None,
+    num_experts: int,
+    top_k: int | None,
+    detach_query: bool,
+    fused: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Base output + U (s * h), (N, D_out), and all logits and scores, (L K, N); `base` is spent.
+
+    The scores are in the precision of `first`, float32 at least, autocast or not: those of a layer feed the next one's
+    logits.
+    """
     with torch.autocast(down.device.type, enabled=False):
-        precision = torch.promote_types(keys.dtype, torch.float32)
-        scale = keys.shape[1] ** -0.5
-        keys = keys.to(precision)
-        gram = keys @ keys.t()
-        first = down.to(precision)
-        logits: list[Tensor] = []
-        scores: list[Tensor] = []
-        for layer in range(num_layers):
-            here = slice(layer * num_experts, (layer + 1) * num_experts)
-            query = first[:, here]
-            if layer:
-                query = torch.addmm(query, torch.cat(scores, 1), gram[: here.start, here])
-            logits.append(query * scale)
-            scores.append(_normalise(logits[-1], top_k))
-        return Routing(torch.stack(logits, 1), torch.stack(scores, 1))
+        up = up.to(down.dtype)
+        if fused and not torch.compiler.is_compiling():
+            result: tuple[Tensor, Tensor, Tensor] = _FusedExperts.apply(  # type: ignore[no-untyped-call]
+                base, down, up, first, gram, num_experts, top_k, detach_query
+            )
+            return result
+        logits, scores = _route(first, gram, num_experts, top_k, detach_query)
+        return torch.addmm(base, (down * scores.to(down.dtype)).t(), up.t()), logits, scores
 
 
-def _normalise(logits: Tensor, top_k: int | None) -> Tensor:
-    if top_k is None or top_k == logits.shape[-1]:
-        return logits.softmax(-1)
-    kept, experts = logits.topk(top_k, -1)
-    return torch.zeros_like(logits).scatter(-1, experts, kept.softmax(-1))
+def _route(
+    first: Tensor, gram: Tensor | None, num_experts: int, top_k: int | None, detach_query: bool
+) -> tuple[Tensor, Tensor]:
+    """Logits and scores of all layers, (L K, N). Each layer's scores are added to all later logits at once."""
+    logits: list[Tensor] = []
+    scores: list[Tensor] = []
+    later = first
+    for end in range(num_experts, len(first) + 1, num_experts):
+        here, later = later.split([num_experts, len(later) - num_experts])
+        logits.append(here)
+        scores.append(_normalise(here, top_k))
+        if gram is not None and len(later):
+            known = scores[-1].detach() if detach_query else scores[-1]
+            later = torch.addmm(later, gram[end:, end - num_experts : end], known)
+    return torch.cat(logits), torch.cat(scores)
+
+
+def _normalise(logits: Tensor, top_k: int | None, out: Tensor | None = None) -> Tensor:
+    """Softmax over the experts, the first dimension, or over the largest few."""
+    if top_k is None or top_k == len(logits):
+        return torch.softmax(logits, 0, out=out)
+    kept, experts = logits.topk(top_k, 0)
+    zeros = torch.zeros_like(logits) if out is None else out.zero_()
+    return zeros.scatter_(0, experts, kept.softmax(0))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The sum total + left @ right, in the place of `total` unless autograd watches."""
+    # `addmm_` would do the same without torch's FLOP counter seeing it.
+    return torch.addmm(total, left, right, out=None if torch.is_grad_enabled() else total)
+
+
+class _FusedProjections(torch.autograd.Function):
+    """The two projections of one input, whose gradient is summed where it is made instead of in two tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, keys: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows, weight, keys)
+        return F.linear(rows, weight, bias), torch.mm(keys, rows.t())
+
+    @staticmethod
+    def backward(ctx: Any, d_base: Tensor, d_down: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, keys = ctx.saved_tensors
+        of_rows, of_weight, of_bias, of_keys = ctx.needs_input_grad
+        with torch.autocast(rows.device.type, enabled=False):
+            return (
+                _add_product(d_base @ weight, d_down.t(), keys) if of_rows else None,
+                d_base.t() @ rows if of_weight else None,
+                d_base.sum(0) if of_bias else None,
+                d_down @ rows if of_keys else None,
+            )
+
+
+class _FusedExperts(torch.autograd.Function):
+    """`_route` and the experts' sum, with a backward pass that stays in expert space and writes in place.
+
+    Autograd's own pays for each layer's slices and for slower GEMMs; benchmarks/results/hilomoe_*.md tell how much.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base: Tensor,
+        down: Tensor,
+        up: Tensor,
+        first: Tensor,
+        gram: Tensor | None,
+        num_experts: int,
+        top_k: int | None,
+        detach_query: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits, scores = torch.empty_like(first), torch.empty_like(first)
+        for begin in range(0, len(first), num_experts):
+            here = slice(begin, begin + num_experts)
+            if gram is not None and begin:
+                torch.addmm(first[here], gram[here, :begin], scores[:begin], out=logits[here])
+            else:
+                logits[here] = first[here]
+            _normalise(logits[here], top_k, out=scores[here])
+        ctx.mark_dirty(base)
+        ctx.save_for_backward(down, up, first, gram, scores)
+        ctx.routing = num_experts, top_k, detach_query
+        ctx.set_materialize_grads(False)
+        return _add_product(base, (down * scores.to(down.dtype)).t(), up.t()), logits, scores
+
+    @staticmethod
+    def backward(
+        ctx: Any, d_output: Tensor | None, d_logits: Tensor | None, d_scores: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        down, up, first, gram, scores = ctx.saved_tensors
+        num_experts, _, detach_query = ctx.routing
+        if torch.is_grad_enabled():  # create_graph: what is differentiated again is the plain form
+            return _plain_backward(ctx, d_output, d_logits, d_scores)
+        with torch.autocast(down.device.type, enabled=False):
+            d_down = d_up = d_gram = None
+            d_scores = torch.zeros_like(scores) if d_scores is None else d_scores.clone()
+            if d_output is not None:
+                weights = scores.to(down.dtype)
+                d_weighted = up.t() @ d_output.t()
+                d_down = d_weighted * weights
+                d_up = ((down * weights) @ d_output).t()  # d_output' (h * s)' would take twice as long
+                d_scores += d_weighted * down
+            d_first = torch.zeros_like(scores) if d_logits is None else d_logits.clone()
+            if gram is not None:
+                d_gram = torch.zeros_like(gram)
+            for begin in reversed(range(0, len(first), num_experts)):
+                here = slice(begin, begin + num_experts)
+                d_first[here] += torch.ops.aten._softmax_backward_data(d_scores[here], scores[here], 0, scores.dtype)
+                if gram is not None and d_gram is not None and begin:
+                    d_gram[here, :begin] = d_first[here] @ scores[:begin].t()
+                    if not detach_query:
+                        _add_product(d_scores[:begin], gram[here, :begin].t(), d_first[here])
+        return d_output, d_down, d_up, d_first, d_gram, None, None, None
+
+
+def _plain_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The fused form's backward pass by autograd through the plain form, with a graph."""
+    # Views, because `first` is computed from `down`, and gradients towards both would count that way twice.
+    down, up, first, gram = (None if tensor is None else tensor.view_as(tensor) for tensor in ctx.saved_tensors[:4])
+    assert down is not None and up is not None and first is not None
+    base = down.new_zeros(down.shape[1], len(up))
+    num_experts, top_k, detach_query = ctx.routing
+    outputs = _apply_experts(base, down, up, first, gram, num_experts, top_k, detach_query, fused=False)
+    given = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
+    inputs = {
+        name: tensor
+        for name, tensor in (("down", down), ("up", up), ("first", first), ("gram", gram))
+        if tensor is not None and tensor.requires_grad
+    }
+    found = torch.autograd.grad(
+        [output for output, _ in given],
+        list(inputs.values()),
+        [grad for _, grad in given],
+        create_graph=True,
+        allow_unused=True,
+    )
+    by_name = dict(zip(inputs, found, strict=True))
+    return grads[0], *(by_name.get(name) for name in ("down", "up", "first", "gram")), None, None, None
 
 
 def hilomoe_layers(module: nn.Module) -> dict[str, HiLoMoELinear]:

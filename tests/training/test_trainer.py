@@ -152,6 +152,24 @@ def test_tensorboard_holds_what_one_watches(run: Path) -> None:
     assert "_hparams_/experiment" in events.summary_metadata
 
 
+def test_tensorboard_holds_the_cost_by_part(run: Path) -> None:
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    cost = json.loads((run / "summary.json").read_text())["cost"]
+    for figure, tag in (("flops", "flops_per_example"), ("parameters", "parameters")):
+        for part, value in cost[figure].items():
+            assert [point.value for point in events.Scalars(f"cost/{tag}/{part}")] == [value]
+    (text,) = events.Tensors("cost/text_summary")[0].tensor_proto.string_val
+    for expected in (
+        "Cost of hilomoe mlp 16x8 L2 K3 against mlp 16x8",
+        "| experts | ",
+        "- 1 id for each sparse feature",
+    ):
+        assert expected in text.decode()
+    metrics = events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    assert b"cost/flops_per_example/total" in metrics
+
+
 def test_the_summary_tells_how_the_experts_were_used(run: Path) -> None:
     stages = json.loads((run / "summary.json").read_text())["stages"]
     assert stages["backbone"]["routing"] == {}
@@ -263,24 +281,6 @@ def test_stages_run_in_any_order_and_each_trains_what_it_says(log: Path, tmp_pat
         wanted = {"backbone": names - experts, "experts": experts, "joint": names}[kind]
         assert {name for name in names if not torch.equal(before[name], after[name])} == wanted
         before = after
-
-
-def test_tensorboard_holds_the_cost_by_part(run: Path) -> None:
-    events = EventAccumulator(str(run / "tensorboard"))
-    events.Reload()
-    cost = json.loads((run / "summary.json").read_text())["cost"]
-    for figure, tag in (("flops", "flops_per_example"), ("parameters", "parameters")):
-        for part, value in cost[figure].items():
-            assert [point.value for point in events.Scalars(f"cost/{tag}/{part}")] == [value]
-    (text,) = events.Tensors("cost/text_summary")[0].tensor_proto.string_val
-    for expected in (
-        "Cost of hilomoe mlp 16x8 L2 K3 against mlp 16x8",
-        "| experts | ",
-        "- 1 id for each sparse feature",
-    ):
-        assert expected in text.decode()
-    metrics = events.summary_metadata["_hparams_/experiment"].plugin_data.content
-    assert b"cost/flops_per_example/total" in metrics
 
 
 def _attach(ranks: Ranks, config: Config) -> tuple[Metrics, Metrics]:
