@@ -7,6 +7,7 @@ one. The input requires a gradient, as it does in the middle of a tower.
 """
 
 import argparse
+import re
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -109,22 +110,25 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=4096, help="rows (default: %(default)s)")
     parser.add_argument("--turns", type=int, default=15, help="of each form (default: %(default)s)")
-    parser.add_argument("--no-compile", action="store_true", help="leave the compiled form out: it takes minutes")
+    parser.add_argument(
+        "--compiled", nargs="*", metavar="LxK", help="the sizes to compile too, which takes minutes (default: all)"
+    )
     parser.add_argument("--note", help="what a reader of the figures must know, such as what else the machine did")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go (default: beside this file)")
     arguments = parser.parse_args()
     if min(arguments.batch, arguments.turns, *arguments.dims) < 1:
         parser.error("--dims, --batch and --turns must be at least 1")
-    try:
-        sizes = [tuple(map(int, size.split("x"))) for size in arguments.experts]
-        if not all(len(size) == 2 and min(size) >= 1 for size in sizes):
-            raise ValueError
-    except ValueError:
-        parser.error("--experts takes sizes such as 3x8: 3 layers of 8 experts")
-    run_entry(lambda: _benchmark(arguments, [(dim, *size) for dim in arguments.dims for size in sizes]))
+    if arguments.compiled is None:
+        arguments.compiled = arguments.experts
+    for size in (*arguments.experts, *arguments.compiled):
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size):
+            parser.error(f"{size} is no size such as 3x8: 3 layers of 8 experts")
+    run_entry(lambda: _benchmark(arguments))
 
 
-def _benchmark(arguments: argparse.Namespace, sizes: Sequence[tuple[int, int, int]]) -> None:
+def _benchmark(arguments: argparse.Namespace) -> None:
+    sizes = [(dim, *_parsed(size)) for dim in arguments.dims for size in arguments.experts]
+    compiled = {_parsed(size) for size in arguments.compiled}
     device = Device("cuda" if torch.cuda.is_available() else "cpu")
     times: dict[str, dict[str, dict[str, list[float]]]] = {}
     memory: dict[str, dict[str, dict[str, float]]] = {}
@@ -133,11 +137,16 @@ def _benchmark(arguments: argparse.Namespace, sizes: Sequence[tuple[int, int, in
         torch.manual_seed(0)
         x = torch.randn(arguments.batch, dim, device=device.name, requires_grad=True)
         d_y = torch.randn(arguments.batch, dim, device=device.name)
-        forms = _forms(dim, num_layers, num_experts, device, compiled=not arguments.no_compile)
+        forms = _forms(dim, num_layers, num_experts, device, compiled=(num_layers, num_experts) in compiled)
         memory[name] = {form: _memory(device, module, x, d_y) for form, module in forms.items() if form != "compiled"}
         times[name] = {kind: _time(device, forms, x, d_y, kind, arguments.turns) for kind in PASSES}
         print(f"{name}: done", flush=True)
     _report(arguments, sizes, device, times, memory)
+
+
+def _parsed(size: str) -> tuple[int, int]:
+    num_layers, num_experts = size.split("x")
+    return int(num_layers), int(num_experts)
 
 
 def _name(dim: int, num_layers: int, num_experts: int) -> str:
@@ -241,19 +250,20 @@ def _report(
     times: Seconds,
     memory: Mapping[str, Mapping[str, Mapping[str, float]]],
 ) -> None:
-    forms = [form for form in FORMS if form != "compiled" or not arguments.no_compile]
+    forms = [form for form in FORMS if form != "compiled" or arguments.compiled]
     title = f"One expert layer on {device.name}"
+    clock = "CPU" if device.takes_cpu_time else "wall"
     parts: list[str | Rows] = [
-        f"Batch {arguments.batch}, {str(device.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads. "
-        f"Milliseconds of one pass ({'CPU' if device.takes_cpu_time else 'wall'} time), medians of {arguments.turns} turns; in brackets the ratio to `dense`, the median "
-        "of the turns' own. The gradients are those of the input and of all parameters.",
+        f"Batch {arguments.batch}, {str(device.dtype).removeprefix('torch.')}, threads: {torch.get_num_threads()}. "
+        f"Milliseconds of one pass ({clock} time), medians of {arguments.turns} turns; in brackets the ratio to "
+        "`dense`, the median of the turns' own. The gradients are those of the input and of all parameters.",
         "\n".join(f"- `{form}`: {FORMS[form]}" for form in forms),
     ]
     for kind in PASSES:
         rows = [_row(name, seconds[kind], forms) for name, seconds in times.items()]
         show(f"{title}: {kind}", rows)
         parts += [f"## {kind.capitalize()}", rows]
-    targets, growth = _targets(times), _growth(sizes, times, forms)
+    targets, growth = _targets(times), _growth(sizes, times)
     if targets:
         show("Targets", targets)
         parts += ["## Targets", targets]
@@ -268,21 +278,21 @@ def _report(
     parts += [arguments.note] if arguments.note else []
     command = ["python", "benchmarks/hilomoe.py", "--dims", *map(str, arguments.dims), "--experts", *arguments.experts]
     command += ["--batch", str(arguments.batch), "--turns", str(arguments.turns)]
-    command += ["--no-compile"] if arguments.no_compile else []
+    command += ["--compiled", *arguments.compiled]
     result = {
         "command": shlex.join(command),
         "note": arguments.note,
         "device": device.name,
         "dtype": str(device.dtype),
         "threads": torch.get_num_threads(),
-        "clock": "CPU time" if device.takes_cpu_time else "wall time",
+        "clock": f"{clock} time",
         "batch_size": arguments.batch,
         "milliseconds": {
-            name: {kind: {form: 1000 * median(of[kind][form]) for form in forms} for kind in PASSES}
+            name: {kind: {form: 1000 * median(seconds) for form, seconds in of[kind].items()} for kind in PASSES}
             for name, of in times.items()
         },
         "ratios to dense": {
-            name: {kind: {form: _ratio(of[kind], form, "dense") for form in forms} for kind in PASSES}
+            name: {kind: {form: _ratio(of[kind], form, "dense") for form in of[kind]} for kind in PASSES}
             for name, of in times.items()
         },
         "targets": targets,
@@ -296,7 +306,12 @@ def _report(
 def _row(name: str, seconds: Mapping[str, Sequence[float]], forms: Sequence[str]) -> dict[str, str]:
     return {
         "": name,
-        **{form: f"{1000 * median(seconds[form]):.2f} ({_ratio(seconds, form, 'dense'):.2f})" for form in forms},
+        **{
+            form: f"{1000 * median(seconds[form]):.2f} ({_ratio(seconds, form, 'dense'):.2f})"
+            if form in seconds
+            else "-"
+            for form in forms
+        },
         "fused / formula": f"{_ratio(seconds, 'fused', 'formula'):.2f}",
     }
 
@@ -317,7 +332,7 @@ def _targets(times: Seconds) -> Rows:
     ]
 
 
-def _growth(sizes: Sequence[tuple[int, int, int]], times: Seconds, forms: Sequence[str]) -> Rows:
+def _growth(sizes: Sequence[tuple[int, int, int]], times: Seconds) -> Rows:
     rows = []
     for dim, num_experts in dict.fromkeys((dim, num_experts) for dim, _, num_experts in sizes):
         layers = [num_layers for *size, num_layers in ((d, k, n) for d, n, k in sizes) if size == [dim, num_experts]]
@@ -325,8 +340,8 @@ def _growth(sizes: Sequence[tuple[int, int, int]], times: Seconds, forms: Sequen
         for kind in PASSES if few != many else ():
             growth = {
                 form: _ratio(times[many][kind], form, "dense") / _ratio(times[few][kind], form, "dense")
-                for form in forms
-                if form != "dense"
+                for form in FORMS
+                if form not in ("dense", "compiled")
             }
             rows.append(
                 {

@@ -28,13 +28,13 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_form_of_every_size_is_timed_and_weighed(tmp_path: Path) -> None:
     sizes = ("--dims", "8", "16", "--experts", "1x2", "3x2", "--batch", "32", "--turns", "3")
-    ended = run(tmp_path, *sizes, "--no-compile", "--note", "The machine did nothing else.")
+    ended = run(tmp_path, *sizes, "--compiled", "--note", "The machine did nothing else.")
     assert (ended.returncode, ended.stderr) == (0, "")
     device = "cuda" if cuda.is_available() else "cpu"
     page = (tmp_path / "results" / f"hilomoe_{device}.md").read_text()
     result: dict[str, Any] = json.loads((tmp_path / "results" / f"hilomoe_{device}.json").read_text())
     assert str(tmp_path) not in page + json.dumps(result)
-    assert result["command"] == " ".join(("python benchmarks/hilomoe.py", *sizes, "--no-compile"))
+    assert result["command"] == " ".join(("python benchmarks/hilomoe.py", *sizes, "--compiled"))
     assert "The machine did nothing else." in page
     names = [f"d {d}, L {layers}, K 2" for d in (8, 16) for layers in (1, 3)]
     for figures in ("milliseconds", "ratios to dense"):
