@@ -1,0 +1,63 @@
+"""The expert layer's benchmark on sizes so small that its figures mean nothing but must be there."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import cuda
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "hilomoe.py"
+FORMS = ["dense", "stack", "formula", "autograd", "fused"]
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), "--output", "results", *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_every_form_of_every_size_is_timed_and_weighed(tmp_path: Path) -> None:
+    sizes = ("--dims", "8", "16", "--experts", "1x2", "3x2", "--batch", "32", "--turns", "3")
+    ended = run(tmp_path, *sizes, "--compiled", "--note", "The machine did nothing else.")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    device = "cuda" if cuda.is_available() else "cpu"
+    page = (tmp_path / "results" / f"hilomoe_{device}.md").read_text()
+    result: dict[str, Any] = json.loads((tmp_path / "results" / f"hilomoe_{device}.json").read_text())
+    assert str(tmp_path) not in page + json.dumps(result)
+    assert result["command"] == " ".join(("python benchmarks/hilomoe.py", *sizes, "--compiled"))
+    assert "The machine did nothing else." in page
+    names = [f"d {d}, L {layers}, K 2" for d in (8, 16) for layers in (1, 3)]
+    for figures in ("milliseconds", "ratios to dense"):
+        assert list(result[figures]) == names
+        for name in names:
+            assert page.count(f"\n| {name} |") == 2
+            for kind in ("forward", "forward and backward"):
+                of = result[figures][name][kind]
+                assert list(of) == FORMS
+                assert all(math.isfinite(value) and value > 0 for value in of.values())
+    assert all(of["forward"]["dense"] == 1 for of in result["ratios to dense"].values())
+    assert len(result["growth"]) == 4 and not result["targets"]
+    for name in names:
+        kept = {form: of["kept for backward"] for form, of in result["memory_mib"][name].items()}
+        assert kept["dense"] == 0 < kept["fused"] <= kept["autograd"]
+        assert kept["fused"] < kept["formula"] or "L 1" in name
+    if device == "cpu":
+        assert result["memory_mib"][names[-1]]["fused"]["largest tensor"] == 32 * 16 * 4 / 2**20
+
+
+@pytest.mark.parametrize("experts", ["3", "0x8"])
+def test_sizes_that_are_none_are_refused(tmp_path: Path, experts: str) -> None:
+    ended = run(tmp_path, "--experts", experts)
+    assert ended.returncode == 2
+    assert "3 layers of 8 experts" in ended.stderr
+    assert not (tmp_path / "results").exists()
