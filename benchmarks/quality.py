@@ -1,166 +1,159 @@
-"""How good a config's model is: `benchmarks/quality.py --config PATH [--seeds N] [path.to.key=value ...]`.
+"""How good models are, side by side: `benchmarks/quality.py GRID.yaml [--jobs N] [--only CASE ...] [--report-only]`.
 
-Trains the config once a seed, each run a `torchrun -m recsys.train` of its own, and reports mean and spread. A seed
-whose run is complete under the same settings is not run again, so an interrupted benchmark goes on where it was.
+Trains every case of a grid (docs/benchmarks.md) once a seed, each run a process of its own, and reports every case's
+mean and spread and the differences that the grid's tables ask for. A run that is complete under the same settings is
+not run again, so an interrupted grid goes on where it was.
 """
 
 import argparse
-import json
+import fcntl
+import math
 import os
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
 
-from report import RESULTS, environment, number, show, shown_path, write
+from figures import Figures, digits
+from grid import Case, Run, cases_of, load_grid
+from report import RESULTS, environment, show, shown_path, write
 
 from recsys.cli import run_entry
-from recsys.config import DEFAULT_CONFIG, Config, ConfigError, load_config
+from recsys.config import UserError
+
+_LOG_LINES = 15
+_POLL_SECONDS = 0.2
+_GRACE_SECONDS = 60
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks/quality.py", description="Train a config once a seed.")
-    parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs; their seeds follow the config's (default: 3)")
-    parser.add_argument("--nproc", type=int, default=2, help="ranks of each run (default: 2)")
-    parser.add_argument("--name", help="of this variant of the config, which the overrides make")
+    parser = argparse.ArgumentParser(prog="benchmarks/quality.py", description="Train a grid of cases, compare them.")
+    parser.add_argument("grid", metavar="GRID.yaml", help="cases, seeds and questions; docs/benchmarks.md has the keys")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
+    parser.add_argument("--only", nargs="+", metavar="CASE", help="train these cases alone; the report has all")
+    parser.add_argument("--report-only", action="store_true", help="train nothing, report what is there")
+    parser.add_argument("--keep-checkpoints", action="store_true", help="of runs that end well; else they are removed")
     parser.add_argument("--note", help="what a reader of the figures must know, such as what else the machine did")
-    parser.add_argument("--runs", default="outputs/quality", help="where the runs go (default: %(default)s)")
+    parser.add_argument("--runs", type=Path, default="outputs/quality", help="where the runs go (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go (default: beside this file)")
-    parser.add_argument("overrides", nargs="*", metavar="path.to.key=value", help="settings that replace the file's")
     arguments = parser.parse_args()
-    if arguments.seeds < 1 or arguments.nproc < 1:
-        parser.error("--seeds and --nproc must be at least 1")
+    if arguments.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a kill, too, ends the runs under way
     run_entry(lambda: _benchmark(arguments))
 
 
 def _benchmark(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.config, arguments.overrides)
-    if config.data.test is None:
-        raise ConfigError("data.test is not set; quality is what a model shows on held-out data")
-    label = "_".join(filter(None, (config.name, arguments.name)))
-    summaries: dict[int, dict[str, Any]] = {}
-    failed: dict[int, int] = {}
-    for seed in range(config.seed, config.seed + arguments.seeds):
-        directory = Path(arguments.runs) / label / f"seed-{seed}"
-        overrides = [*arguments.overrides, f"seed={seed}", f"output_dir={directory}"]
-        run = load_config(arguments.config, overrides)
-        summary = _summary(directory, run, arguments.nproc)
-        if summary is not None:
-            print(f"{label}: seed {seed} is already there", flush=True)
-        else:
-            print(f"{label}: seed {seed} runs", flush=True)
-            code = _train(arguments.config, overrides, arguments.nproc, seed)
-            summary = _summary(directory, run, arguments.nproc)
-            if code or summary is None:
-                failed[seed] = code
-                print(f"{label}: seed {seed} FAILED with exit code {code}", flush=True)
-                continue
-        summaries[seed] = summary
-        print(f"{label}: seed {seed} test AUC {number(summary['test']['auc'])}", flush=True)
-    if summaries:
-        _report(arguments, config, label, summaries, failed)
+    grid = load_grid(arguments.grid)
+    cases = cases_of(grid, arguments.runs / grid.name)
+    if unknown := set(arguments.only or ()) - set(grid.cases):
+        raise UserError(f"--only {min(unknown)}: no such case; there are {', '.join(grid.cases)}")
+    figures = Figures(grid, cases)
+    runs = [] if arguments.report_only else _in_turns([c for c in cases if c.section in (arguments.only or grid.cases)])
+    todo = [run for run in runs if run.seed not in figures.of[run.case]]
+    there = len(runs) - len(todo)
+    if runs:
+        print(f"{grid.name}: {len(runs)} runs, {there} already there, in {arguments.runs / grid.name}", flush=True)
+    failed: dict[Run, int] = {}
+    began = time.monotonic()
+    with closing(_train(todo, grid.nproc, arguments.jobs)) as ends:
+        for done, (run, code, seconds) in enumerate(ends, start=1):
+            label = f"{run.case}, seed {run.seed}"
+            if code == 0 and figures.take(run):
+                outcome = f"test AUC {digits(figures.of[run.case][run.seed]['test AUC'])}, {seconds:.0f} s"
+                if not arguments.keep_checkpoints:
+                    shutil.rmtree(run.directory / "checkpoints")
+                _write(arguments, figures, failed, quiet=True)
+            else:
+                failed[run] = code
+                outcome = f"FAILED with exit code {code}; its log is {run.log}"
+                for line in run.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]:
+                    print(f"{label} | {line}")
+            minutes = math.ceil((time.monotonic() - began) / done * (len(todo) - done) / 60)
+            left = f", about {minutes} min left" if done < len(todo) else ""
+            print(f"{label}: {outcome}; {there + done}/{len(runs)} done{left}", flush=True)
+    if any(figures.of.values()):
+        show(grid.name, figures.case_rows(brief=True))
+        _write(arguments, figures, failed)
+    else:
+        print(f"{grid.name}: no run is complete, so there is nothing to report", file=sys.stderr)
     if failed:
-        print(f"{label}: failed: {', '.join(f'seed {seed}' for seed in failed)}", file=sys.stderr)
+        print(f"{grid.name}: failed: {', '.join(f'{run.case} seed {run.seed}' for run in failed)}", file=sys.stderr)
         sys.exit(1)
 
 
-def _summary(directory: Path, config: Config, nproc: int) -> dict[str, Any] | None:
-    """What a complete run of these settings told, if there is one."""
-    path = directory / "summary.json"
-    if not path.exists() or (directory / "config.yaml").read_text(encoding="utf-8") != config.to_yaml():
-        return None
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return summary if summary["world_size"] == nproc else None
+def _in_turns(cases: Sequence[Case]) -> list[Run]:
+    """Every case's first run, then every case's second, so that a part of a grid already compares all cases."""
+    longest = max((len(case.runs) for case in cases), default=0)
+    return [case.runs[turn] for turn in range(longest) for case in cases if turn < len(case.runs)]
 
 
-def _train(config: str, overrides: Sequence[str], nproc: int, seed: int) -> int:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
-    command = [*launch, "-m", "recsys.train", "--config", config, *overrides]
-    threads = max(1, len(os.sched_getaffinity(0)) // nproc)
+def _train(runs: Sequence[Run], nproc: int, jobs: int) -> Generator[tuple[Run, int, float]]:
+    """Train all, at most `jobs` at once, and tell of each end: the run, its exit code, its seconds.
+
+    Closing this ends the runs under way.
+    """
+    threads = max(1, len(os.sched_getaffinity(0)) // (jobs * nproc))
+    waiting = deque(runs)
+    running: dict[Run, tuple[subprocess.Popen[bytes], float]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                run = waiting.popleft()
+                running[run] = (_start(run, nproc, threads), time.monotonic())
+            time.sleep(_POLL_SECONDS)
+            for run, (process, began) in list(running.items()):
+                if process.poll() is not None:
+                    del running[run]
+                    yield run, process.returncode, time.monotonic() - began
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+        for process, _ in running.values():
+            try:
+                process.wait(_GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _start(run: Run, nproc: int, threads: int) -> subprocess.Popen[bytes]:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)] if nproc > 1 else []
+    command = [sys.executable, *launch, "-m", "recsys.train", "--config", run.path, *run.overrides]
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as run:
-        assert run.stdout is not None
-        for line in run.stdout:
-            print(f"seed {seed} | {line}", end="", flush=True)
-    return run.returncode
+    run.log.parent.mkdir(parents=True, exist_ok=True)
+    with run.log.open("ab") as log:
+        # The run inherits the lock, so that it holds as long as the run lives, whatever becomes of this process.
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run.log}: an earlier process still trains this run; wait for it or end it") from None
+        log.truncate(0)
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+        )
 
 
-def _figures(summary: Mapping[str, Any]) -> dict[str, float | None]:
-    """What is reported of a run; None where it is undefined, as an AUC of one class."""
-    test, reference, stages = summary["test"], summary["reference"], summary["stages"].values()
-    valid = {name: stage["valid"]["auc"] for name, stage in summary["stages"].items() if stage["valid"]}
-    figures: dict[str, float | None] = {
-        "test AUC": test["auc"],
-        "test log loss": test["log_loss"],
-        "test NE": test["ne"],
-        "test calibration": test["calibration"],
-        "best valid AUC": max((auc for auc in valid.values() if auc is not None), default=None),
-        **{f"valid AUC after {name}": auc for name, auc in valid.items()},
-    }
-    if reference is not None:
-        known = test["auc"] is not None
-        figures[f"test AUC of {reference['column']}"] = reference["auc"]
-        figures["gap to it"] = reference["auc"] - test["auc"] if known else None
-    figures["examples/s"] = summary["examples_per_second"]
-    figures["training seconds"] = sum(stage["seconds"] for stage in stages)
-    return figures
-
-
-def _statistics(values: Sequence[float | None]) -> dict[str, float | None]:
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):  # a mean over some of the runs would pass for one over all
-        return dict.fromkeys(("mean", "standard deviation", "min", "max"))
-    deviation = stdev(known) if len(known) > 1 else None
-    return {"mean": mean(known), "standard deviation": deviation, "min": min(known), "max": max(known)}
-
-
-def _report(
-    arguments: argparse.Namespace,
-    config: Config,
-    label: str,
-    summaries: Mapping[int, Mapping[str, Any]],
-    failed: Mapping[int, int],
-) -> None:
-    runs = {seed: _figures(summary) for seed, summary in summaries.items()}
-    statistics = {name: _statistics([run[name] for run in runs.values()]) for name in next(iter(runs.values()))}
-    first = next(iter(summaries.values()))
-    command = ["python", "benchmarks/quality.py", "--config", shown_path(arguments.config)]
-    command += ["--seeds", str(arguments.seeds), "--nproc", str(arguments.nproc)]
-    command += ["--name", arguments.name] if arguments.name else []
-    # The runs tell which code trained them: with some of them kept from before it need not be today's.
-    commits = ", ".join(sorted({str(summary["commit"]) for summary in summaries.values()}))
+def _write(arguments: argparse.Namespace, figures: Figures, failed: Mapping[Run, int], *, quiet: bool = False) -> None:
+    """Write the report of what is there."""
+    grid, note = figures.grid, arguments.note
     result = {
-        "name": label,
-        "command": shlex.join([*command, *arguments.overrides]),
-        "note": arguments.note,
-        "ranks": arguments.nproc,
-        "device": first["device"],
-        "statistics": statistics,
-        "runs": {str(seed): run for seed, run in runs.items()},
-        "failed": {str(seed): code for seed, code in failed.items()},
+        "name": grid.name,
+        "command": shlex.join(["python", "benchmarks/quality.py", shown_path(arguments.grid)]),
+        "note": note,
+        "jobs": arguments.jobs,
+        **figures.result(failed),
         **environment(),
-        "commit": commits,
+        # The runs tell which code trained them: with some of them kept from before it need not be today's.
+        "commit": ", ".join(figures.told("commit")),
     }
-    rows = [
-        {"figure": name, **{key: number(value) for key, value in values.items()}} for name, values in statistics.items()
-    ]
-    show(f"{label}, {len(runs)} seeds", rows)
-    parts: list[str | list[dict[str, str]]] = [
-        f"{len(runs)} seeds, {arguments.nproc} ranks each on {first['device']}. Best valid AUC is the highest after "
-        "any stage; a stage that found nothing better than what it began with leaves that. Training seconds are the "
-        "stages', without evaluation.",
-        *(f"FAILED: seed {seed}, exit code {code}; its figures are missing below." for seed, code in failed.items()),
-        rows,
-        [{"seed": str(seed), **{name: number(value) for name, value in run.items()}} for seed, run in runs.items()],
-        *([arguments.note] if arguments.note else []),
-    ]
-    write(arguments.output / f"quality_{label}", f"Quality: {label}", parts, result)
+    parts = [*figures.parts(failed), f"Trained {arguments.jobs} at a time.", *([note] if note else [])]
+    write(arguments.output / f"quality_{grid.name}", f"Quality: {grid.name}", parts, result, quiet=quiet)
 
 
 if __name__ == "__main__":

@@ -59,8 +59,10 @@ def show(title: str, rows: Rows) -> None:
     (console if console.is_terminal else Console(width=140)).print(table)
 
 
-def write(stem: Path, title: str, parts: Sequence[str | Rows], result: Mapping[str, Any]) -> None:
-    """Write `<stem>.md` of paragraphs and tables and `<stem>.json`.
+def write(
+    stem: Path, title: str, parts: Sequence[str | Rows], result: Mapping[str, Any], *, quiet: bool = False
+) -> None:
+    """Write `<stem>.md` of paragraphs and tables and `<stem>.json`, and say so unless `quiet`.
 
     `result` holds what `environment` tells and the `command`; both end the page, so that a figure never stands without
     how it came about.
@@ -79,7 +81,8 @@ def write(stem: Path, title: str, parts: Sequence[str | Rows], result: Mapping[s
     stem.parent.mkdir(parents=True, exist_ok=True)
     stem.with_name(f"{stem.name}.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
     stem.with_name(f"{stem.name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"Written: {shown_path(stem)}.md and .json", flush=True)
+    if not quiet:
+        print(f"Written: {shown_path(stem)}.md and .json", flush=True)
 
 
 def _markdown(rows: Rows) -> str:

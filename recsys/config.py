@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -161,11 +161,16 @@ class DataConfig(_Section):
 
 
 class HiLoMoEConfig(_Section):
-    """Experts attached to every linear of the tower (arXiv 2510.10432): L layers of K rank-1 experts."""
+    """Experts attached to linears of the dense arch (arXiv 2510.10432): L layers of K rank-1 experts each.
+
+    `experts_in` are patterns of the linears' names (`tower.linears.0`, `tower.cross.*`, `head`); each must match one.
+    Null takes the tower's own choice, its `expert_linears`.
+    """
 
     num_layers: PositiveInt = 3
     num_experts: PositiveInt = 8
     top_k: PositiveInt | None = None
+    experts_in: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> Self:
@@ -177,6 +182,8 @@ class HiLoMoEConfig(_Section):
 class MLPTowerConfig(_Section):
     """A multi-layer perceptron; no hidden layers make the ranker a logistic regression on its embeddings."""
 
+    expert_linears: ClassVar = ("tower.linears.*",)
+
     type: Literal["mlp"]
     hidden: tuple[PositiveInt, ...] = (256, 128, 64)
     dropout: Probability = 0.0
@@ -184,6 +191,8 @@ class MLPTowerConfig(_Section):
 
 class DCNv2TowerConfig(_Section):
     """Cross layers in front of a perceptron (arXiv 2008.13535, stacked)."""
+
+    expert_linears: ClassVar = ("tower.cross.*", "tower.mlp.*")
 
     type: Literal["dcn_v2"]
     num_cross_layers: PositiveInt = 3
@@ -193,6 +202,8 @@ class DCNv2TowerConfig(_Section):
 
 class TransformerTowerConfig(_Section):
     """Pre-norm encoder blocks over one token per feature (plus one for the dense features)."""
+
+    expert_linears: ClassVar = ("tower.blocks.*",)
 
     type: Literal["transformer"]
     model_dim: PositiveInt = 32
@@ -208,7 +219,35 @@ class TransformerTowerConfig(_Section):
         return self
 
 
-TowerConfig = Annotated[MLPTowerConfig | DCNv2TowerConfig | TransformerTowerConfig, Field(discriminator="type")]
+class FinalMLPTowerConfig(_Section):
+    """Two perceptrons on differently gated features, fused bilinearly (arXiv 2304.00902).
+
+    `first_context` and `second_context` name the sparse features that gate each stream; none gates by a learned vector.
+    Null `gate_hidden` leaves the gates out.
+    """
+
+    expert_linears: ClassVar = ("tower.first.*", "tower.second.*")
+
+    type: Literal["final_mlp"]
+    first_hidden: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (256, 128)
+    second_hidden: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (256, 128)
+    num_heads: PositiveInt = 4
+    first_context: tuple[Name, ...] = ()
+    second_context: tuple[Name, ...] = ()
+    gate_hidden: PositiveInt | None = 64
+    dropout: Probability = 0.0
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        for stream, hidden in (("first_hidden", self.first_hidden), ("second_hidden", self.second_hidden)):
+            if hidden[-1] % self.num_heads:
+                raise ValueError(f"num_heads {self.num_heads} does not divide {stream}'s last width {hidden[-1]}")
+        return self
+
+
+TowerConfig = Annotated[
+    MLPTowerConfig | DCNv2TowerConfig | TransformerTowerConfig | FinalMLPTowerConfig, Field(discriminator="type")
+]
 
 
 class ModelConfig(_Section):
@@ -346,6 +385,13 @@ class Config(_Section):
                 )
         if unused := set(self.tables) - used:
             raise ValueError(f"tables.{min(unused)}: no feature in features.sparse uses this table; remove it")
+        if isinstance(tower := self.model.tower, FinalMLPTowerConfig):
+            for context in ("first_context", "second_context"):
+                if unknown := set(getattr(tower, context)) - set(self.features.sparse):
+                    raise ValueError(
+                        f"model.tower.{context}: no sparse feature {min(unknown)!r}; "
+                        f"there are {_listed(self.features.sparse)}"
+                    )
         if both := set(self.features.sparse) & set(self.features.dense):
             raise ValueError(f"features: {min(both)!r} is both a sparse and a dense feature; rename one")
         for name, stage in self.stages.items():
@@ -376,33 +422,56 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             the config is listed, one a line.
     """
     path = Path(path)
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except OSError as error:
-        raise ConfigError(f"cannot read config {path}: {error.strerror or error}; give one with --config") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"config {path} is not UTF-8 text: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {path} is not valid YAML: {_one_line(str(error))}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"config {path} must be a mapping of sections, found {type(raw).__name__}")
+    raw = read_yaml(path, "config", remedy="give one with --config")
     for override in overrides:
         _apply(raw, override)
     raw.setdefault("name", path.stem)
     raw.setdefault("output_dir", f"outputs/{raw['name']}")
-    return _validate(raw, source=str(path))
+    return validate(Config, raw, source=str(path))
 
 
-def _validate(raw: Mapping[str, Any], *, source: str) -> Config:
+def read_yaml(path: Path, kind: str, *, remedy: str) -> dict[str, Any]:
+    """Read a mapping from YAML, refusing duplicate keys and taking `1e-4` for a number.
+
+    Args:
+        path: the file.
+        kind: what the file is, for messages.
+        remedy: what helps where it cannot be read.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no YAML mapping.
+    """
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except OSError as error:
+        raise ConfigError(f"cannot read {kind} {path}: {error.strerror or error}; {remedy}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{kind} {path} is not UTF-8 text: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{kind} {path} is not valid YAML: {_one_line(str(error))}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{kind} {path} must be a mapping of sections, found {type(raw).__name__}")
+    return raw
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def validate(schema: type[_Model], raw: Mapping[str, Any], *, source: str) -> _Model:
+    """Make a model of what was read from `source`.
+
+    Raises:
+        ConfigError: a value is not allowed; every fault is listed with its path, one a line.
+    """
     # Through JSON, because pydantic's strict mode takes a JSON array for a tuple but not a Python list.
     try:
         text = json.dumps(raw, default=str)
     except ValueError:
         raise ConfigError(f"{source}: a YAML alias stands inside what it refers to") from None
     try:
-        return Config.model_validate_json(text)
+        return schema.model_validate_json(text)
     except ValidationError as error:
-        faults = "\n".join(f"  {fault}" for fault in dict.fromkeys(_explain(error)))
+        faults = "\n".join(f"  {fault}" for fault in dict.fromkeys(_explain(error, schema)))
         raise ConfigError(f"{source}:\n{faults}") from None
 
 
@@ -453,10 +522,10 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     section[keys[-1]] = value
 
 
-def _explain(error: ValidationError) -> Iterator[str]:
+def _explain(error: ValidationError, schema: type[BaseModel]) -> Iterator[str]:
     for fault in error.errors():
         # Tags of discriminated unions ('mlp') and of `str | tuple` alternatives are not part of the user's path.
-        path, model = _user_path(fault["loc"])
+        path, model = _user_path(fault["loc"], schema)
         kind, found = fault["type"], fault["input"]
         if kind == "extra_forbidden":
             *section, key = path
@@ -479,10 +548,10 @@ def _explain(error: ValidationError) -> Iterator[str]:
             yield f"{'.'.join(path)}: {fault['msg']}, found {shown if len(shown) < 80 else type(found).__name__}"
 
 
-def _user_path(location: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel] | None]:
+def _user_path(location: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[list[str], type[BaseModel] | None]:
     """Path as the user writes it, and the model of its last section, found by walking the schema along the way."""
     path: list[str] = []
-    annotation: Any = Config
+    annotation: Any = schema
     model: type[BaseModel] | None = None
     for part in location:
         candidates = list(_models(annotation))

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recsys.data import shards
-from recsys.data.public import convert_movielens_1m
+from recsys.data.movielens import convert_movielens_1m, convert_movielens_100k
 from recsys.data.synthetic import write_synthetic
 
 
@@ -34,11 +34,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m recsys.prepare", description=__doc__, allow_abbrev=False)
     data_sets = parser.add_subparsers(title="data sets", required=True, metavar="DATA_SET")
 
-    movielens = data_sets.add_parser("movielens-1m", help="MovieLens-1M from its official files")
-    movielens.add_argument("--source", type=Path, required=True, help="ml-1m.zip, or the folder it unpacks to")
-    movielens.add_argument("--output", type=Path, required=True, help="folder to write")
-    movielens.add_argument("--overwrite", action="store_true", help="replace the data set that is there")
-    movielens.set_defaults(run=_movielens_1m)
+    converters = {
+        "movielens-100k": (
+            convert_movielens_100k,
+            "MovieLens-100K",
+            "ml-100k.zip, or a folder of its or RecBole's files",
+        ),
+        "movielens-1m": (convert_movielens_1m, "MovieLens-1M", "ml-1m.zip, or the folder it unpacks to"),
+    }
+    for name, (convert, title, source) in converters.items():
+        public = data_sets.add_parser(name, help=f"{title} from its official files")
+        public.add_argument("--source", type=Path, required=True, help=source)
+        public.add_argument("--output", type=Path, required=True, help="folder to write")
+        public.add_argument("--overwrite", action="store_true", help="replace the data set that is there")
+        public.set_defaults(run=_public, convert=convert)
 
     synthetic = data_sets.add_parser(
         "synthetic",
@@ -59,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _movielens_1m(options: argparse.Namespace) -> None:
-    convert_movielens_1m(options.source, options.output, overwrite=options.overwrite)
+def _public(options: argparse.Namespace) -> None:
+    options.convert(options.source, options.output, overwrite=options.overwrite)
 
 
 def _synthetic(options: argparse.Namespace) -> None:

@@ -148,7 +148,7 @@ def test_value_out_of_range_names_its_path_and_the_range(
 def test_unknown_or_missing_tower_type_lists_the_towers(load: Callable[..., Config], tower: str, found: str) -> None:
     with pytest.raises(ConfigError) as error:
         load(f"model.tower={tower}")
-    assert "model.tower.type: must be one of dcn_v2, mlp, transformer, " in str(error.value)
+    assert "model.tower.type: must be one of dcn_v2, final_mlp, mlp, transformer, " in str(error.value)
     assert found in str(error.value)
 
 
@@ -365,3 +365,15 @@ def test_config_is_frozen(load: Callable[..., Config], path: str) -> None:
         section = section[name] if isinstance(section, dict) else getattr(section, name)
     with pytest.raises(ValidationError, match="frozen"):
         setattr(section, key, 3)
+
+
+@pytest.mark.parametrize(
+    ("tower", "message"),
+    [
+        ("{type: final_mlp, num_heads: 3}", "num_heads 3 does not divide first_hidden's last width 128"),
+        ("{type: final_mlp, second_context: [nobody]}", "model.tower.second_context: no sparse feature 'nobody'"),
+    ],
+)
+def test_final_mlp_that_cannot_be_built_is_refused(load: Callable[..., Config], tower: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(f"model.tower={tower}")

@@ -1,5 +1,6 @@
 """The command line of the data sets, as a user meets it."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,12 +44,28 @@ def test_movielens_and_overwrite(tmp_path: Path) -> None:
     assert run(*arguments, "--overwrite", cwd=tmp_path).returncode == 0
 
 
+def test_movielens_100k_splits_by_time(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "u.user").write_text("1|24|M|technician|85711\n")
+    (source / "u.item").write_text("1|Toy Story (1995)|01-Jan-1995||" + "|0" * 18 + "|1\n")
+    (source / "u.data").write_text("".join(f"1\t1\t{4 if second < 57 else 3}\t{second}\n" for second in range(60)))
+    done = run("movielens-100k", "--source", "source", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 0 and "movielens-100k written to out" in done.stdout
+    for cells in (("train", "48", "8", "100.00%"), ("valid", "6", "2", "100.00%"), ("test", "6", "2", "50.00%")):
+        assert re.search(r"\W+".join(map(re.escape, cells)), done.stdout), cells
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (
             ("movielens-1m", "--source", "missing", "--output", "out"),
             "error: missing does not exist; take ml-1m.zip",
+        ),
+        (
+            ("movielens-100k", "--source", "missing", "--output", "out"),
+            "error: missing does not exist; take ml-100k.zip",
         ),
         (
             ("synthetic", "--output", "out", "--train-rows", "0"),

@@ -16,8 +16,10 @@ scores of the layers before it, never on their outputs. Two exact identities mak
   is computed once a call. Routing a row costs O(L^2 K^2) instead of O(L K D_in).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from fnmatch import fnmatchcase
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -191,3 +193,34 @@ def _normalise(logits: Tensor, top_k: int | None) -> Tensor:
 def hilomoe_layers(module: nn.Module) -> dict[str, HiLoMoELinear]:
     """All HiLoMoE linears of a module by name, in order of registration."""
     return {name: child for name, child in module.named_modules() if isinstance(child, HiLoMoELinear)}
+
+
+def attach_experts(
+    module: nn.Module, patterns: Sequence[str], num_layers: int, num_experts: int, **options: Any
+) -> dict[str, HiLoMoELinear]:
+    """Put experts on the `nn.Linear`s of a module whose names match a pattern; the module computes what it did.
+
+    Args:
+        module: changed in place.
+        patterns: of dotted names, as `fnmatch` reads them: `tower.*`, `tower.linears.0`.
+        num_layers: L.
+        num_experts: K.
+        options: of `HiLoMoELinear.from_linear`.
+
+    Returns:
+        The new layers by name.
+
+    Raises:
+        ValueError: a pattern matches no linear.
+    """
+    linears = {name: child for name, child in module.named_modules() if type(child) is nn.Linear}
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in linears):
+            raise ValueError(f"{pattern!r} matches no linear; there are {', '.join(linears) or 'none'}")
+    attached: dict[str, HiLoMoELinear] = {}
+    for name, linear in linears.items():
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            attached[name] = HiLoMoELinear.from_linear(linear, num_layers, num_experts, **options)
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, attached[name])
+    return attached

@@ -3,7 +3,7 @@
 Shapes: B rows of this rank's batch, F_d dense features, W the tower's input width, M HiLoMoE linears, L expert layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,10 +11,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedTensor, PoolingType
 
-from recsys.config import Config, DCNv2TowerConfig, HiLoMoEConfig, MLPTowerConfig, ModelConfig, TransformerTowerConfig
+from recsys.config import (
+    Config,
+    ConfigError,
+    DCNv2TowerConfig,
+    FinalMLPTowerConfig,
+    HiLoMoEConfig,
+    MLPTowerConfig,
+    ModelConfig,
+    TransformerTowerConfig,
+)
 from recsys.data.batch import Batch
-from recsys.model.hilomoe import HiLoMoELinear, hilomoe_layers
-from recsys.model.towers import MLP, DCNv2, LinearFactory, Transformer
+from recsys.model.hilomoe import attach_experts, hilomoe_layers
+from recsys.model.towers import MLP, DCNv2, FinalMLP, Transformer
 
 
 class RankerOutput(NamedTuple):
@@ -50,8 +59,6 @@ class DenseArch(nn.Module):
         self.dense_projection = nn.Linear(num_dense_features, dense_dim) if num_dense_features else None
         self.tower = tower
         self.head = nn.Linear(out_features, 1)
-        for layer in hilomoe_layers(self).values():
-            layer.record_routing = True
 
     def forward(self, pooled: Tensor, dense_features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pooled embeddings (B, sum of dims) and dense features (B, F_d) to logits (B,), balance and z loss (scalars).
@@ -116,7 +123,11 @@ class Ranker(nn.Module):
 def build_ranker(config: Config, *, seed: int, device: torch.device | None = None) -> Ranker:
     """The ranker of a config: tables on `device` (meta by default, for sharding), dense arch on the CPU.
 
-    The dense arch's initial weights depend on `seed` alone; the tables' are set when they are sharded.
+    The dense arch's initial weights depend on `seed` alone, the base weights not even on whether there are experts; the
+    tables' are set when they are sharded.
+
+    Raises:
+        ConfigError: experts are asked for in a linear that is not there.
     """
     tables = [
         EmbeddingBagConfig(
@@ -129,33 +140,55 @@ def build_ranker(config: Config, *, seed: int, device: torch.device | None = Non
         for name, table in config.tables.items()
     ]
     collection = EmbeddingBagCollection(tables=tables, device=device or torch.device("meta"))
-    dims = [config.tables[feature.table].embedding_dim for feature in config.features.sparse.values()]
+    dims = {name: config.tables[feature.table].embedding_dim for name, feature in config.features.sparse.items()}
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         dense_arch = build_dense_arch(config.model, dims, num_dense_features=len(config.features.dense))
-    return Ranker(collection, dense_arch, list(config.features.sparse))
+    return Ranker(collection, dense_arch, list(dims))
 
 
-def build_dense_arch(config: ModelConfig, embedding_dims: Sequence[int], *, num_dense_features: int) -> DenseArch:
-    """The replicated part: tokens are the sparse features' pooled embeddings and the projected dense features."""
-    tokens = [*embedding_dims, *([config.dense_dim] if num_dense_features else [])]
-    linear = _linear_factory(config.hilomoe)
-    tower: MLP | DCNv2 | Transformer
+def build_dense_arch(config: ModelConfig, embedding_dims: Mapping[str, int], *, num_dense_features: int) -> DenseArch:
+    """The replicated part: tokens are the sparse features' pooled embeddings and the projected dense features.
+
+    Args:
+        config: tower and experts.
+        embedding_dims: width of each sparse feature's pooled embedding, in the order in which they enter the tower.
+        num_dense_features: F_d, may be 0.
+
+    Raises:
+        ConfigError: experts are asked for in a linear that is not there.
+    """
+    tokens = [*embedding_dims.values(), *([config.dense_dim] if num_dense_features else [])]
+    tower: MLP | DCNv2 | Transformer | FinalMLP
     match config.tower:
         case MLPTowerConfig() as t:
-            tower = MLP(sum(tokens), t.hidden, linear, dropout=t.dropout)
+            tower = MLP(sum(tokens), t.hidden, dropout=t.dropout)
         case DCNv2TowerConfig() as t:
-            tower = DCNv2(sum(tokens), t.num_cross_layers, t.hidden, linear, dropout=t.dropout)
+            tower = DCNv2(sum(tokens), t.num_cross_layers, t.hidden, dropout=t.dropout)
         case TransformerTowerConfig() as t:
-            tower = Transformer(
-                tokens, t.model_dim, t.num_blocks, t.num_heads, t.feedforward_dim, linear, dropout=t.dropout
+            tower = Transformer(tokens, t.model_dim, t.num_blocks, t.num_heads, t.feedforward_dim, dropout=t.dropout)
+        case FinalMLPTowerConfig() as t:
+            features = list(embedding_dims)
+            tower = FinalMLP(
+                tokens,
+                t.first_hidden,
+                t.second_hidden,
+                t.num_heads,
+                first_context=[features.index(name) for name in t.first_context],
+                second_context=[features.index(name) for name in t.second_context],
+                gate_hidden=t.gate_hidden,
+                dropout=t.dropout,
             )
-    return DenseArch(num_dense_features, config.dense_dim, tower, tower.out_features)
+    dense_arch = DenseArch(num_dense_features, config.dense_dim, tower, tower.out_features)
+    if config.hilomoe is not None:
+        _attach(dense_arch, config.hilomoe, config.hilomoe.experts_in or config.tower.expert_linears)
+    return dense_arch
 
 
-def _linear_factory(config: HiLoMoEConfig | None) -> LinearFactory:
-    if config is None:
-        return nn.Linear
-    return lambda in_features, out_features: HiLoMoELinear(
-        in_features, out_features, config.num_layers, config.num_experts, top_k=config.top_k
-    )
+def _attach(dense_arch: DenseArch, config: HiLoMoEConfig, patterns: Sequence[str]) -> None:
+    try:
+        attached = attach_experts(dense_arch, patterns, **config.model_dump(exclude={"experts_in"}))
+    except ValueError as error:
+        raise ConfigError(f"model.hilomoe.experts_in: {error}") from None
+    for layer in attached.values():
+        layer.record_routing = True

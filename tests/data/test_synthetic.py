@@ -272,3 +272,21 @@ def test_processes_that_race_leave_one_whole_data_set(tmp_path: Path, seeds: tup
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
     write_synthetic(tmp_path / "alone", **{**small, "seed": summary["spec"]["seed"]})
     assert hashes(tmp_path / "data") == hashes(tmp_path / "alone")
+
+
+def taste_in_recent_categories(directory: Path) -> float:
+    """Mean distance, 0 to 1, of a segment's distribution of recent categories from that of all."""
+    table = pq.read_table(directory / "train").filter(
+        pc.field("profile_id").is_valid() & pc.field("recent_categories").is_valid()
+    )
+    recent = table["recent_categories"].combine_chunks()
+    segment = np.repeat(table["profile_id"].to_numpy() % synthetic._SEGMENTS, recent.value_lengths().to_numpy())
+    counts = np.zeros((synthetic._SEGMENTS, synthetic.NUM_CATEGORIES))
+    np.add.at(counts, (segment, recent.flatten().to_numpy()), 1)
+    of_all = counts.sum(axis=0) / counts.sum()
+    return float(np.abs(counts / counts.sum(axis=1, keepdims=True) - of_all).sum(axis=1).mean() / 2)
+
+
+def test_only_with_hierarchy_do_recent_categories_tell_of_the_user(data: Path, tmp_path: Path) -> None:
+    write_synthetic(tmp_path / "flat", **SMALL, hierarchy=False)
+    assert taste_in_recent_categories(data) > 0.2 and taste_in_recent_categories(tmp_path / "flat") < 0.03

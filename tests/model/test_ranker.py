@@ -1,6 +1,7 @@
 """The ranker: features by name, freezing without a graph, losses that add up over ranks and batches."""
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from tiny import write_tiny_config
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 
-from recsys.config import Config, load_config
+from recsys.config import Config, ConfigError, load_config
 from recsys.data.batch import Batch
 from recsys.model.hilomoe import hilomoe_layers
 from recsys.model.ranker import Ranker, RankerOutput, build_dense_arch, build_ranker
@@ -195,14 +196,42 @@ def test_tables_follow_the_config(config: Config) -> None:
     assert all(parameter.is_meta for parameter in collection.parameters())
 
 
-@pytest.mark.parametrize("tower", ["{type: mlp, hidden: []}", "{type: dcn_v2, hidden: [4]}", "{type: transformer}"])
+@pytest.mark.parametrize(
+    "tower",
+    [
+        "{type: mlp, hidden: [4]}",
+        "{type: dcn_v2, hidden: [4]}",
+        "{type: transformer}",
+        "{type: final_mlp, first_hidden: [8], second_hidden: [4], first_context: [user]}",
+    ],
+)
 @pytest.mark.parametrize("num_dense_features", [0, 2])
 @pytest.mark.parametrize("experts", [True, False])
 def test_every_tower_gives_one_logit_a_row(tmp_path: Path, tower: str, num_dense_features: int, experts: bool) -> None:
     overrides = [f"model.tower={tower}"] + ([] if experts else ["model.hilomoe=null", "stages.experts=null"])
     config = load_config(write_tiny_config(tmp_path / "tiny.yaml", tmp_path, tmp_path), overrides)
-    arch = build_dense_arch(config.model, [8, 4], num_dense_features=num_dense_features)
+    arch = build_dense_arch(config.model, {"user": 8, "item": 4}, num_dense_features=num_dense_features)
     logits, balance, z = arch(torch.randn(5, 12), torch.randn(5, num_dense_features))
     assert logits.shape == (5,)
-    active = experts and bool(hilomoe_layers(arch))
-    assert (balance > 0) == (z > 0) == active
+    assert bool(hilomoe_layers(arch)) == experts
+    assert (balance > 0) == (z > 0) == experts
+
+
+@pytest.mark.parametrize("experts_in", [["head"], ["tower.linears.0"], ["tower.*", "dense_projection"]])
+def test_experts_go_where_the_config_puts_them_and_base_weights_do_not_change(
+    tmp_path: Path, experts_in: list[str]
+) -> None:
+    tiny = write_tiny_config(tmp_path / "tiny.yaml", tmp_path, tmp_path)
+    dense = build_ranker(load_config(tiny, ["model.hilomoe=null", "stages.experts=null"]), seed=3).dense_arch
+    arch = build_ranker(load_config(tiny, [f"model.hilomoe.experts_in={experts_in}"]), seed=3).dense_arch
+    linears = [name for name, child in dense.named_modules() if type(child) is nn.Linear]
+    wanted = [name for name in linears if any(fnmatchcase(name, pattern) for pattern in experts_in)]
+    assert list(hilomoe_layers(arch)) == wanted
+    state = arch.state_dict()
+    assert all(torch.equal(state[name], weight) for name, weight in dense.state_dict().items())
+
+
+def test_experts_in_no_linear_are_refused_with_the_names_that_there_are(tmp_path: Path) -> None:
+    tiny = write_tiny_config(tmp_path / "tiny.yaml", tmp_path, tmp_path)
+    with pytest.raises(ConfigError, match=r"experts_in: 'tower\.cross\.\*' matches no linear; there are .*, head"):
+        build_ranker(load_config(tiny, ["model.hilomoe.experts_in=[tower.cross.*]"]), seed=3)

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -80,37 +79,3 @@ def test_step_needs_experts_to_compare(folder: Path) -> None:
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: model.hilomoe is null")
     assert not (folder / "results").exists()
-
-
-def test_quality_resumes_and_names_what_failed(folder: Path) -> None:
-    short = ("--nproc", "1", "--name", "short", "stages.backbone.epochs=1", "stages.experts=null", "stages.joint=null")
-    ended = run("quality.py", folder, "--seeds", "1", *short)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "seed 17 | backbone: 10 steps" in ended.stdout
-    page, result = read(folder, "quality_tiny_short")
-    figures = result["runs"]["17"]
-    assert all(math.isfinite(number) for number in numbers(result))
-    assert figures["best valid AUC"] == figures["valid AUC after backbone"]
-    assert figures["gap to it"] == figures["test AUC of truth"] - figures["test AUC"]
-    statistics = result["statistics"]["test AUC"]
-    assert statistics == {
-        "mean": figures["test AUC"],
-        "standard deviation": None,
-        "min": figures["test AUC"],
-        "max": figures["test AUC"],
-    }
-
-    shutil.rmtree(folder / "log")  # what runs from here on must fail
-    more = run("quality.py", folder, "--seeds", "2", *short)
-    assert more.returncode == 1
-    assert "seed 17 is already there" in more.stdout
-    assert "seed 17 |" not in more.stdout
-    assert "no file matches" in more.stdout
-    assert "failed: seed 18" in more.stderr
-    page, result = read(folder, "quality_tiny_short")
-    assert "FAILED: seed 18" in page
-    assert (result["runs"], list(result["failed"])) == ({"17": figures}, ["18"])
-
-    other = run("quality.py", folder, "--seeds", "1", *short, "stages.backbone.learning_rate=0.5")
-    assert other.returncode == 1  # other settings are another run
-    assert "seed 17 runs" in other.stdout
