@@ -456,7 +456,11 @@ def _report(
         name = model["model"]
         runs += [{"model": name, "seed": seed, **_shown(run)} for seed, run in model["runs"].items()]
         trials += [
-            {"model": name, **_shown(trial["settings"]), **_shown({key: trial[key] for key in TRIAL_FIGURES})}
+            {
+                "model": name,
+                **{key: json.dumps(value) for key, value in trial["settings"].items()},
+                **_shown({key: trial[key] for key in TRIAL_FIGURES}),
+            }
             for trial in model["trials"]
         ]
         row = {"model": name, "seeds": str(len(model["runs"]))}
