@@ -370,8 +370,6 @@ class StageConfig(_Section):
             raise ValueError("give either epochs or steps")
         if self.patience is not None and self.epochs is None:
             raise ValueError("patience counts epochs, so the stage's length must be given in epochs")
-        if self.trains != "experts" and self.sparse_learning_rate is None:
-            raise ValueError(f"a stage that trains {self.trains} needs sparse_learning_rate")
         return self
 
 
@@ -433,7 +431,12 @@ class Config(_Section):
                     )
         if both := set(self.features.sparse) & set(self.features.dense):
             raise ValueError(f"features: {min(both)!r} is both a sparse and a dense feature; rename one")
+        any_sharded = not all(table.data_parallel for table in self.tables.values())
         for name, stage in self.stages.items():
+            if stage.trains != "experts" and stage.sparse_learning_rate is None and any_sharded:
+                raise ValueError(
+                    f"stages.{name}.sparse_learning_rate: a stage that trains {stage.trains} needs it, for sharded tables"
+                )
             if stage.trains == "experts" and self.model.hilomoe is None:
                 raise ValueError(
                     f"stages.{name} trains experts but model.hilomoe is null; "

@@ -131,7 +131,7 @@ def test_wrong_type_names_its_path_and_the_type_wanted(
         ("stages.joint.epochs=1", "stages.joint", "give either epochs or steps"),
         ("stages.joint.steps=null", "stages.joint", "give either epochs or steps"),
         ("stages.joint.patience=1", "stages.joint", "length must be given in epochs"),
-        ("stages.joint.sparse_learning_rate=null", "stages.joint", "needs sparse_learning_rate"),
+        ("stages.joint.sparse_learning_rate=null", "stages.joint.sparse_learning_rate", "trains all needs it"),
         ("metrics.num_bins=1", "metrics.num_bins", "greater than or equal to 2"),
         ("device=tpu", "device", "'auto', 'cpu' or 'cuda'"),
         ("features.sparse={}", "features.sparse", "at least 1 item"),
@@ -396,3 +396,12 @@ def test_config_is_frozen(load: Callable[..., Config], path: str) -> None:
 def test_final_mlp_that_cannot_be_built_is_refused(load: Callable[..., Config], tower: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(f"model.tower={tower}")
+
+
+def test_without_sharded_tables_no_rate_is_asked_for_them(load: Callable[..., Config]) -> None:
+    overrides = ["stages.backbone.sparse_learning_rate=null", "stages.joint.sparse_learning_rate=null"]
+    for table in ("user", "item", "tag"):
+        overrides += [f"tables.{table}.sharding=[data_parallel]", f"tables.{table}.min_partition=null"]
+    assert load(*overrides).stages["joint"].sparse_learning_rate is None
+    with pytest.raises(ConfigError, match="sparse_learning_rate"):
+        load(*overrides, "tables.user.sharding=[table_wise]")

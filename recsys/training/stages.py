@@ -102,9 +102,9 @@ def begin_stage(sharded: ShardedRanker, dense_arch: nn.Module, config: Config, n
     optimizers: list[tuple[str, KeyedOptimizer]] = [("dense", dense)]
     rates: dict[str, tuple[Optimizer, float]] = {"dense": (dense, stage.learning_rate)}
     if not ranker.embeddings_frozen:
-        assert stage.sparse_learning_rate is not None  # the config demands it of such a stage
-        optimizers.append(("sparse", sharded.sparse_optimizer))
-        rates["sparse"] = (sharded.sparse_optimizer, stage.sparse_learning_rate)
+        if stage.sparse_learning_rate is not None:  # else there are no sharded tables: the config sees to it
+            optimizers.append(("sparse", sharded.sparse_optimizer))
+            rates["sparse"] = (sharded.sparse_optimizer, stage.sparse_learning_rate)
         if sharded.data_parallel_optimizer is not None:
             optimizers.append(("data_parallel", sharded.data_parallel_optimizer))
             rate = stage.data_parallel_learning_rate or stage.learning_rate
