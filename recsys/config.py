@@ -435,7 +435,7 @@ class Config(_Section):
         for name, stage in self.stages.items():
             if stage.trains != "experts" and stage.sparse_learning_rate is None and any_sharded:
                 raise ValueError(
-                    f"stages.{name}.sparse_learning_rate: a stage that trains {stage.trains} needs it, for sharded tables"
+                    f"stages.{name}.sparse_learning_rate: a stage that trains {stage.trains} needs it, for its tables"
                 )
             if stage.trains == "experts" and self.model.hilomoe is None:
                 raise ValueError(
