@@ -74,12 +74,12 @@ class Figures:
     def case_rows(self, *, brief: bool = False) -> list[dict[str, str]]:
         """A row for each case: its seeds, means and spreads, as many as a terminal has room for if `brief`.
 
-        The trials of searches are left to tables of their own.
+        Cases that have no run yet are left out, and the trials of searches to tables of their own.
         """
         forms = {figure: form for figure, form in _SHOWN.items() if not brief or figure in _BRIEF}
         rows = []
         for case in self.cases:
-            if not self.grid.cases[case.section].search:
+            if self.of[case.name] and not self.grid.cases[case.section].search:
                 there = len(self.of[case.name])
                 seeds = str(there) if there == len(case.runs) or case.rivals else f"{there} of {len(case.runs)}"
                 shown = {figure: form(self._spread(case.name, figure)) for figure, form in forms.items()}
@@ -109,12 +109,13 @@ class Figures:
         parts.append(self.case_rows())
         for table in self.grid.tables:
             explained = f"Difference from {table.baseline}; in brackets, its 95 % interval."
-            parts += [f"## {table.question}", explained, self._difference_rows(table)]
-            parts += [table.text] if table.text else []
+            if rows := self._difference_rows(table):
+                parts += [f"## {table.question}", explained, rows, *([table.text] if table.text else [])]
         for section in self._searches():
-            rows = self._trial_rows(section)
-            parts += [f"## Search: {section}", f"{len(rows)} trials, the best on the valid split first.", rows]
-        return [*parts, "## Cases", "\n".join(map(self._description, self.cases))]
+            if rows := self._trial_rows(section):
+                parts += [f"## Search: {section}", f"{len(rows)} trials, the best on the valid split first.", rows]
+        there = [case for case in self.cases if self.of[case.name]]
+        return [*parts, "## Cases", "\n".join(map(self._description, there))]
 
     def result(self, failed: Mapping[Run, int]) -> dict[str, Any]:
         """The same for a program, with every run."""
@@ -138,7 +139,9 @@ class Figures:
 
     def _difference_rows(self, table: TableConfig) -> Rows:
         rows = []
-        for case in table.cases:
+        for case in table.cases if self.of[table.baseline] else ():
+            if not self.of[case]:
+                continue
             auc, loss, flops, parameters = (self._difference(case, table.baseline, figure) for figure in _COMPARED)
             rows.append(
                 {
@@ -167,7 +170,8 @@ class Figures:
             found = self._trial(name).get("best valid AUC")
             return -math.inf if found is None else found
 
-        return sorted((case.name for case in self.cases if case.section == section), key=auc, reverse=True)
+        trials = (case.name for case in self.cases if case.section == section and self.of[case.name])
+        return sorted(trials, key=auc, reverse=True)
 
     def _trial_rows(self, section: str) -> Rows:
         return [
@@ -184,6 +188,9 @@ class Figures:
         for case in self.cases:
             if case.rivals is not None and not self.of[case.name]:
                 missing.append(f"{case.name}, from {shown_path(case.rivals.file)}")
+            if case.runs and not self.of[case.name] and not any(run in failed for run in case.runs):
+                missing.append(f"{case.name}, not run")
+                continue
             for run in case.runs:
                 if run.seed not in self.of[case.name]:
                     how = f" (FAILED with exit code {failed[run]})" if run in failed else ""

@@ -201,9 +201,11 @@ def test_the_report_pairs_seeds_and_tells_what_is_missing(folder: Path) -> None:
         "hilomoe": {"seeds": [17, 18, 19]},
         "rival": {"rivals": {"file": "rivals.json", "model": "DNN"}},
         "unknown": {"rivals": {"file": "rivals.json", "model": "Other"}},
+        "later": {},
     }
     table = {"question": "Which?", "baseline": "dense", "cases": ["hilomoe", "rival", "unknown"], "text": "Mind this."}
-    grid = write_grid(folder, cases, tables=[table])
+    nobody = {"question": "Anybody?", "baseline": "dense", "cases": ["later"]}
+    grid = write_grid(folder, cases, tables=[table, nobody])
     dense, hilomoe, *_ = cases_of(grid, Path("outputs", "quality", "try"))
 
     def cost(flops: int, parameters: int) -> dict[str, Any]:
@@ -221,7 +223,7 @@ def test_the_report_pairs_seeds_and_tells_what_is_missing(folder: Path) -> None:
     assert (code, errors) == (0, "")
     assert "│ hilomoe │ 2 of 3 │ 0.83000 ± 0.02828 │" in output
     page, result = read(folder)
-    assert "Missing: hilomoe, seed 19; unknown, from rivals.json." in page
+    assert "Missing: hilomoe, seed 19; unknown, from rivals.json; later, not run." in page
     assert "Reference column truth: test AUC 0.90000, log loss 0.50000." in page
     assert "Mind this." in page
     assert "Nothing else ran." in page
@@ -242,7 +244,6 @@ def test_the_report_pairs_seeds_and_tells_what_is_missing(folder: Path) -> None:
             *timed,
         ],
         ["rival", "2", "0.79000 ± 0.01414", "-", "-", "-", "-", "5", "-", "-", "-"],
-        ["unknown", "0", *["-"] * 9],
     ]
     # AUC differences 0.01 and 0.03, so 0.02 +- 12.706 * 0.01; log loss -0.001 and -0.005, so -0.003 +- 12.706 * 0.002.
     # The rival's means are 0.79 and 0.81 with equal deviations: 2 degrees of freedom, 0.02 +- 4.3027 * sqrt(2) * 0.01.
@@ -250,8 +251,8 @@ def test_the_report_pairs_seeds_and_tells_what_is_missing(folder: Path) -> None:
     assert rows(page, "## Which?") == [
         ["hilomoe", "2 pairs of one seed", *pairs, "+24.0", "+25.0"],
         ["rival", "means (Welch)", "-200.0 [-808.5, +408.5]", "-2.469", "-", "-", "-", "-"],
-        ["unknown", *["-"] * 7],
     ]
+    assert "## Anybody?" not in page
     differences = result["tables"][0]["differences"]["hilomoe"]
     assert differences["test AUC"]["mean"] == pytest.approx(0.02)
     assert result["cases"]["hilomoe"]["runs"]["17"]["test AUC"] == 0.81
@@ -275,10 +276,10 @@ def test_a_search_is_ranked_by_the_valid_split_and_each_trial_has_one_seed(folde
     for case, valid, auc in zip(cases, (0.6, 0.8, 0.7), (0.9, 0.5, 0.7), strict=False):
         leave(case.runs[0], auc=auc, valid=valid)
     figures = Figures(grid, cases)
-    assert figures.result({})["searches"] == {"dense": [cases[index].name for index in (1, 2, 0, 3)]}
+    assert figures.result({})["searches"] == {"dense": [cases[index].name for index in (1, 2, 0)]}
     assert figures.case_rows() == []
     page = "\n\n".join(part if isinstance(part, str) else str(part) for part in figures.parts({}))
-    assert "4 trials" in page
+    assert "3 trials" in page
     assert "0.90000" not in page.replace("test AUC 0.90000, log loss", "")  # the reference's
 
 
