@@ -43,8 +43,8 @@ TARGETS = (
 )
 TARGET_SIZE = (512, 6, 8)
 CHOICES = (
-    "Where L K is not small beside d nothing makes the experts free: their two GEMMs alone are 2 L K / d of the linear's, "
-    "and the time grows with L as they do. "
+    "Where L K is not small beside d nothing makes the experts free: their two GEMMs alone are 2 L K / d of the "
+    "linear's, and the time grows with L as they do. "
     "What lost, tried while the layer was made. Rows first and experts last, the layout that a linear gives: on a CPU "
     "a softmax over 8 neighbouring numbers takes many times as long as one over 8 long rows, and was most of the "
     "layer's time at widths of 64 and 128. Joining all earlier scores for each layer's logits, instead of adding a "
