@@ -4,6 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch.distributed as dist
+from hypothesis import settings
+
+# A deadline would be a timed test: on a busy machine it fails whatever the code does.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture
