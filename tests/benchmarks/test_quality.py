@@ -131,7 +131,7 @@ def test_an_interrupted_grid_ends_its_runs(folder: Path) -> None:
         time.sleep(0.05)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 2
-    process.send_signal(signal.SIGINT)
+    process.terminate()  # not SIGINT, which a shell has its background jobs ignore
     assert process.wait(90) == 130
     process.communicate()
     assert not [child for child in children if Path(f"/proc/{child}").exists()]
