@@ -210,7 +210,7 @@ class Figures:
             "description": self._description(case).removeprefix("- "),
             "statistics": {name: self._spread(case.name, name) for name in names},
             "runs": {str(seed): figures for seed, figures in self.of[case.name].items()},
-            "stages": {seed: summary["stages"] for seed, summary in summaries.items()},
+            "stages": {seed: _without_checkpoints(summary["stages"]) for seed, summary in summaries.items()},
             "commits": {seed: summary["commit"] for seed, summary in summaries.items()},
             "failed": {str(run.seed): code for run, code in failed.items() if run.case == case.name},
         }
@@ -260,6 +260,11 @@ def _figures(summary: Mapping[str, Any]) -> dict[str, float | None]:
         figures[f"test AUC of {reference['column']}"] = reference["auc"]
         figures["gap to it"] = reference["auc"] - test["auc"] if known else None
     return figures
+
+
+def _without_checkpoints(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Stages as a summary tells them, but for where their checkpoints were: they are gone, and the place is nobody's."""
+    return {name: {key: value for key, value in stage.items() if key != "checkpoint"} for name, stage in stages.items()}
 
 
 def _of_dense_arch(parts: Mapping[str, int] | None) -> int | None:
