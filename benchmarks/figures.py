@@ -263,7 +263,7 @@ def _figures(summary: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def _without_checkpoints(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Stages as a summary tells them, but for where their checkpoints were: they are gone, and the place is nobody's."""
+    """Stages as a summary tells them, but for where their checkpoints were, which are gone."""
     return {name: {key: value for key, value in stage.items() if key != "checkpoint"} for name, stage in stages.items()}
 
 

@@ -106,6 +106,7 @@ def test_a_grid_trains_goes_on_and_names_what_failed(folder: Path) -> None:
     assert figures["gap to it"] == figures["test AUC of truth"] - figures["test AUC"]
     assert (figures["examples"], figures["epochs"]) == (300, 1)
     assert result["cases"]["tiny"]["statistics"]["test AUC"]["mean"] == figures["test AUC"]
+    assert str(folder) not in json.dumps(result)
     for fact in ("commit", "hardware", "versions", "date", "command"):
         assert f"- {fact}: " in page
     directory = folder / "outputs" / "quality" / "try" / "tiny" / "seed-17"
