@@ -102,17 +102,28 @@ def _train(runs: Sequence[Run], nproc: int, jobs: int) -> Generator[tuple[Run, i
     threads = max(1, len(os.sched_getaffinity(0)) // (jobs * nproc))
     waiting = deque(runs)
     running: dict[Run, tuple[subprocess.Popen[bytes], float]] = {}
+    # Only noted as it arrives: an exception while a run is being started would lose sight of it.
+    interrupted: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, _: interrupted.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
+            while waiting and len(running) < jobs and not interrupted:
                 run = waiting.popleft()
                 running[run] = (_start(run, nproc, threads), time.monotonic())
+            if interrupted:
+                raise KeyboardInterrupt
             time.sleep(_POLL_SECONDS)
             for run, (process, began) in list(running.items()):
                 if process.poll() is not None:
                     del running[run]
                     yield run, process.returncode, time.monotonic() - began
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         for process, _ in running.values():
             process.terminate()
         for process, _ in running.values():
