@@ -56,30 +56,37 @@ def read(output: Path) -> pa.Table:
     return pa.concat_tables(pq.read_table(output / split) for split in ("train", "valid", "test"))
 
 
+def row_of(
+    user: int, movie: int, rating: int, user_columns: tuple[Any, ...], movie_columns: tuple[Any, ...]
+) -> dict[str, Any]:
+    """All columns of a rating's row but its timestamp."""
+    gender, age, occupation, zip_prefix = user_columns
+    genres, year = movie_columns
+    return {
+        "user_id": user,
+        "movie_id": movie,
+        "gender": gender,
+        "age": age,
+        "occupation": occupation,
+        "zip_prefix": zip_prefix,
+        "genres": genres,
+        "year": year,
+        "domain_gender": gender,
+        "domain_age": age,
+        "domain_occupation": occupation,
+        "domain_genre": genres[0],
+        "rating": rating,
+        "label": int(rating >= 4),
+    }
+
+
 def check(output: Path, *, timestamps: bool = True) -> None:
     """Compares every value of the shards with what the fixture's lines say."""
     rows = read(output).to_pylist()
     for place, index in enumerate(np.random.default_rng(2024).permutation(len(RATINGS))):
         user, movie, rating, timestamp = map(int, RATINGS[index].split("::"))
-        gender, age, occupation, zip_prefix = USER_COLUMNS[user]
-        genres, year = MOVIE_COLUMNS[movie]
-        assert rows[place] == {
-            "user_id": user,
-            "movie_id": movie,
-            "gender": gender,
-            "age": age,
-            "occupation": occupation,
-            "zip_prefix": zip_prefix,
-            "genres": genres,
-            "year": year,
-            "domain_gender": gender,
-            "domain_age": age,
-            "domain_occupation": occupation,
-            "domain_genre": genres[0],
-            "rating": rating,
-            "label": int(rating >= 4),
-            **({"timestamp": timestamp} if timestamps else {}),
-        }
+        expected = row_of(user, movie, rating, USER_COLUMNS[user], MOVIE_COLUMNS[movie])
+        assert rows[place] == {**expected, **({"timestamp": timestamp} if timestamps else {})}
 
 
 def test_every_value_of_the_official_files(tmp_path: Path) -> None:
@@ -336,25 +343,8 @@ def test_every_value_of_the_100k_files(tmp_path: Path) -> None:
     for split, part in splits.items():
         for told, row in zip(rows[split], part, strict=True):
             user, movie, rating, timestamp = map(int, RATINGS_100K[row].split("\t"))
-            gender, age, occupation, zip_prefix = USER_COLUMNS_100K[user]
-            genres, year = MOVIE_COLUMNS_100K[movie]
-            assert told == {
-                "user_id": user,
-                "movie_id": movie,
-                "gender": gender,
-                "age": age,
-                "occupation": occupation,
-                "zip_prefix": zip_prefix,
-                "genres": genres,
-                "year": year,
-                "domain_gender": gender,
-                "domain_age": age,
-                "domain_occupation": occupation,
-                "domain_genre": genres[0],
-                "rating": rating,
-                "label": int(rating >= 4),
-                "timestamp": timestamp,
-            }
+            expected = row_of(user, movie, rating, USER_COLUMNS_100K[user], MOVIE_COLUMNS_100K[movie])
+            assert told == {**expected, "timestamp": timestamp}
     summary = shards.read_summary(tmp_path / "out")
     assert summary is not None and shards.is_complete(tmp_path / "out", summary)
     assert summary["name"] == "movielens-100k"
