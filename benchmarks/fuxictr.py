@@ -32,7 +32,7 @@ from report import RESULTS, environment, number, show, shown_path, write
 
 from recsys.cli import run_entry
 from recsys.config import Config, ConfigError, UserError, load_config
-from recsys.data.parquet import Rows
+from recsys.data.rows import Rows, SparseLayout
 from recsys.data.splits import open_splits
 from recsys.data.stream import RowSlice
 from recsys.runtime import Ranks, process_group
@@ -40,6 +40,7 @@ from recsys.training.metrics import BinaryMetrics
 
 Settings = dict[str, Any]
 Figures = dict[str, float]
+Ids = NDArray[np.int64]
 
 SPLITS = ("train", "valid", "test")
 DATA_SET = "rows"
@@ -253,26 +254,26 @@ def export_rows(config: Config, ranks: Ranks, directory: Path) -> Path:
         ConfigError: a split is missing.
         DataError: as `ParquetShards`.
     """
-    rows: dict[str, Rows] = {}
+    rows: dict[str, list[Rows]] = {}
+    ids: dict[str, dict[str, Ids]] = {}
     for split, shards in open_splits(config, ranks, SPLITS).items():
-        rows[split] = shards.read([RowSlice(group, 0, count) for group, count in enumerate(shards.row_counts)])
+        rows[split] = [shards.read(RowSlice(group, 0, count)) for group, count in enumerate(shards.row_counts)]
+        ids[split] = _ids(rows[split], shards.layout)
 
     features: dict[str, dict[str, Any]] = {}
     columns: dict[str, dict[str, NDArray[Any]]] = {split: {} for split in SPLITS}
     for index, name in enumerate(config.features.dense):
         features[name] = {"source": "", "type": "numeric"}
         for split in SPLITS:
-            columns[split][name] = rows[split].dense[:, index]
+            columns[split][name] = np.concatenate([part.dense[:, index] for part in rows[split]])
     owners: dict[str, str] = {}
-    for index, (name, feature) in enumerate(config.features.sparse.items()):
+    for name, feature in config.features.sparse.items():
         table = config.tables[feature.table]
-        bags = {split: rows[split].sparse[index] for split in SPLITS}
-        longest = max(1, *(int(np.diff(bag.offsets).max()) for bag in bags.values()))
-        for split, bag in bags.items():
-            lengths = np.diff(bag.offsets)
-            ids = np.zeros((len(lengths), longest), np.int64)
-            ids[np.arange(longest) < lengths[:, None]] = bag.values + 1
-            columns[split][name] = ids if longest > 1 else ids[:, 0]
+        longest = max(ids[split][name].shape[1] for split in SPLITS)
+        for split in SPLITS:
+            found = ids[split][name]
+            padded = np.pad(found, ((0, 0), (0, longest - found.shape[1])))
+            columns[split][name] = padded if longest > 1 else padded[:, 0]
         features[name] = {
             "source": "",
             "type": "sequence" if longest > 1 else "categorical",
@@ -286,7 +287,7 @@ def export_rows(config: Config, ranks: Ranks, directory: Path) -> Path:
             features[name]["share_embedding"] = owners[feature.table]
         owners.setdefault(feature.table, name)
     for split in SPLITS:
-        columns[split][LABEL] = rows[split].labels.astype(np.int64)
+        columns[split][LABEL] = np.concatenate([part.labels for part in rows[split]]).astype(np.int64)
     feature_map = {
         "dataset_id": DATA_SET,
         "num_fields": len(features),
@@ -296,6 +297,19 @@ def export_rows(config: Config, ranks: Ranks, directory: Path) -> Path:
         "features": [{name: feature} for name, feature in features.items()],
     }
     return _write_rows(columns, feature_map, directory)
+
+
+def _ids(rows: Sequence[Rows], layout: SparseLayout) -> dict[str, Ids]:
+    """Ids of each feature plus 1, shape (rows, length of the longest list), 0 where a row has no more."""
+    found: dict[str, Ids] = {}
+    for index, name in enumerate(layout.single):
+        found[name] = np.concatenate([part.single[index].astype(np.int64) + 1 for part in rows])[:, None]
+    for index, name in enumerate(key for key in layout.keys if key in layout.lists):
+        lists = [part.lists[index] for part in rows]
+        lengths = np.concatenate([np.diff(jagged.offsets) for jagged in lists])
+        found[name] = np.zeros((len(lengths), max(1, int(lengths.max()))), np.int64)
+        found[name][np.arange(found[name].shape[1]) < lengths[:, None]] = np.concatenate([j.values for j in lists]) + 1
+    return found
 
 
 def _write_rows(

@@ -32,8 +32,8 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from recsys.cli import run_entry
 from recsys.config import DEFAULT_CONFIG, Config, ConfigError, load_config
 from recsys.data.batch import Batch
-from recsys.data.parquet import Loader, ParquetShards
-from recsys.data.splits import open_splits
+from recsys.data.parquet import ParquetShards
+from recsys.data.splits import open_loader, open_splits
 from recsys.data.stream import Epoch
 from recsys.model.ranker import Ranker, build_ranker
 from recsys.runtime import Ranks, process_group
@@ -150,24 +150,21 @@ class _Stream:
     """
 
     def __init__(self, shards: ParquetShards, config: Config, ranks: Ranks, stack: ExitStack) -> None:
-        self._shards, self._config, self._ranks, self._stack = shards, config, ranks, stack
-        self._earlier_seconds = 0.0
-        self._loader = self._load(0)
+        self._shards, self._config, self._ranks = shards, config, ranks
+        self._loader = stack.enter_context(open_loader(shards, map(self._order, count()), config, ranks))
         self.batches = self._batches()
 
     @property
     def wait_seconds(self) -> float:
-        return self._earlier_seconds + self._loader.wait_seconds
+        return self._loader.wait_seconds
 
     def _batches(self) -> Iterator[Batch]:
-        for epoch in count(1):
+        while True:
             yield from self._loader
-            self._earlier_seconds += self._loader.wait_seconds
-            self._loader = self._load(epoch)
 
-    def _load(self, epoch: int) -> Loader:
+    def _order(self, epoch: int) -> Epoch:
         data = self._config.data
-        order = Epoch(
+        return Epoch(
             self._shards.row_counts,
             self._ranks.world_size,
             data.batch_size,
@@ -175,9 +172,6 @@ class _Stream:
             shuffle=data.shuffle,
             window_row_groups=data.window_row_groups,
         )
-        pin = self._ranks.device.type == "cuda"
-        loader = Loader(self._shards, order, self._ranks.rank, prefetch_batches=data.prefetch_batches, pin_memory=pin)
-        return self._stack.enter_context(loader)
 
 
 def _turn(case: Case, sharded: ShardedRanker, stream: _Stream, ranks: Ranks, steps: int) -> dict[str, float]:

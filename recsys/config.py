@@ -148,7 +148,7 @@ class DataConfig(_Section):
     column of probabilities whose metrics are reported beside the model's (the model in production, or the true
     probability of a synthetic log); `domain` what parts the rows in reports. `batch_size` is per rank. Rows are
     shuffled within windows of `window_row_groups` row groups, which are themselves in random order; two windows are in
-    memory at a time.
+    memory at a time. `reader_threads` decode, on each rank; their number changes nothing that is read.
     """
 
     train: str | tuple[str, ...]
@@ -161,6 +161,7 @@ class DataConfig(_Section):
     eval_batch_size: PositiveInt | None = None
     shuffle: bool = True
     window_row_groups: PositiveInt = 8
+    reader_threads: PositiveInt = 2
     prefetch_batches: PositiveInt = 4
     synthetic: SyntheticConfig | None = None
 

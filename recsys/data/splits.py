@@ -1,12 +1,15 @@
 """The splits of a config, opened and checked."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 
 from recsys.config import Config, ConfigError
-from recsys.data.parquet import Columns, DenseColumn, DomainColumn, ParquetShards, SparseColumn
+from recsys.data.columns import Columns, DenseColumn, DomainColumn, SparseColumn
+from recsys.data.loader import Loader
+from recsys.data.parquet import ParquetShards
+from recsys.data.stream import Epoch
 from recsys.data.synthetic import write_synthetic
 from recsys.runtime import Ranks
 
@@ -41,3 +44,15 @@ def open_splits(config: Config, ranks: Ranks, names: Sequence[str]) -> dict[str,
         domain=DomainColumn(domain.column, domain.num_domains) if domain else None,
     )
     return {name: ParquetShards(config.data.patterns(name), columns, source=f"data.{name}") for name in names}
+
+
+def open_loader(shards: ParquetShards, epochs: Iterable[Epoch], config: Config, ranks: Ranks) -> Loader:
+    """A loader of this rank's batches, as the config has it read; to be entered."""
+    return Loader(
+        shards,
+        epochs,
+        ranks.rank,
+        reader_threads=config.data.reader_threads,
+        prefetch_batches=config.data.prefetch_batches,
+        pin_memory=ranks.device.type == "cuda",
+    )

@@ -9,8 +9,8 @@ from rich.table import Table
 from torch import Tensor
 
 from recsys.config import Config, load_config
-from recsys.data.parquet import Loader, ParquetShards
-from recsys.data.splits import open_splits
+from recsys.data.parquet import ParquetShards
+from recsys.data.splits import open_loader, open_splits
 from recsys.data.stream import Epoch
 from recsys.model.ranker import Ranker, build_ranker
 from recsys.runtime import Ranks, process_group
@@ -92,8 +92,7 @@ def evaluate(
     model, reference = BinaryMetrics(**limits), BinaryMetrics(**limits)
     was_training = ranker.training
     ranker.eval()
-    pin = ranks.device.type == "cuda"
-    with Loader(shards, epoch, ranks.rank, prefetch_batches=config.data.prefetch_batches, pin_memory=pin) as loader:
+    with open_loader(shards, [epoch], config, ranks) as loader:
         for step, batch in enumerate(loader):
             if config.data.reference:
                 reference.update(_logits(batch.reference), batch.labels)

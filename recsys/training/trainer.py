@@ -3,10 +3,11 @@
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch import Tensor
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from recsys.config import Config, StageConfig
-from recsys.data.parquet import Loader, ParquetShards
-from recsys.data.splits import open_splits
+from recsys.data.loader import Loader
+from recsys.data.parquet import ParquetShards
+from recsys.data.splits import open_loader, open_splits
 from recsys.data.stream import Epoch
 from recsys.model.cost import cost_report
 from recsys.model.ranker import RankerOutput, build_ranker
@@ -117,7 +119,7 @@ class Trainer:
         self.sharded = shard(ranker, config, ranks, seed=derive_seed(config.seed, "tables"))
         self._step = 0  # over all stages
         self._epochs = 0  # begun so far, each with an order of its own
-        self._num_steps = stage_lengths(config.stages, self._epoch().num_steps)
+        self._num_steps = stage_lengths(config.stages, self._epoch(0).num_steps)
         self._cost = cost_report(config)
         self._best_directory = Path(config.output_dir) / "checkpoints" / "best"
 
@@ -183,14 +185,17 @@ class Trainer:
         pipeline = TrainPipelineSparseDist(self.sharded.ranker, stage.optimizer, self.ranks.device)
         valid: Metrics | None = None
         best_epoch: int | None = None
-        if settings.patience is not None:
-            valid, best_epoch = self._train_to_best(pipeline, stage, totals, before)
-        else:
-            while totals.steps < num_steps:
-                self._train_epoch(pipeline, stage, totals)
-            pipeline.detach()
-            if "valid" in self.splits:
-                valid, _ = self._evaluate(name, "valid")
+        orders = map(self._epoch, count(self._epochs))
+        with open_loader(self.splits["train"], orders, self.config, self.ranks) as loader:
+            train_epoch = partial(self._train_epoch, pipeline, loader, stage, totals)
+            if settings.patience is not None:
+                valid, best_epoch = self._train_to_best(pipeline, train_epoch, stage, totals, before)
+            else:
+                while totals.steps < num_steps:
+                    train_epoch()
+                pipeline.detach()
+                if "valid" in self.splits:
+                    valid, _ = self._evaluate(name, "valid")
         checkpoint = self._best_directory.with_name(f"step-{self._step}")
         self._save(checkpoint, stage, totals)
         summary = {
@@ -209,7 +214,12 @@ class Trainer:
         return summary, valid, checkpoint
 
     def _train_to_best(
-        self, pipeline: TrainPipelineSparseDist[Any, Any], stage: Stage, totals: _Totals, before: Metrics | None
+        self,
+        pipeline: TrainPipelineSparseDist[Any, Any],
+        train_epoch: Callable[[], None],
+        stage: Stage,
+        totals: _Totals,
+        before: Metrics | None,
     ) -> tuple[Metrics, int]:
         """Train until patience ends and go back to the best state: its valid figures and epoch (0: as it began)."""
         if before is None:
@@ -218,7 +228,7 @@ class Trainer:
         best, best_epoch = before, 0
         self._save(self._best_directory, stage, totals)
         while totals.steps < stage.num_steps and totals.epochs - best_epoch < (stage.config.patience or 0):
-            self._train_epoch(pipeline, stage, totals)
+            train_epoch()
             pipeline.detach()
             metrics, _ = self._evaluate(stage.name, "valid")
             if _better(metrics, best, stage.config):
@@ -232,41 +242,39 @@ class Trainer:
             shutil.rmtree(self._best_directory)
         return best, best_epoch
 
-    def _train_epoch(self, pipeline: TrainPipelineSparseDist[Any, Any], stage: Stage, totals: _Totals) -> None:
+    def _train_epoch(
+        self, pipeline: TrainPipelineSparseDist[Any, Any], loader: Loader, stage: Stage, totals: _Totals
+    ) -> None:
         """Take the steps of one epoch, or those left of the stage."""
         data, logging = self.config.data, self.config.logging
-        epoch, steps_left = self._epoch(), stage.num_steps - totals.steps
+        epoch, steps_left = self._epoch(self._epochs), stage.num_steps - totals.steps
         began, paused, examples_before = time.perf_counter(), 0.0, totals.examples
         routing = RoutingStatistics(self.dense_arch, num_domains=data.domain.num_domains if data.domain else 0)
         self.sharded.ranker.train()
-        pin = self.ranks.device.type == "cuda"
-        loader = Loader(
-            self.splits["train"], epoch, self.ranks.rank, prefetch_batches=data.prefetch_batches, pin_memory=pin
-        )
-        with loader:
-            batches = islice(iter(loader), steps_left)
-            window = self._window(loader)
-            for epoch_step in range(min(epoch.num_steps, steps_left)):
-                rates = stage.set_learning_rates(totals.steps)
-                output: RankerOutput = pipeline.progress(batches)
-                examples = epoch.global_batch_rows(epoch_step)
-                window.add(output, examples)
-                routing.update(output.domain)
-                totals.steps += 1
-                totals.examples += examples
-                self._step += 1
-                self.monitor.advance(totals.steps)
-                if totals.steps % logging.every_steps == 0:
-                    self._log(stage, totals.steps, window, loader, rates)
-                    self.monitor.routing(self._step, routing.window())
-                    window = self._window(loader)
-                if logging.eval_every_steps and totals.steps % logging.eval_every_steps == 0:
-                    stopped = time.perf_counter()
-                    pipeline.detach()  # the next step attaches it again, batches in flight included
-                    self._evaluate(stage.name, "valid")
-                    paused += time.perf_counter() - stopped
-                    window.began += time.perf_counter() - stopped
-            totals.waited += loader.wait_seconds
+        waited_before = loader.wait_seconds
+        batches = islice(iter(loader), steps_left)
+        window = self._window(loader)
+        for epoch_step in range(min(epoch.num_steps, steps_left)):
+            rates = stage.set_learning_rates(totals.steps)
+            output: RankerOutput = pipeline.progress(batches)
+            examples = epoch.global_batch_rows(epoch_step)
+            window.add(output, examples)
+            routing.update(output.domain)
+            totals.steps += 1
+            totals.examples += examples
+            self._step += 1
+            self.monitor.advance(totals.steps)
+            if totals.steps % logging.every_steps == 0:
+                self._log(stage, totals.steps, window, loader, rates)
+                self.monitor.routing(self._step, routing.window())
+                window = self._window(loader)
+            if logging.eval_every_steps and totals.steps % logging.eval_every_steps == 0:
+                stopped = time.perf_counter()
+                pipeline.detach()  # the next step attaches it again, batches in flight included
+                self._evaluate(stage.name, "valid")
+                paused += time.perf_counter() - stopped
+                window.began += time.perf_counter() - stopped
+        totals.waited += loader.wait_seconds - waited_before
         totals.seconds += time.perf_counter() - began - paused
         totals.epochs += 1
         self._epochs += 1
@@ -302,15 +310,15 @@ class Trainer:
     def _window(self, loader: Loader) -> _Window:
         return _Window(BinaryMetrics(**self.config.metrics.model_dump()), waited=loader.wait_seconds)
 
-    def _epoch(self) -> Epoch:
-        """The order of the epoch that is next."""
+    def _epoch(self, number: int) -> Epoch:
+        """The order of an epoch."""
         data = self.config.data
         return Epoch(
             self.splits["train"].row_counts,
             self.ranks.world_size,
             data.batch_size,
             seed=derive_seed(self.config.seed, "order"),
-            epoch=self._epochs,
+            epoch=number,
             shuffle=data.shuffle,
             window_row_groups=data.window_row_groups,
         )
