@@ -87,13 +87,15 @@ class Columns:
                 raise DataError(f"{file}: column {name!r} ({role}) has type {kind}; {wanted[accepts]} are needed")
         return frozenset(name for name, spec in self.sparse.items() if _is_list(schema.field(spec.column).type))
 
-    def decode(self, table: pa.Table, layout: SparseLayout, where: str) -> Rows:
+    def decode(self, table: pa.Table, layout: SparseLayout, where: str, order: NDArray[np.int64] | None = None) -> Rows:
         """Check every value of a table and lay the rows out for batches.
 
         Args:
             table: of a schema that `check_schema` accepts.
             layout: which features have lists.
             where: file and row group, for messages.
+            order: the rows to take, in this order; all as they stand if it is None. Each column is put into order right
+                after it was checked, while it is in the cache.
 
         Raises:
             DataError: a label other than 0 or 1, a null where none may be, an id or domain out of range, a dense value
@@ -114,16 +116,26 @@ class Columns:
         domain = _domains(table, self.domain, where) if self.domain else np.empty(0, np.int64)
         single = np.empty((len(layout.single), len(table)), self._id_type)
         for target, name in zip(single, layout.single, strict=True):
-            target[:] = _ids(table, name, self.sparse[name], where)
-        lists = tuple(_id_lists(table, name, self.sparse[name], where) for name in layout.keys if name in layout.lists)
-        return Rows(labels.astype(np.float32), reference, domain, self._dense(table, where), single, lists)
+            _place(_ids(table, name, self.sparse[name], where), order, target)
+        lists = tuple(
+            _id_lists(table, name, self.sparse[name], self._id_type, where)
+            for name in layout.keys
+            if name in layout.lists
+        )
+        labels = labels.astype(np.float32)
+        if order is not None:
+            labels = labels[order]
+            reference = reference[order] if self.reference else reference
+            domain = domain[order] if self.domain else domain
+            lists = tuple(jagged.take(order) for jagged in lists)
+        return Rows(labels, reference, domain, self._dense(table, where, order), single, lists)
 
-    def _dense(self, table: pa.Table, where: str) -> NDArray[np.float32]:
+    def _dense(self, table: pa.Table, where: str, order: NDArray[np.int64] | None) -> NDArray[np.float32]:
         columns = np.empty((len(self.dense), len(table)), np.float32)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):  # what is not finite is refused below
             for target, spec in zip(columns, self.dense.values(), strict=True):
                 values = _numbers(table, spec.column, spec.fill, where)
-                target[:] = np.log1p(values, dtype=np.float64) if spec.log1p else values
+                _place(np.log1p(values, dtype=np.float64) if spec.log1p else values, order, target)
         if not np.isfinite(columns).all():
             for (name, spec), values in zip(self.dense.items(), columns, strict=True):
                 if (wrong := ~np.isfinite(values)).any():
@@ -131,7 +143,7 @@ class Columns:
                         f"{where}: dense feature {name} (column {spec.column!r}) has {_count(wrong)} NaN or infinite "
                         f"in float32{' after log1p' * spec.log1p}; write nulls and give the feature a fill"
                     )
-        return np.ascontiguousarray(columns.T)
+        return columns
 
     @property
     def _id_type(self) -> type[np.int32 | np.int64]:
@@ -180,7 +192,7 @@ def _ids(table: pa.Table, name: str, spec: SparseColumn, where: str) -> NDArray[
     return values
 
 
-def _id_lists(table: pa.Table, name: str, spec: SparseColumn, where: str) -> Jagged:
+def _id_lists(table: pa.Table, name: str, spec: SparseColumn, id_type: type[np.int32 | np.int64], where: str) -> Jagged:
     """Ids of a column of lists, or of single ones in a file of its own kind; a null is an empty list."""
     array = _whole(table, spec.column)
     if _is_list(array.type):
@@ -197,7 +209,17 @@ def _id_lists(table: pa.Table, name: str, spec: SparseColumn, where: str) -> Jag
     _check_range(ids, name, spec, where)
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    return Jagged(ids.to_numpy(zero_copy_only=False).astype(np.int64, copy=False), offsets)
+    # A copy, because torch takes no memory that is read-only, as Arrow's is.
+    return Jagged(ids.to_numpy(zero_copy_only=False).astype(id_type), offsets)
+
+
+def _place(values: NDArray[Any], order: NDArray[np.int64] | None, target: NDArray[Any]) -> None:
+    """Write values, in an order, into an array of a type that holds them."""
+    if order is None:
+        target[:] = values
+    else:
+        # All of `order` is in range; "clip" spares the copy that the check of it would make of `out`.
+        np.take(values.astype(target.dtype, copy=False), order, out=target, mode="clip")
 
 
 def _check_range(ids: pa.Array, name: str, spec: SparseColumn, where: str) -> None:
@@ -216,10 +238,10 @@ def _check_range(ids: pa.Array, name: str, spec: SparseColumn, where: str) -> No
 
 def _whole(table: pa.Table, name: str) -> pa.Array:
     """A column in one piece."""
-    array = table.column(name).combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        return pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
-    return array
+    column = table.column(name)
+    if column.num_chunks == 1:
+        return column.chunk(0)  # what combining would copy
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
 def _is_number(kind: pa.DataType) -> bool:

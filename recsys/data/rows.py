@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,18 +18,24 @@ from recsys.data.batch import Batch
 class Jagged(NamedTuple):
     """Lists of ids: row i has `values[offsets[i]:offsets[i + 1]]`, weighted by those of `weights` if any."""
 
-    values: NDArray[np.int64]
+    values: NDArray[np.int32 | np.int64]
     offsets: NDArray[np.int64]
     weights: NDArray[np.float32] | None = None
 
     def take(self, rows: NDArray[np.int64]) -> "Jagged":
         """The given rows, in the given order."""
-        starts = self.offsets[rows]
-        lengths = self.offsets[rows + 1] - starts
-        offsets = _offsets(lengths)
-        # Position within the result, moved by how far each row's values moved.
-        index = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
-        return Jagged(self.values[index], offsets, None if self.weights is None else self.weights[index])
+        # fbgemm's kernel copies whole lists; indices for each value would cost four times as much.
+        weights = None if self.weights is None else torch.from_numpy(self.weights)
+        lengths, values, taken_weights = torch.ops.fbgemm.permute_1D_sparse_data(
+            torch.from_numpy(rows.astype(np.int32)),
+            torch.from_numpy(np.diff(self.offsets).astype(np.int32)),
+            torch.from_numpy(self.values),
+            weights,
+            None,
+        )
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(lengths.numpy(), out=offsets[1:])
+        return Jagged(values.numpy(), offsets, None if weights is None else taken_weights.numpy())
 
     def slice(self, start: int, stop: int) -> "Jagged":
         """Rows start up to stop, sharing memory."""
@@ -76,7 +82,7 @@ class Rows:
         labels: (N,) float32.
         reference: (N,) float64, or (0,) where there is none.
         domain: (N,) int64, or (0,) where there is none.
-        dense: (N, F_d) float32.
+        dense: (F_d, N) float32.
         single: (S, N) ids of the features with at most one a row, in the order of `SparseLayout.single`; -1 for none.
         lists: the other features.
     """
@@ -95,18 +101,6 @@ class Rows:
     def has_empty(self) -> bool:
         """Whether a feature of at most one id has none in some row."""
         return bool(self.single.size) and bool(self.single.min() < 0)
-
-    def take(self, rows: NDArray[np.int64]) -> "Rows":
-        """The given rows, in the given order."""
-        # `clip` skips a check that numpy makes of every index in a pass of its own.
-        return Rows(
-            self.labels.take(rows, mode="clip"),
-            self.reference.take(rows, mode="clip") if len(self.reference) else self.reference,
-            self.domain.take(rows, mode="clip") if len(self.domain) else self.domain,
-            self.dense.take(rows, axis=0, mode="clip"),
-            self.single.take(rows, axis=1, mode="clip"),
-            tuple(jagged.take(rows) for jagged in self.lists),
-        )
 
 
 class Part(NamedTuple):
@@ -137,12 +131,12 @@ def build_batch(
     has_reference, has_domain = (any(len(column) for column in columns) for columns in _optional(parts))
     reference = torch.empty(size if has_reference else 0, dtype=torch.float64)
     domain = torch.empty(size if has_domain else 0, dtype=torch.int64, pin_memory=pin_memory)
-    targets = [(labels.numpy(), "labels"), (dense.numpy(), "dense")]
+    targets = [(labels.numpy(), "labels"), (dense.numpy().T, "dense")]
     targets += [(reference.numpy(), "reference")] * has_reference + [(domain.numpy(), "domain")] * has_domain
     for target, name in targets:
         at = 0
         for rows, start, stop in parts:
-            target[at : at + stop - start] = getattr(rows, name)[start:stop]
+            target[..., at : at + stop - start] = getattr(rows, name)[..., start:stop]
             at += stop - start
     return Batch(dense, _sparse(parts, layout, size, pin_memory), labels, reference, domain, loss_scale)
 
@@ -152,63 +146,52 @@ def _optional(parts: Sequence[Part]) -> tuple[list[NDArray[np.float64]], list[ND
 
 
 def _sparse(parts: Sequence[Part], layout: SparseLayout, size: int, pin_memory: bool) -> KeyedJaggedTensor:
-    lengths = np.ones((len(layout.keys), size), np.int32)
-    values: list[NDArray[np.int64]] = []
+    lengths: list[NDArray[np.int32]] = []
+    values: list[NDArray[np.int32 | np.int64]] = []
     weights: list[NDArray[np.float32]] = []
-    feature = 0
     for lists, places in layout.runs:
-        of_run = lengths[feature : feature + places.stop - places.start]
-        feature += len(of_run)
         if not lists:
-            values.append(_single(parts, places, of_run))
+            ids, of_run = _single(parts, places, size)
+            values.append(ids)
+            lengths.append(of_run)
             if layout.weighted:
-                weights.append(np.ones(len(values[-1]), np.float32))
+                weights.append(np.ones(len(ids), np.float32))
             continue
-        for place, of_feature in zip(range(places.start, places.stop), of_run, strict=True):
-            at = 0
+        for place in range(places.start, places.stop):
             for rows, start, stop in parts:
                 jagged = rows.lists[place].slice(start, stop)
                 values.append(jagged.values)
+                lengths.append(np.diff(jagged.offsets).astype(np.int32))
                 if layout.weighted:
                     given = jagged.weights
                     weights.append(np.ones(len(jagged.values), np.float32) if given is None else given)
-                np.subtract(
-                    jagged.offsets[1:], jagged.offsets[:-1], out=of_feature[at : at + stop - start], casting="unsafe"
-                )
-                at += stop - start
     return KeyedJaggedTensor(
         keys=list(layout.keys),
-        values=_joined(values, torch.int64, pin_memory),
-        lengths=_joined([lengths.reshape(-1)], torch.int32, pin_memory),
-        weights=_joined(weights, torch.float32, pin_memory) if layout.weighted else None,
+        values=_joined(values, torch.int64, pin_memory, ours=not layout.lists),
+        lengths=_joined(lengths, torch.int32, pin_memory, ours=True),
+        weights=_joined(weights, torch.float32, pin_memory, ours=not layout.lists) if layout.weighted else None,
         stride=size,
     )
 
 
-def _single(parts: Sequence[Part], places: slice, lengths: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Ids of a run of features of at most one a row, all rows of the first, then of the next; writes their number."""
-    block = np.empty(lengths.shape, np.int64)
+def _single(parts: Sequence[Part], places: slice, size: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Ids of a run of features of at most one a row, all rows of the first, then of the next, and how many each has."""
+    block = np.empty((places.stop - places.start, size), np.int64)
     at = 0
     for rows, start, stop in parts:
         block[:, at : at + stop - start] = rows.single[places, start:stop]
         at += stop - start
     if not any(part.rows.has_empty for part in parts):
-        return block.reshape(-1)
+        return block.reshape(-1), np.ones(block.size, np.int32)
     there = block >= 0
-    lengths[:] = there
-    return block[there]
+    return block[there], there.reshape(-1).astype(np.int32)
 
 
-def _joined(parts: Sequence[NDArray[np.generic]], dtype: torch.dtype, pin_memory: bool) -> Tensor:
-    if len(parts) == 1 and not pin_memory:
+def _joined(parts: Sequence[NDArray[Any]], dtype: torch.dtype, pin_memory: bool, *, ours: bool) -> Tensor:
+    """All parts as one tensor; a single one that is `ours`, shared with nobody, is not copied."""
+    if ours and len(parts) == 1 and not pin_memory:
         return torch.from_numpy(parts[0])
     joined = torch.empty(sum(map(len, parts)), dtype=dtype, pin_memory=pin_memory)
     if parts:
         np.concatenate(parts, out=joined.numpy())
     return joined
-
-
-def _offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from numpy.typing import NDArray
 from reading import bags, open_table
 from tiny import tiny_table, write_tiny_log
 
@@ -159,9 +160,9 @@ def test_the_next_epoch_is_read_before_the_last_has_ended(log: Path) -> None:
     class Recording(ParquetShards):
         reads = 0
 
-        def read(self, part: RowSlice) -> Rows:
+        def read(self, part: RowSlice, order: NDArray[np.int64] | None = None) -> Rows:
             self.reads += 1
-            return super().read(part)
+            return super().read(part, order)
 
     shards = Recording([f"{log}/*.parquet"], COLUMNS, source="data.train")
     order = Epoch(shards.row_counts, 1, 207, window_row_groups=len(shards.row_counts))
@@ -201,9 +202,9 @@ def test_loader_reads_ahead_no_further_than_asked(log: Path) -> None:
     class Counting(ParquetShards):
         reads = 0
 
-        def read(self, part: RowSlice) -> Rows:
+        def read(self, part: RowSlice, order: NDArray[np.int64] | None = None) -> Rows:
             self.reads += 1
-            return super().read(part)
+            return super().read(part, order)
 
     shards = Counting([f"{log}/*.parquet"], COLUMNS, source="data.train")
     with Loader(shards, [Epoch(shards.row_counts, 1, 25, window_row_groups=1)], 0, prefetch_batches=1) as loader:
@@ -215,10 +216,10 @@ def test_loader_reads_ahead_no_further_than_asked(log: Path) -> None:
 
 def test_an_error_in_the_background_reaches_the_consumer(log: Path) -> None:
     class Broken(ParquetShards):
-        def read(self, part: RowSlice) -> Rows:
+        def read(self, part: RowSlice, order: NDArray[np.int64] | None = None) -> Rows:
             if part.row_group == 4:
                 raise MemoryError("no room")
-            return super().read(part)
+            return super().read(part, order)
 
     shards = Broken([f"{log}/*.parquet"], COLUMNS, source="data.train")
     epoch = Epoch(shards.row_counts, 1, 10, shuffle=False, window_row_groups=1)

@@ -40,7 +40,7 @@ def rows_of(table: dict[str, Bags], lists: frozenset[str], first: int, weighted:
         labels=(numbers % 2).astype(np.float32),
         reference=numbers / 1e9,
         domain=numbers,
-        dense=np.stack([numbers, -numbers], 1).astype(np.float32),
+        dense=np.stack([numbers, -numbers]).astype(np.float32),
         single=np.array(single, np.int64).reshape(len(KEYS) - len(lists), count),
         lists=tuple(jagged(table[key], key in weighted) for key in KEYS if key in lists),
     )
@@ -62,13 +62,11 @@ def test_a_batch_holds_its_parts_one_after_another(data: st.DataObject, lists: f
     for first in (0, 100, 200)[: data.draw(st.integers(0, 3))]:
         count = data.draw(st.integers(0, 6))
         table = data.draw(tables(lists, count))
-        order = np.array(data.draw(st.permutations(range(count))), np.int64)
         start, stop = sorted((data.draw(st.integers(0, count)), data.draw(st.integers(0, count))))
-        parts.append(Part(rows_of(table, lists, first, with_weights).take(order), start, stop))
-        taken = order[start:stop].tolist()
-        numbers += [first + row for row in taken]
+        parts.append(Part(rows_of(table, lists, first, with_weights), start, stop))
+        numbers += range(first + start, first + stop)
         for key in KEYS:
-            whole[key] += [table[key][row] for row in taken]
+            whole[key] += table[key][start:stop]
     batch = build_batch(parts, layout, 2, loss_scale=1.5, pin_memory=False)
     assert batch.loss_scale == 1.5
     assert batch.labels.tolist() == [number % 2 for number in numbers]
@@ -87,7 +85,7 @@ def test_a_batch_holds_its_parts_one_after_another(data: st.DataObject, lists: f
 def test_ids_of_32_bits_make_the_same_batch() -> None:
     layout = SparseLayout(("a",), frozenset())
     rows = [
-        Rows(np.zeros(3, np.float32), np.empty(0), np.empty(0, np.int64), np.empty((3, 0), np.float32), ids, ())
+        Rows(np.zeros(3, np.float32), np.empty(0), np.empty(0, np.int64), np.empty((0, 3), np.float32), ids, ())
         for ids in (np.array([[4, -1, 6]], np.int32), np.array([[4, -1, 6]], np.int64))
     ]
     for one in rows:
@@ -102,3 +100,14 @@ def test_runs_are_neighbours_of_one_kind(lists: frozenset[str]) -> None:
     named = [(layout.single, [key for key in KEYS if key in lists])[kind][places] for kind, places in layout.runs]
     assert [key for run in named for key in run] == list(KEYS)
     assert all(one[0] != other[0] for one, other in zip(layout.runs, layout.runs[1:], strict=False))
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2**40), max_size=4), min_size=1, max_size=8), st.booleans(), st.data())
+def test_taking_rows_equals_indexing_lists(lists: Bags, weighted: bool, data: st.DataObject) -> None:
+    order = data.draw(st.permutations(range(len(lists))))
+    taken = jagged(lists, weighted).take(np.array(order, np.int64))
+    wanted = jagged([lists[row] for row in order], weighted)
+    assert bags(taken) == bags(wanted)
+    assert (taken.weights is None) == (wanted.weights is None)
+    assert taken.weights is None or taken.weights.tolist() == wanted.weights.tolist()

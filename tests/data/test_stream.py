@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from recsys.data.stream import Epoch, Position, PositionError, Window
+from recsys.data.stream import Epoch, Position, PositionError, RowSlice, Window
 
 ROW_COUNTS = st.lists(st.integers(0, 40), max_size=12).map(tuple)
 
@@ -152,20 +152,30 @@ def test_no_rows_take_no_steps() -> None:
     assert Epoch((0, 0), 3, 4).num_steps == 0
 
 
-def test_a_window_is_dealt_in_a_random_permutation() -> None:
-    """Over many seeds, any row is as likely at any place; and so is any pair of rows, of one slice or of two."""
+@settings(max_examples=1000, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.data())
+def test_a_window_is_dealt_in_proportion(counts: list[int], data: st.DataObject) -> None:
+    window = Window(tuple(RowSlice(number, 0, count) for number, count in enumerate(counts)), (7,))
+    total = sum(counts)
+    places = np.array([window.places(rows) for rows in range(total + 1)])
+    assert (places.sum(1) == np.arange(total + 1)).all()
+    assert ((np.diff(places, axis=0) >= 0).all()) and places[-1].tolist() == counts
+    start, stop = sorted((data.draw(st.integers(0, total)), data.draw(st.integers(0, total))))
+    share = np.array(counts) * (stop - start) / total
+    # Half a row for where it begins, half for where it ends, and as much as other slices at the same places take.
+    assert (np.abs(places[stop] - places[start] - share) < 1 + np.array(counts) * len(counts) / total + 1e-9).all()
+
+
+def test_the_rows_of_a_slice_are_as_likely_at_any_place() -> None:
     seeds, rows = 4000, 6
     seen = np.zeros((rows, rows), np.int64)
-    first_before_last = neighbours_in_order = 0
+    neighbours_in_order = 0
     for seed in range(seeds):
-        found = rank_order(Epoch((2, 4), 1, 1, seed=seed, window_row_groups=2), 0)
+        found = rank_order(Epoch((rows,), 1, 1, seed=seed), 0)
         place = np.argsort(found)
         seen[found, np.arange(rows)] += 1
-        first_before_last += place[0] < place[5]
         neighbours_in_order += place[2] < place[3]
-    deviation = np.abs(seen - seeds / rows).max() / np.sqrt(seeds / rows * (1 - 1 / rows))
-    assert deviation < 4.5
-    assert abs(first_before_last - seeds / 2) < 4.5 * np.sqrt(seeds) / 2
+    assert np.abs(seen - seeds / rows).max() / np.sqrt(seeds / rows * (1 - 1 / rows)) < 4.5
     assert abs(neighbours_in_order - seeds / 2) < 4.5 * np.sqrt(seeds) / 2
 
 
