@@ -76,7 +76,7 @@ class ParquetShards:
         group = self._row_groups[part.row_group]
         where = f"{group.file}, row group {group.index}"
         try:
-            with pq.ParquetFile(group.file) as file:
+            with pq.ParquetFile(group.file, page_checksum_verification=True) as file:
                 self.columns.check_schema(file.schema_arrow, group.file)
                 table = file.read_row_group(group.index, columns=self.columns.names, use_threads=False)
         except (pa.ArrowException, OSError) as error:

@@ -32,8 +32,14 @@ def open_splits(config: Config, ranks: Ranks, names: Sequence[str]) -> dict[str,
             except (ValueError, OSError) as error:
                 raise ConfigError(f"data.synthetic: {error}") from None
         dist.barrier()
+    columns = build_columns(config)
+    return {name: ParquetShards(config.data.patterns(name), columns, source=f"data.{name}") for name in names}
+
+
+def build_columns(config: Config) -> Columns:
+    """What a config reads of each row."""
     domain = config.data.domain
-    columns = Columns(
+    return Columns(
         label=config.data.label,
         reference=config.data.reference,
         dense={name: DenseColumn(f.column or name, f.fill, f.log1p) for name, f in config.features.dense.items()},
@@ -43,7 +49,6 @@ def open_splits(config: Config, ranks: Ranks, names: Sequence[str]) -> dict[str,
         },
         domain=DomainColumn(domain.column, domain.num_domains) if domain else None,
     )
-    return {name: ParquetShards(config.data.patterns(name), columns, source=f"data.{name}") for name in names}
 
 
 def open_loader(shards: ParquetShards, epochs: Iterable[Epoch], config: Config, ranks: Ranks) -> Loader:
