@@ -388,6 +388,12 @@ class LoggingConfig(_Section):
     eval_every_steps: PositiveInt | None = None
 
 
+class CheckpointsConfig(_Section):
+    """What happens to a stage's checkpoint beside being written: `copy_to` is a directory or URL to copy it below."""
+
+    copy_to: str | None = None
+
+
 class Config(_Section):
     """A whole run. See docs/config.md for every key."""
 
@@ -403,6 +409,7 @@ class Config(_Section):
     stages: Annotated[dict[Name, StageConfig], Field(min_length=1)]
     metrics: MetricsConfig = MetricsConfig()
     logging: LoggingConfig = LoggingConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
 
     @field_validator("stages", mode="before")
     @classmethod

@@ -89,6 +89,33 @@ class Place(NamedTuple):
         info = self.filesystem.get_file_info(self.path)
         return self.filesystem.open_input_file(self.path), f"{info.size} {info.mtime_ns}"
 
+    def checked(self, source: str) -> Self:
+        """The place itself, if the storage answers and, on S3, the bucket is there.
+
+        Raises:
+            DataError: it does not; the message begins with `source`.
+        """
+        with naming(f"{source}: {self}"):
+            self.exists()
+            _check_bucket(self)
+        return self
+
+    def exists(self) -> bool:
+        """Whether a file or directory is there.
+
+        Raises:
+            OSError: the storage refuses or does not answer.
+        """
+        return bool(self.filesystem.get_file_info(self.path).type != fs.FileType.NotFound)
+
+    def files(self) -> list[str]:
+        """Names of the files below, sorted; none where nothing is.
+
+        Raises:
+            OSError: they cannot be listed.
+        """
+        return sorted(self.prefix + info.path for info in _below(self.filesystem, self.path) if info.is_file)
+
     def put(self, source: Path) -> None:
         """Copy a file of this machine here.
 
@@ -216,10 +243,8 @@ def _matches(pattern: str, source: str) -> list[Place]:
                 if file.path.endswith(".parquet")
             ]
         files = [info.path for info in found if info.is_file]
-        if prefix == "s3://" and not files:
-            bucket = path.partition("/")[0]
-            if filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
-                raise OSError("NO_SUCH_BUCKET")
+        if not files:
+            _check_bucket(place)
     files = [file for file in files if file == path or not re.search(r"(^|/)[_.]", file[len(base) :])]
     if not files:
         hint = "" if prefix else " (paths are relative to the working directory)"
@@ -232,6 +257,12 @@ def _below(filesystem: fs.FileSystem, directory: str) -> list[fs.FileInfo]:
         fs.FileSelector(directory, recursive=True, allow_not_found=True)
     )
     return found
+
+
+def _check_bucket(place: Place) -> None:
+    # A path in a bucket that is not there is merely not found.
+    if place.prefix == "s3://" and not place._replace(path=place.path.partition("/")[0]).exists():
+        raise OSError("NO_SUCH_BUCKET")
 
 
 def _matching(infos: list[fs.FileInfo], pattern: str) -> list[fs.FileInfo]:
