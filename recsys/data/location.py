@@ -84,7 +84,7 @@ class Place(NamedTuple):
         """
         if self.filesystem.type_name == "s3":
             file = self.filesystem.open_input_file(self.path)
-            return file, file.metadata()[b"ETag"].decode()
+            return file, file.metadata()["ETag"].decode()
         # Looked at before it is opened: one that is replaced in between is then seen to differ, if only later.
         info = self.filesystem.get_file_info(self.path)
         return self.filesystem.open_input_file(self.path), f"{info.size} {info.mtime_ns}"
