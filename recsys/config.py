@@ -144,7 +144,7 @@ class DomainConfig(_Section):
 class DataConfig(_Section):
     """Where the shards are and how they are read.
 
-    `train`, `valid` and `test` are globs (relative to the working directory). `label` names a 0/1 column; `reference` a
+    `train`, `valid` and `test` are patterns (see `recsys.data.location.find_files`). `label` names a 0/1 column; `reference` a
     column of probabilities whose metrics are reported beside the model's (the model in production, or the true
     probability of a synthetic log); `domain` what parts the rows in reports. `batch_size` is per rank. Rows are
     shuffled within windows of `window_row_groups` row groups, which are themselves in random order; two windows are in
@@ -171,7 +171,7 @@ class DataConfig(_Section):
         return tuple(split for split in ("train", "valid", "test") if getattr(self, split) is not None)
 
     def patterns(self, split: str) -> tuple[str, ...]:
-        """The globs of a split.
+        """The patterns of a split.
 
         Raises:
             ConfigError: the config has no such split.

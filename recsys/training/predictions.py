@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.distributed as dist
 
 from recsys.data.location import DataError, locate, naming
 from recsys.model.ranker import RankerOutput
@@ -16,7 +17,7 @@ ROW_GROUP_ROWS = 1 << 17
 
 @contextmanager
 def writing_predictions(directory: str, ranks: Ranks, *, with_domain: bool) -> Iterator[Callable[[RankerOutput], None]]:
-    """Yields what takes the output for each of this rank's batches, in order.
+    """Yields what takes the output for each of this rank's batches, in order; entering it is a collective call.
 
     They become `part-<rank>-of-<ranks>.parquet`, with columns `label` (int8), `probability` (float32) and perhaps
     `domain` (int64). The file appears, whole, when the block ends without error.
@@ -35,6 +36,7 @@ def writing_predictions(directory: str, ranks: Ranks, *, with_domain: bool) -> I
             taken = place.files()
         if taken:
             raise DataError(f"--predictions: {place} holds files, such as {taken[0]}; name a new or an empty directory")
+    dist.barrier()  # none begins to write while the first looks what is there
     schema = pa.schema(
         {"label": pa.int8(), "probability": pa.float32(), **({"domain": pa.int64()} if with_domain else {})}
     )
