@@ -144,9 +144,9 @@ class DomainConfig(_Section):
 class DataConfig(_Section):
     """Where the shards are and how they are read.
 
-    `train`, `valid` and `test` are patterns (see `recsys.data.location.find_files`). `label` names a 0/1 column; `reference` a
-    column of probabilities whose metrics are reported beside the model's (the model in production, or the true
-    probability of a synthetic log); `domain` what parts the rows in reports. `batch_size` is per rank. Rows are
+    `train`, `valid` and `test` are patterns, as in `recsys.data.location.find_files`. `label` names a 0/1 column;
+    `reference` a column of probabilities whose metrics are reported beside the model's (the model in production, or the
+    true probability of a synthetic log); `domain` what parts the rows in reports. `batch_size` is per rank. Rows are
     shuffled within windows of `window_row_groups` row groups, which are themselves in random order; two windows are in
     memory at a time. `reader_threads` decode, on each rank; their number changes nothing that is read.
     """

@@ -99,6 +99,10 @@ def test_a_list_names_patterns_one_a_line(tree: Path) -> None:
         ("data/_none", "data.train: no file matches 'data/_none'"),
         ("@none.txt", "data.train: list of files none.txt: there is no such file"),
         ("bla://bucket/x", "data.train: bla://bucket/x: .*bla"),
+        (
+            "gs://anonymous@bucket/x/*?endpoint_override=127.0.0.1:1&scheme=http&retry_limit_seconds=1",
+            r"data.train: gs://bucket/x/\*: the storage does not answer; check the network",
+        ),
         ("s3:///x", "data.train: s3:///x: the URL names no bucket"),
         (
             "s3://bucket/x?endpoint=y",
