@@ -90,8 +90,8 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         f"Rows a second from Parquet (zstd, row groups of {ROW_GROUP_ROWS:,}) to batches of {BATCH_SIZE:,}; medians of "
         f"{arguments.rounds} turns, each way a process of its own on the cores that it is given. Raw decoding is "
         "pyarrow's, of the same columns, in the faster of two ways: a row group at a time on all cores, or as many row "
-        "groups at a time as there are cores. Memory is what the process holds at most beyond what it holds once it has "
-        "imported all that it needs.",
+        "groups at a time as there are cores. Memory is what the process holds at most beyond what it holds with "
+        "all imports.",
     ]
     for name, measured in speed.items():
         parts += [f"## {DATA_SETS[name].__doc__}", _speed_rows(measured)]

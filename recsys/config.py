@@ -144,9 +144,9 @@ class DomainConfig(_Section):
 class DataConfig(_Section):
     """Where the shards are and how they are read.
 
-    `train`, `valid` and `test` are globs (relative to the working directory). `label` names a 0/1 column; `reference` a
-    column of probabilities whose metrics are reported beside the model's (the model in production, or the true
-    probability of a synthetic log); `domain` what parts the rows in reports. `batch_size` is per rank. Rows are
+    `train`, `valid` and `test` are patterns, as in `recsys.data.location.find_files`. `label` names a 0/1 column;
+    `reference` a column of probabilities whose metrics are reported beside the model's (the model in production, or the
+    true probability of a synthetic log); `domain` what parts the rows in reports. `batch_size` is per rank. Rows are
     shuffled within windows of `window_row_groups` row groups, which are themselves in random order; two windows are in
     memory at a time. `reader_threads` decode, on each rank; their number changes nothing that is read.
     """
@@ -171,7 +171,7 @@ class DataConfig(_Section):
         return tuple(split for split in ("train", "valid", "test") if getattr(self, split) is not None)
 
     def patterns(self, split: str) -> tuple[str, ...]:
-        """The globs of a split.
+        """The patterns of a split.
 
         Raises:
             ConfigError: the config has no such split.
@@ -388,6 +388,12 @@ class LoggingConfig(_Section):
     eval_every_steps: PositiveInt | None = None
 
 
+class CheckpointsConfig(_Section):
+    """What happens to a stage's checkpoint beside being written: `copy_to` is a directory or URL to copy it below."""
+
+    copy_to: str | None = None
+
+
 class Config(_Section):
     """A whole run. See docs/config.md for every key."""
 
@@ -403,6 +409,7 @@ class Config(_Section):
     stages: Annotated[dict[Name, StageConfig], Field(min_length=1)]
     metrics: MetricsConfig = MetricsConfig()
     logging: LoggingConfig = LoggingConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
 
     @field_validator("stages", mode="before")
     @classmethod

@@ -13,13 +13,22 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, help="a directory step-<n> that training wrote")
     parser.add_argument("--split", default="test", choices=("train", "valid", "test"))
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--predictions", metavar="PATH_OR_URL", help="a new directory for label and probability of each row, as Parquet"
+    )
     parser.add_argument("overrides", nargs="*", metavar="path.to.key=value", help="settings that replace the run's")
     arguments = parser.parse_args()
 
     def body() -> None:
         from recsys.training.evaluation import evaluate_checkpoint
 
-        evaluate_checkpoint(arguments.checkpoint, arguments.split, arguments.overrides, as_json=arguments.json)
+        evaluate_checkpoint(
+            arguments.checkpoint,
+            arguments.split,
+            arguments.overrides,
+            as_json=arguments.json,
+            predictions=arguments.predictions,
+        )
 
     run_entry(body)
 

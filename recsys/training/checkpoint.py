@@ -10,6 +10,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torchrec.optim.keyed import KeyedOptimizer
 
 from recsys.config import Config, UserError
+from recsys.data.location import THREADS, Place, naming
 from recsys.sharding.shard import COLLECTION, ShardedRanker
 
 FORMAT = 1
@@ -79,6 +81,30 @@ def save_checkpoint(
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
     dist.barrier()
+
+
+def copy_checkpoint(directory: Path, to: Place) -> None:
+    """Copy a complete checkpoint to `to`, replacing what is there; a collective call, and each rank copies its share.
+
+    `meta.json` comes last, and an older one is deleted first, so a copy that was cut off is no checkpoint.
+
+    Raises:
+        DataError: the storage refuses, fails or does not answer; the message names the copy.
+    """
+    meta = to / "meta.json"
+    with naming(f"copy of {directory} to {to}"):
+        if dist.get_rank() == 0 and meta.exists():
+            meta.filesystem.delete_file(meta.path)
+        dist.barrier()
+        files = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / "meta.json")
+        with ThreadPoolExecutor(THREADS) as pool:
+            mine = files[dist.get_rank() :: dist.get_world_size()]
+            list(pool.map(lambda file: (to / str(file.relative_to(directory))).put(file), mine))
+        dist.barrier()
+        if dist.get_rank() == 0:
+            with meta.writing() as path:
+                shutil.copyfile(directory / "meta.json", path)
+        dist.barrier()
 
 
 def read_meta(directory: Path) -> CheckpointMeta:

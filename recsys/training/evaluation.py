@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -12,16 +13,26 @@ from recsys.config import Config, load_config
 from recsys.data.parquet import ParquetShards
 from recsys.data.splits import open_loader, open_splits
 from recsys.data.stream import Epoch
-from recsys.model.ranker import Ranker, build_ranker
+from recsys.model.ranker import Ranker, RankerOutput, build_ranker
 from recsys.runtime import Ranks, process_group
 from recsys.sharding.shard import shard
 from recsys.training.checkpoint import load_model, read_meta
 from recsys.training.metrics import BinaryMetrics, Metrics
 from recsys.training.monitor import console
+from recsys.training.predictions import writing_predictions
+
+
+def _ignore(output: RankerOutput) -> None:
+    pass
 
 
 def evaluate_checkpoint(
-    directory: str, split: str, overrides: Sequence[str] = (), *, as_json: bool = False
+    directory: str,
+    split: str,
+    overrides: Sequence[str] = (),
+    *,
+    as_json: bool = False,
+    predictions: str | None = None,
 ) -> dict[str, Metrics]:
     """Figures of a checkpoint's model on a split, printed by the first rank; those of a reference column beside it.
 
@@ -30,11 +41,12 @@ def evaluate_checkpoint(
         split: train, valid or test.
         overrides: of the config that the checkpoint holds.
         as_json: print one JSON object instead of a table.
+        predictions: where to write them (see `writing_predictions`), if anywhere.
 
     Raises:
         CheckpointError: no checkpoint is there, or it does not fit.
         ConfigError: the config has no such split, or an override is wrong.
-        DataError: as `recsys.data.parquet.ParquetShards`.
+        DataError: as `recsys.data.parquet.ParquetShards` and `writing_predictions`.
     """
     path = Path(directory)
     meta = read_meta(path)
@@ -45,7 +57,12 @@ def evaluate_checkpoint(
         dense_arch = ranker.dense_arch
         sharded = shard(ranker, config, ranks, seed=0)
         load_model(path, sharded, dense_arch)
-        model, reference = evaluate(ranker, shards, config, ranks)
+        with (
+            writing_predictions(predictions, ranks, with_domain=config.data.domain is not None)
+            if predictions
+            else nullcontext(_ignore)
+        ) as on_output:
+            model, reference = evaluate(ranker, shards, config, ranks, on_output=on_output)
         results = {"model": model, **({"reference": reference} if reference else {})}
         if ranks.is_first and as_json:
             figures = {name: metrics.as_dict() for name, metrics in results.items()}
@@ -72,6 +89,7 @@ def evaluate(
     ranks: Ranks,
     *,
     on_batch: Callable[[int, int], None] = lambda done, num_batches: None,
+    on_output: Callable[[RankerOutput], None] = _ignore,
 ) -> tuple[Metrics, Metrics | None]:
     """Figures of the ranker on every row of a split, and those of the reference column if there is one.
 
@@ -84,6 +102,7 @@ def evaluate(
         config: for batch size, features and metrics.
         ranks: this process among all.
         on_batch: told after each batch how many are done, and of how many.
+        on_output: given what the ranker says of each of this rank's batches.
     """
     epoch = Epoch(
         shards.row_counts, ranks.world_size, config.data.eval_batch_size or config.data.batch_size, shuffle=False
@@ -98,6 +117,7 @@ def evaluate(
                 reference.update(_logits(batch.reference), batch.labels)
             _, output = ranker(batch.to(ranks.device, non_blocking=True))
             model.update(output.logits, output.labels)
+            on_output(output)
             on_batch(step + 1, epoch.num_steps)
     ranker.train(was_training)
     return model.compute(), reference.compute() if config.data.reference else None

@@ -19,6 +19,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from recsys.config import Config, StageConfig
 from recsys.data.loader import Loader
+from recsys.data.location import locate
 from recsys.data.parquet import ParquetShards
 from recsys.data.splits import open_loader, open_splits
 from recsys.data.stream import Epoch
@@ -27,7 +28,12 @@ from recsys.model.ranker import RankerOutput, build_ranker
 from recsys.runtime import Ranks, derive_seed, process_group
 from recsys.sharding.plan import plan_rows, plan_table
 from recsys.sharding.shard import COLLECTION, shard
-from recsys.training.checkpoint import CheckpointMeta, load_model_and_tables_optimizers, save_checkpoint
+from recsys.training.checkpoint import (
+    CheckpointMeta,
+    copy_checkpoint,
+    load_model_and_tables_optimizers,
+    save_checkpoint,
+)
 from recsys.training.evaluation import evaluate
 from recsys.training.metrics import BinaryMetrics, Metrics
 from recsys.training.monitor import Monitor, markdown_table
@@ -106,6 +112,7 @@ class Trainer:
 
     Raises:
         ConfigError: a setting that the device or the data cannot meet.
+        DataError: the storage that checkpoints are copied to refuses or does not answer.
 
     Attributes:
         sharded: the ranker on its ranks, with the tables' optimizers.
@@ -122,6 +129,8 @@ class Trainer:
         self._num_steps = stage_lengths(config.stages, self._epoch(0).num_steps)
         self._cost = cost_report(config)
         self._best_directory = Path(config.output_dir) / "checkpoints" / "best"
+        copy_to = config.checkpoints.copy_to
+        self._copies = copy_to and locate(copy_to, source="checkpoints.copy_to").checked("checkpoints.copy_to")
 
     def run(self) -> dict[str, Any]:
         """All stages, then the held-out splits."""
@@ -198,6 +207,10 @@ class Trainer:
                     valid, _ = self._evaluate(name, "valid")
         checkpoint = self._best_directory.with_name(f"step-{self._step}")
         self._save(checkpoint, stage, totals)
+        if self._copies:
+            copy = self._copies / checkpoint.name
+            copy_checkpoint(checkpoint, copy)
+            self.monitor.say(f"{name:<10} checkpoint copied to {copy}")
         summary = {
             "trains": settings.trains,
             "steps": totals.steps,

@@ -1,5 +1,6 @@
 """The loader yields every row once whatever the files look like, keeps to the order, and fails where it must."""
 
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -237,15 +238,25 @@ def id_table(ids: Sequence[Any] = (1, 2, 3)) -> pa.Table:
     return pa.table({"label": [0, 1, 1], "ids": list(ids)})
 
 
+REPLACED = "changed since the run began"
+
+
+def same_to_look_at(path: Path, content: bytes) -> None:
+    """Replace a file's content in a way that neither its size nor its time tells of."""
+    before = path.stat()
+    assert before.st_size == len(content)
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (Path.unlink, "cannot be read: .*No such file"),
-        (lambda path: path.write_bytes(path.read_bytes()[:200]), "cannot be read"),
-        (lambda path: path.write_bytes(b"PAR1" + b"\xff" * 100 + path.read_bytes()[104:]), "cannot be read"),
-        (lambda path: pq.write_table(id_table(), path, row_group_size=2), "has 2 rows, but had 3"),
-        (lambda path: pq.write_table(id_table().drop(["ids"]), path), "no column 'ids'"),
-        (lambda path: pq.write_table(id_table("abc"), path), "has type string"),
+        (Path.unlink, "row group 0: cannot be read: there is no such file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:200]), REPLACED),
+        (lambda path: pq.write_table(id_table(), path, row_group_size=2), REPLACED),
+        (lambda path: pq.write_table(id_table().drop(["ids"]), path), REPLACED),
+        (lambda path: same_to_look_at(path, b"PAR1" + b"\xff" * 100 + path.read_bytes()[104:]), "row group 0: cannot"),
     ],
 )
 def test_file_that_changes_after_opening_is_named_by_the_loader(

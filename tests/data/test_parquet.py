@@ -252,7 +252,6 @@ def write_text(path: Path) -> None:
     [
         (write_text, "not a readable Parquet file"),
         (Path.touch, "not a readable Parquet file"),
-        (Path.mkdir, "not a readable Parquet file"),
         (lambda path: path.symlink_to("nowhere"), "not a readable Parquet file"),
         (lambda path: pq.write_table(good_table().drop(["x"]), path), "no column 'x'; the file has label, truth, ids"),
         (lambda path: pq.write_table(good_table(x=list("abc")), path), r"\(dense feature score\) has type string"),
