@@ -1,7 +1,8 @@
-"""Writing data sets: Parquet shards and a `dataset.json`, which appear in their place all at once or not at all.
+"""Writing data sets: Parquet shards and what tells of them, which appear in their place all at once or not at all.
 
 A data set is a folder:
 
+    dataset.yaml                the data, tables and features of a config, which includes it
     dataset.json                what the columns mean, their sizes, rows and label rate of each split
     train/part-00000.parquet    several files a split, several row groups a file
     valid/part-00000.parquet
@@ -14,15 +15,18 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 SUMMARY_FILE = "dataset.json"
+CONFIG_FILE = "dataset.yaml"
+EMBEDDING_DIM = 16
 
 
 def part_path(directory: Path, split: str, part: int) -> Path:
@@ -64,8 +68,49 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
     return summary if isinstance(summary, dict) else None
 
 
+def write_config(
+    directory: Path,
+    summary: Mapping[str, Any],
+    *,
+    sparse: Mapping[str, str],
+    dense: Mapping[str, Mapping[str, Any]],
+    data: Mapping[str, Any],
+    embedding_dim: int = EMBEDDING_DIM,
+) -> None:
+    """Writes `dataset.yaml`: with `model`, `stages` and `data.batch_size` beside it, a config is whole.
+
+    Its globs start with `${here}`, so that the data set can be moved.
+
+    Args:
+        directory: the data set.
+        summary: as `write_summary` writes it; a table is as large as the `size` of the largest of its columns, and a
+            split without rows is left out.
+        sparse: the table of each column of ids.
+        dense: the settings of each column of numbers.
+        data: what else the section `data` says.
+        embedding_dim: of every table.
+    """
+    sizes: dict[str, int] = {}
+    for column, table in sparse.items():
+        sizes[table] = max(sizes.get(table, 0), summary["columns"][column]["size"])
+    config = {
+        "data": {
+            **{split: f"${{here}}/{split}/*.parquet" for split, told in summary["splits"].items() if told["rows"]},
+            "label": "label",
+            **data,
+        },
+        "tables": {table: {"num_embeddings": size, "embedding_dim": embedding_dim} for table, size in sizes.items()},
+        "features": {
+            "sparse": {column: {"table": table} for column, table in sparse.items()},
+            "dense": {column: dict(settings) for column, settings in dense.items()},
+        },
+    }
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
 def is_complete(directory: Path, summary: dict[str, Any]) -> bool:
-    """Tells whether every file that `summary` counts is there with all its rows.
+    """Tells whether `dataset.yaml` and every file that `summary` counts are there, each with all its rows.
 
     Parquet keeps its footer at the end, so a file that was cut short cannot be read: this looks at footers
     only.
@@ -75,9 +120,9 @@ def is_complete(directory: Path, summary: dict[str, Any]) -> bool:
             paths = [part_path(directory, split, part) for part in range(told["files"])]
             if sum(pq.read_metadata(path).num_rows for path in paths) != told["rows"]:
                 return False
+        return (directory / CONFIG_FILE).is_file()
     except (KeyError, TypeError, AttributeError, OSError, pa.ArrowInvalid):
         return False
-    return True
 
 
 @contextmanager
