@@ -18,9 +18,11 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
@@ -51,6 +53,73 @@ def write_part(table: pa.Table, directory: Path, split: str, part: int, *, row_g
     path = part_path(directory, split, part)
     path.parent.mkdir(exist_ok=True)
     pq.write_table(table, path, row_group_size=row_group_rows, compression="zstd")
+
+
+class SplitWriter:
+    """Writes a split of any length, a row group at a time; to be entered.
+
+    Args:
+        directory: the data set.
+        split: its name.
+        label: the column of 0 and 1.
+        row_group_rows: rows of a row group.
+        file_row_groups: row groups of a file.
+    """
+
+    def __init__(
+        self, directory: Path, split: str, label: str, *, row_group_rows: int = 16_384, file_row_groups: int = 64
+    ) -> None:
+        self._directory, self._split, self._label = directory, split, label
+        self._row_group_rows, self._file_row_groups = row_group_rows, file_row_groups
+        self._waiting: list[pa.Table] = []
+        self._writer: pq.ParquetWriter | None = None
+        self._row_groups = self._files = self._rows = self._positives = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self._waiting:
+            self._write_group(pa.concat_tables(self._waiting))
+        if self._writer is not None:
+            self._writer.close()
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What `dataset.json` says of the split."""
+        rate = self._positives / self._rows if self._rows else None
+        return {"rows": self._rows, "files": self._files, "label_rate": rate}
+
+    def write(self, table: pa.Table) -> None:
+        """Appends rows; the last of them wait until a row group is full."""
+        if not len(table):
+            return
+        self._rows += len(table)
+        self._positives += pc.sum(table[self._label]).as_py() or 0
+        self._waiting.append(table)
+        if sum(map(len, self._waiting)) < self._row_group_rows:
+            return
+        waiting = pa.concat_tables(self._waiting)
+        whole = len(waiting) - len(waiting) % self._row_group_rows
+        for start in range(0, whole, self._row_group_rows):
+            self._write_group(waiting.slice(start, self._row_group_rows))
+        # A copy: a slice would keep the memory of all rows.
+        rest = waiting.take(pa.array(range(whole, len(waiting)), pa.int64()))
+        self._waiting = [rest] if len(rest) else []
+
+    def _write_group(self, table: pa.Table) -> None:
+        if self._writer is None:
+            path = part_path(self._directory, self._split, self._files)
+            path.parent.mkdir(exist_ok=True)
+            self._writer = pq.ParquetWriter(path, table.schema, compression="zstd")
+            self._files, self._row_groups = self._files + 1, 0
+        self._writer.write_table(table, row_group_size=self._row_group_rows)
+        self._row_groups += 1
+        if self._row_groups == self._file_row_groups:
+            self._writer.close()
+            self._writer = None
 
 
 def write_summary(directory: Path, summary: dict[str, Any]) -> None:
