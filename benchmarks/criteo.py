@@ -125,8 +125,8 @@ def _report(arguments: argparse.Namespace, cases: Sequence[dict[str, Any]]) -> N
     ]
     show("Criteo's form to shards", rows)
     parts = [
-        "Generated rows of 40 columns, through `python -m recsys.prepare criteo`, start of Python included. A vocabulary "
-        "takes three passes over the text (count rows, count values, write), hashing two.",
+        "Generated rows of 40 columns, through `python -m recsys.prepare criteo`, start of Python included. Lines are "
+        "counted first, to split by order; a vocabulary is counted in a pass of its own.",
         rows,
         *([arguments.note] if arguments.note else []),
     ]
