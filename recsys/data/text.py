@@ -147,7 +147,7 @@ class TextFiles:
             first = 1
             with path.open("rb") as raw, _unpacked(raw, path) as stream:
                 while content := _whole_rows(stream, self.block_bytes, quote):
-                    if len(content) >= 2 * self.block_bytes:
+                    if len(content) > 2 * self.block_bytes:
                         raise DataError(
                             f"{path}: a row after line {first} has more than {self.block_bytes:,} bytes; "
                             + ("is a quote not closed? Set quote: null if quotes are parts of values" if quote else "")
@@ -207,6 +207,7 @@ class TextFiles:
                         explicit_schema=pa.schema(list(self.format.types.items())), unexpected_field_behavior="ignore"
                     ),
                 )
+                table.validate(full=True)  # the parser takes any bytes for UTF-8
                 if len(table) != lines:
                     raise Malformed("not one JSON object a line")
             else:
@@ -244,12 +245,12 @@ class _Text:
 
 
 def _whole_rows(stream: io.BufferedIOBase, size: int, quote: bytes | None) -> bytes:
-    """The next `size` bytes up to the end of a row; twice as many or more if that row does not end."""
-    content = [stream.read(size), stream.readline(size)]
+    """The next `size` bytes up to the end of a row; more than twice as many if that row does not end."""
+    content = [stream.read(size), stream.readline(size + 1)]
     if quote is not None:
         # A line break within quotes ends no row.
         odd = sum(text.count(quote) for text in content) % 2
-        while odd and sum(map(len, content)) < 2 * size and (text := stream.readline(size)):
+        while odd and sum(map(len, content)) <= 2 * size and (text := stream.readline(size + 1)):
             odd ^= text.count(quote) % 2
             content.append(text)
     return b"".join(content)
