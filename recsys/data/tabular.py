@@ -333,13 +333,12 @@ def _split_rule(schema: Schema, files: TextFiles) -> Callable[[], _Assign]:
 
 def _ends_by_order(split: SplitSchema, files: TextFiles) -> list[tuple[float, float]]:
     """The last line of train and that of valid, for each file and counted in it."""
-    headers = 1 if files.format.names is None and not files.format.json else 0
-    rows = [lines - headers for lines in files.count_lines("counting rows")]
+    rows = [last + 1 - files.first_line for last in files.last_lines("counting rows")]
     test, valid = round(sum(rows) * split.test), round(sum(rows) * split.valid)
     ends: list[tuple[float, float]] = []
     before = 0
     for count in rows:
-        end = sum(rows) - test - before + headers
+        end = sum(rows) - test - before + files.first_line - 1
         ends.append((end - valid, end))
         before += count
     return ends
@@ -356,8 +355,8 @@ def _ends_by_file(split: SplitSchema, files: TextFiles) -> list[tuple[float, flo
     ends = []
     for path, valid, test in zip(files.paths, *held_out, strict=True):
         if valid and test:
-            (lines,) = replace(files, paths=[path]).count_lines(f"counting rows of {path.name}")
-            ends.append((0.0, lines / 2))
+            (last,) = replace(files, paths=[path]).last_lines(f"counting rows of {path.name}")
+            ends.append((0.0, (files.first_line + last) / 2))
         else:
             ends.append((0.0, np.inf) if valid else (0.0, 0.0) if test else (np.inf, np.inf))
     return ends

@@ -117,7 +117,7 @@ class TextFiles:
             first, content = text.first, text.content
             if first == 1:
                 content = content.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-                if self.format.names is None and not self.format.json:
+                if self.first_line == 2:
                     header, _, content = content.partition(b"\n")
                     names, first = self._header(text.file, header), 2
             for line, end, table in self._read(text.file, first, content, names):
@@ -126,8 +126,13 @@ class TextFiles:
                 yield Block(text.file, lines, table)
             self.progress(what, rows, *text.bytes)
 
-    def count_lines(self, what: str) -> list[int]:
-        """Lines of each file, any header included; `what` as for `blocks`.
+    @property
+    def first_line(self) -> int:
+        """The line of each file's first row."""
+        return 2 if self.format.names is None and not self.format.json else 1
+
+    def last_lines(self, what: str) -> list[int]:
+        """The line of each file's last row; `what` as for `blocks`.
 
         Raises:
             DataError: a file is cut short.
@@ -273,7 +278,7 @@ def _told(error: Exception, names: Sequence[str] | None) -> str:
     """What Arrow says of a single row, with the column's name for its number."""
     text = re.sub(r"^(CSV|JSON) parse error: ", "", " ".join(str(error).split()))
     text = re.sub(r" in row 0$", "", text)
-    if (found := re.match(r"In CSV column #(\d+): CSV conversion error to (\w+): (.*)", text)) and names:
+    if (found := re.match(r"In CSV column #(\d+): CSV conversion error to ([^:]+): (.*)", text)) and names:
         return f"column {names[int(found[1])]!r}: {found[3]} for {found[2]}"
     return text if len(text) < 200 else f"{text[:200]} ..."
 

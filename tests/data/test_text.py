@@ -43,11 +43,13 @@ def test_rows_and_lines_do_not_depend_on_blocks(tmp_path: Path, block_bytes: int
     expected = [{"a": row, "b": f"t{row}"} for row in range(50)]
     assert rows(files) == expected + [{"a": row, "b": "x"} for row in range(50)]
     assert lines(files) == [(file, line) for file in (0, 1) for line in range(2, 52)]
-    assert files.count_lines("counting") == [51, 51]
+    assert files.last_lines("counting") == [51, 51]
     size = sum(path.stat().st_size for path in paths)
     assert seen[-1] == ("counting", 102, size, size)
     assert [told for told in seen if told[0] == "reading"][-1] == ("reading", 100, size, size)
-    assert [done for _, _, done, _ in seen[: len(seen) // 3]] == sorted(done for _, _, done, _ in seen[: len(seen) // 3])
+    assert [done for _, _, done, _ in seen[: len(seen) // 3]] == sorted(
+        done for _, _, done, _ in seen[: len(seen) // 3]
+    )
 
 
 @given(
@@ -156,7 +158,11 @@ def test_files_that_cannot_be_read(tmp_path: Path, text: str, message: str) -> N
 
 def test_gzipped_files_that_are_cut_short_or_none(tmp_path: Path) -> None:
     whole = gzip.compress(b"a,b\n" + b"".join(b"%d,x\n" % row for row in range(5000)))
-    for name, content in {"cut.gz": whole[:-2000], "text.gz": b"a,b\n1,2\n", "rot.gz": whole[:500] + b"\0" * 500}.items():
+    for name, content in {
+        "cut.gz": whole[:-2000],
+        "text.gz": b"a,b\n1,2\n",
+        "rot.gz": whole[:500] + b"\0" * 500,
+    }.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=rf"{name} cannot be unpacked: .*; fetch it again"):
             rows(TextFiles([tmp_path / name], NUMBERS))
