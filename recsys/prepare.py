@@ -118,7 +118,8 @@ def _criteo(options: argparse.Namespace) -> None:
         )
     except ValidationError as error:
         fault = error.errors()[0]
-        raise ValueError(f"--{'-'.join(map(str, fault['loc']))}: {fault['msg']}".replace("_", "-")) from None
+        option = "".join(f"--{key}: ".replace("_", "-") for key in fault["loc"])
+        raise ValueError(f"{option}{fault['msg'].removeprefix('Value error, ')}") from None
     _text(options, sources, schema)
 
 

@@ -103,9 +103,45 @@ def test_movielens_100k_splits_by_time(tmp_path: Path) -> None:
     assert (told.features, told.data.domain) == (shipped.features, shipped.data.domain)
 
 
+def test_csv_by_a_schema(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("who,what,clicked\n" + "".join(f"u{i % 7},{i % 5},{i % 2}\n" for i in range(300)))
+    (tmp_path / "log.yaml").write_text(
+        """
+        label: clicked
+        tables: {who: {ids: vocabulary}, what: {ids: keep}}
+        columns:
+          who: {type: string, table: who}
+          what: {type: int, table: what}
+          clicked: {type: int}
+        """
+    )
+    arguments = ("csv", "--source", "log.csv", "--schema", "log.yaml", "--output", "out")
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 0 and "log written to out" in done.stdout, done.stderr
+    assert done.stdout.startswith("counting values: 100 %, 300 rows\nwriting shards: 100 %, 300 rows\n")
+    sizes = {name: table.num_embeddings for name, table in check_config(tmp_path).tables.items()}
+    assert sizes == {"who": 8, "what": 5}
+    # A conversion that fails leaves what was there.
+    before = (tmp_path / "out/dataset.json").read_bytes()
+    (tmp_path / "log.csv").write_text("who,what,clicked\nu1,1,0\nu1,x,0\n")
+    failed = run(*arguments, "--overwrite", cwd=tmp_path)
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("error: log.csv, line 3: column 'what': invalid value 'x' for int64; mend it")
+    assert (tmp_path / "out/dataset.json").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["configs", "log.csv", "log.yaml", "out"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ("csv", "--source", "missing.csv", "--schema", "missing.yaml", "--output", "out"),
+            "error: cannot read schema missing.yaml: No such file or directory; give one with --schema",
+        ),
+        (
+            ("criteo", "--source", "missing.txt", "--output", "out"),
+            "error: [Errno 2] No such file or directory: 'missing.txt'",
+        ),
         (
             ("movielens-1m", "--source", "missing", "--output", "out"),
             "error: missing does not exist; take ml-1m.zip",

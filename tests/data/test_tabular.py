@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import yaml
 from recsys.config import ConfigError, load_config
 from recsys.data import shards, tabular
 from recsys.data.location import DataError
-from recsys.data.tabular import convert_text, load_schema
+from recsys.data.tabular import ColumnSchema, Schema, SplitSchema, TableSchema, convert_text, load_schema
 
 ROWS = 400
 SCHEMA: dict[str, Any] = {
@@ -371,3 +372,14 @@ def test_a_schema_is_named_by_its_file(tmp_path: Path) -> None:
     assert load_schema(tmp_path / "shop.yaml").name == "shop"
     with pytest.raises(ConfigError, match=r"cannot read schema .*missing\.yaml: .*; give one with --schema"):
         load_schema(tmp_path / "missing.yaml")
+
+
+def test_the_docs_schema_loads_and_names_every_key(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "docs.yaml").write_text(block)
+    schema = load_schema(tmp_path / "docs.yaml")
+    assert schema.sparse["viewed"] == schema.sparse["item_id"] == "item"
+    for model in (Schema, TableSchema, ColumnSchema, SplitSchema):
+        for key in model.model_fields:
+            assert re.search(rf"\b{key}\b", text[text.index("### The schema") :]), key
