@@ -200,8 +200,9 @@ class Schema(_Section):
             ("split.column", self.split.column, ("int", "timestamp")),
             ("domain.column", self.domain.column if self.domain else None, ("int",)),
         ):
-            if name is not None and (kinds.get(name) not in allowed or name in self.sparse):
-                raise ValueError(f"{path}: {name!r} is no column of type {' or '.join(allowed)} without a table")
+            ids = self.tables.get(self.sparse.get(name or "", ""))
+            if name is not None and (kinds.get(name) not in allowed or (ids is not None and ids.ids != "keep")):
+                raise ValueError(f"{path}: {name!r} is no column of type {' or '.join(allowed)}, or its values change")
         if self.boundaries and self.boundaries[0] > self.boundaries[1]:
             raise ValueError("split.boundaries: test begins before valid")
         if not self.sparse:

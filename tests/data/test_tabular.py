@@ -325,8 +325,12 @@ def with_column(**column: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"label": "click"}, "label: 'click' is no column of type bool or int without a table"),
-        ({"label": "price"}, "label: 'price' is no column of type bool or int without a table"),
+        ({"label": "click"}, "label: 'click' is no column of type bool or int, or its values change"),
+        ({"label": "price"}, "label: 'price' is no column of type bool or int, or its values change"),
+        (
+            {"domain": {"column": "user", "num_domains": 3}},
+            "domain.column: 'user' is no column of type int, or its",
+        ),
         ({"labels": "x"}, "labels: unknown key; did you mean 'label'?"),
         (with_column(type="text"), "columns.item.type: Input should be 'bool', 'int'"),
         (
