@@ -292,7 +292,7 @@ def convert_text(
             "columns": _meanings(pq.read_schema(shards.part_path(stage, "train", 0)), schema, ids, unknown),
             "vocabularies": {name: f"vocabularies/{name}.parquet" for name in vocabularies},
             "splits": told,
-            "skipped": {path.name: count for path, count in zip(sources, files.skipped, strict=True) if count},
+            "skipped": {str(path): count for path, count in zip(sources, files.skipped, strict=True) if count},
         }
         shards.write_summary(stage, summary)
         dense = {name: column.dense for name, column in schema.read.items() if column.dense is not None}

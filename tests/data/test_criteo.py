@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -142,6 +143,17 @@ def test_malformed_lines(
     assert "train.txt: 1 malformed rows left out\ncriteo written to" in told
     summary = json.loads((tmp_path / "out/dataset.json").read_text())
     assert sum(one["rows"] for one in summary["splits"].values()) == 3000
+
+
+def test_a_terminal_shows_a_bar_for_each_pass(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # which makes rich take the output for a terminal
+    assert main(["criteo", "--source", str(source), "--output", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    for what in ("counting rows", "counting values", "writing shards"):
+        assert re.search(rf"{what} .*\u2501.*3,000.* rows", told), what
+    assert "100 %" not in told
 
 
 @pytest.mark.parametrize(

@@ -283,7 +283,7 @@ def test_wrong_values_are_named_or_counted(tmp_path: Path, column: str) -> None:
         convert(tmp_path, path, block_bytes=900)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["log.csv", "schema.yaml"]
     summary = convert(tmp_path, path, skip_malformed=True, block_bytes=900)
-    assert summary["skipped"] == {"log.csv": 2}
+    assert summary["skipped"] == {str(path): 2}
     assert [told["rows"] for told in summary["splits"].values()] == [279, 80, 39]
 
 
