@@ -1,7 +1,7 @@
 """How fast, and in how much memory, Criteo's form becomes shards: `benchmarks/criteo.py [--rows N ...]`.
 
-The files are generated: 13 integers and 26 hashes of a power law, as many different values in each column as Criteo's
-own has or all that the rows make, a seventh of the fields blank. Each conversion is a process of its own, started as a
+The files are generated: 13 integers and 26 hashes of a power law, about as many different values in each column as
+Criteo's own has or all that the rows make, a seventh of the fields blank. Each conversion is a process of its own, started as a
 user would, whose time and peak memory the system tells.
 """
 
@@ -23,7 +23,7 @@ from report import RESULTS, ROOT, Rows, environment, show, write
 
 from recsys.cli import run_entry
 
-# Different values of C1 to C26 in the Kaggle challenge's training file, to one or two digits.
+# One more than a column's different values: about what C1 to C26 have in the Kaggle challenge's training file.
 SIZES = [1_400, 580, 10_000_000, 2_200_000, 300, 24, 12_500, 630, 3, 93_000, 5_700, 8_300_000, 3_200]
 SIZES += [27, 15_000, 5_500_000, 10, 5_700, 2_200, 4, 7_000_000, 18, 15, 290_000, 105, 142_000]
 MODES = {
@@ -71,7 +71,7 @@ def generate(path: Path, rows: int, seed: int = 1) -> None:
             columns: list[pa.Array] = [pa.array(random.random(count) < 0.25).cast(pa.int8())]
             for _ in range(13):
                 columns.append(pa.array(random.geometric(0.01, count) - 2, mask=random.random(count) < 1 / 7))
-            # A value's rank is size^u for a uniform u: a few are in most rows, most in one or none.
+            # A value's rank is size^u for a uniform u in [0, 1): a few are in most rows, most in one or none.
             for column, size in enumerate(sizes):
                 rank = np.floor(size ** random.random(count)).astype(np.uint64)
                 digits = (rank * np.uint64(2_654_435_761) + np.uint64(column)) & np.uint64(0xFFFFFFFF)
