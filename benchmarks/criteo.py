@@ -1,8 +1,8 @@
 """How fast, and in how much memory, Criteo's form becomes shards: `benchmarks/criteo.py [--rows N ...]`.
 
 The files are generated: 13 integers and 26 hashes of a power law, about as many different values in each column as
-Criteo's own has or all that the rows make, a seventh of the fields blank. Each conversion is a process of its own, started as a
-user would, whose time and peak memory the system tells.
+Criteo's own has or all that the rows make, a seventh of the fields blank. Each conversion is a process of its own,
+started as a user would, whose time and peak memory the system tells.
 """
 
 import argparse
