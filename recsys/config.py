@@ -6,6 +6,7 @@ as a whole before any process group starts, so that a mistake costs seconds and 
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,6 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -411,13 +411,6 @@ class Config(_Section):
     logging: LoggingConfig = LoggingConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
 
-    @field_validator("stages", mode="before")
-    @classmethod
-    def _leave_out_null_stages(cls, stages: Any) -> Any:
-        if isinstance(stages, Mapping):
-            return {name: stage for name, stage in stages.items() if stage is not None}
-        return stages
-
     @model_validator(mode="after")
     def _references_resolve(self) -> Self:
         used = {feature.table for feature in self.features.sparse.values()}
@@ -463,18 +456,24 @@ class Config(_Section):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML config and apply `dotted.path=value` overrides (values are YAML too; `null` removes a stage).
+    """Read a YAML config and apply `dotted.path=value` overrides; values are YAML too.
 
-    `name` defaults to the file's stem and `output_dir` to `outputs/<name>`.
+    What `include` names, one file or a list, relative to the file that names it, is merged beneath that file's own
+    keys, section by section; of a list, a later file lies above an earlier one. `${here}` in a glob of `data` is the
+    folder of the file that it stands in. A table, a feature or a stage that is null in the end is left out. `name`
+    defaults to the file's stem and `output_dir` to `outputs/<name>`.
 
     Raises:
-        ConfigError: the file cannot be read, an override is no `path=value`, or a value is not allowed; every fault of
-            the config is listed, one a line.
+        ConfigError: a file cannot be read or includes itself, an override is no `path=value`, or a value is not
+            allowed; every fault of the config is listed, one a line.
     """
     path = Path(path)
-    raw = read_yaml(path, "config", remedy="give one with --config")
+    raw = _read_including(path, ())
     for override in overrides:
         _apply(raw, override)
+    features = raw.get("features")
+    for section, key in ((raw, "tables"), (raw, "stages"), (features, "sparse"), (features, "dense")):
+        _leave_out_nulls(section, key)
     raw.setdefault("name", path.stem)
     raw.setdefault("output_dir", f"outputs/{raw['name']}")
     return validate(Config, raw, source=str(path))
@@ -523,6 +522,52 @@ def validate(schema: type[_Model], raw: Mapping[str, Any], *, source: str) -> _M
     except ValidationError as error:
         faults = "\n".join(f"  {fault}" for fault in dict.fromkeys(_explain(error, schema)))
         raise ConfigError(f"{source}:\n{faults}") from None
+
+
+def _read_including(path: Path, includers: tuple[Path, ...]) -> dict[str, Any]:
+    """Read a config and, beneath its own keys, what it includes; `includers` led here, the outermost first."""
+    includers = (*includers, path)
+    remedy = f"{includers[-2]} includes it" if len(includers) > 1 else "give one with --config"
+    raw = read_yaml(path, "config", remedy=remedy)
+    _fill_in_folder(raw.get("data"), os.path.normpath(path.parent))
+    names = raw.pop("include", [])
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{path}: include must be a path or a list of paths, found {json.dumps(names, default=str)}")
+    merged: dict[str, Any] = {}
+    for name in names:
+        # The plain way to the file, for the paths that it gives by ${here} and for messages.
+        included = Path(os.path.normpath(path.parent / name))
+        if included.resolve() in {includer.resolve() for includer in includers}:
+            chain = " includes ".join(map(str, (*includers, included)))
+            raise ConfigError(f"configs include each other in a circle: {chain}; remove one include")
+        merged = _merge(merged, _read_including(included, includers))
+    return _merge(merged, raw)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Both mappings in one: sections are merged in turn, of any other value the one above counts."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _leave_out_nulls(section: Any, key: str) -> None:
+    """Drop the entries that are null from a mapping by name, as far as it is one."""
+    if isinstance(section, dict) and isinstance(section.get(key), dict):
+        section[key] = {name: entry for name, entry in section[key].items() if entry is not None}
+
+
+def _fill_in_folder(data: Any, folder: str) -> None:
+    """Put `folder` in the place of `${here}` in the globs of a config's `data`, as far as they are texts."""
+    for split in {"train", "valid", "test"} & set(data if isinstance(data, dict) else ()):
+        globs = data[split]
+        if isinstance(globs, str):
+            data[split] = globs.replace("${here}", folder)
+        elif isinstance(globs, list):
+            data[split] = [glob.replace("${here}", folder) if isinstance(glob, str) else glob for glob in globs]
 
 
 class _StrictLoader(yaml.SafeLoader):

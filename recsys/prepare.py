@@ -5,12 +5,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from recsys.data import shards
+from recsys.data.criteo import by_day, criteo_schema
 from recsys.data.movielens import convert_movielens_1m, convert_movielens_100k
 from recsys.data.synthetic import write_synthetic
+from recsys.data.tabular import MAX_VALUES, Schema, convert_text, load_schema
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m recsys.prepare", description=__doc__, allow_abbrev=False)
     data_sets = parser.add_subparsers(title="data sets", required=True, metavar="DATA_SET")
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument("--output", type=Path, required=True, help="folder to write")
+    replace = argparse.ArgumentParser(add_help=False)
+    replace.add_argument("--overwrite", action="store_true", help="replace the data set that is there")
+    text = argparse.ArgumentParser(add_help=False)
+    text.add_argument("--source", type=Path, nargs="+", required=True, metavar="FILE", help="text files, also .gz")
+    text.add_argument("--skip-malformed", action="store_true", help="leave out and count rows that are wrong")
+    text.add_argument(
+        "--max-values", type=int, default=MAX_VALUES, help="different values to count for all vocabularies together"
+    )
 
     converters = {
         "movielens-100k": (
@@ -43,18 +57,35 @@ def _parser() -> argparse.ArgumentParser:
         "movielens-1m": (convert_movielens_1m, "MovieLens-1M", "ml-1m.zip, or the folder it unpacks to"),
     }
     for name, (convert, title, source) in converters.items():
-        public = data_sets.add_parser(name, help=f"{title} from its official files")
+        public = data_sets.add_parser(name, parents=[output, replace], help=f"{title} from its official files")
         public.add_argument("--source", type=Path, required=True, help=source)
-        public.add_argument("--output", type=Path, required=True, help="folder to write")
-        public.add_argument("--overwrite", action="store_true", help="replace the data set that is there")
         public.set_defaults(run=_public, convert=convert)
+
+    criteo = data_sets.add_parser(
+        "criteo",
+        parents=[output, replace, text],
+        help="Criteo's click logs of the Kaggle challenge or the terabyte",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    criteo.add_argument("--ids", choices=("vocabulary", "hash"), default="vocabulary")
+    criteo.add_argument("--min-count", type=int, default=10, help="rarer values share row 0 of a vocabulary's table")
+    criteo.add_argument("--buckets", type=int, default=1_000_000, help="rows of each table of hashes")
+    criteo.add_argument("--split", choices=("order", "last-file"), default="order", help="what is held out")
+    criteo.add_argument("--valid", type=float, default=0.1, help="share of the rows before those of test")
+    criteo.add_argument("--test", type=float, default=0.1, help="share of the last rows")
+    criteo.add_argument("--embedding-dim", type=int, default=shards.EMBEDDING_DIM, help="that dataset.yaml says")
+    criteo.set_defaults(run=_criteo)
+
+    csv = data_sets.add_parser("csv", parents=[output, replace, text], help="any CSV or JSON Lines, by a schema")
+    csv.add_argument("--schema", type=Path, required=True, help="YAML file that says what is in the files")
+    csv.set_defaults(run=lambda options: _text(options, options.source, load_schema(options.schema)))
 
     synthetic = data_sets.add_parser(
         "synthetic",
+        parents=[output],
         help="the embedded default: clicks on four surfaces, true probabilities known",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    synthetic.add_argument("--output", type=Path, required=True, help="folder to write")
     synthetic.add_argument("--seed", type=int, default=1, help="draws the world and the rows")
     synthetic.add_argument("--train-rows", type=int, default=800_000)
     synthetic.add_argument("--valid-rows", type=int, default=60_000)
@@ -70,6 +101,64 @@ def _parser() -> argparse.ArgumentParser:
 
 def _public(options: argparse.Namespace) -> None:
     options.convert(options.source, options.output, overwrite=options.overwrite)
+
+
+def _criteo(options: argparse.Namespace) -> None:
+    sources = by_day(options.source)
+    try:
+        schema = criteo_schema(
+            sources,
+            ids=options.ids,
+            min_count=options.min_count,
+            buckets=options.buckets,
+            split=options.split,
+            valid=options.valid,
+            test=options.test,
+            embedding_dim=options.embedding_dim,
+        )
+    except ValidationError as error:
+        fault = error.errors()[0]
+        option = "".join(f"--{key}: ".replace("_", "-") for key in fault["loc"])
+        raise ValueError(f"{option}{fault['msg'].removeprefix('Value error, ')}") from None
+    _text(options, sources, schema)
+
+
+def _text(options: argparse.Namespace, sources: Sequence[Path], schema: Schema) -> None:
+    with _Passes() as passes:
+        convert_text(
+            sources,
+            options.output,
+            schema,
+            skip_malformed=options.skip_malformed,
+            overwrite=options.overwrite,
+            max_values=options.max_values,
+            progress=passes,
+        )
+
+
+class _Passes(Progress):
+    """Shows how far each pass over the files is: a bar where there is a terminal, a line each tenth where not."""
+
+    def __init__(self) -> None:
+        columns = (
+            TextColumn("{task.description:<16}"),
+            BarColumn(),
+            TextColumn("{task.fields[rows]:,} rows"),
+            TimeRemainingColumn(),
+        )
+        console = Console(soft_wrap=True)
+        super().__init__(*columns, console=console, disable=not console.is_terminal)
+        self._passes: dict[str, TaskID] = {}
+        self._tenths = 0
+
+    def __call__(self, what: str, rows: int, done: int, total: int) -> None:
+        if what not in self._passes:
+            self._passes[what] = self.add_task(what, total=total, rows=0)
+            self._tenths = 0
+        self.update(self._passes[what], completed=done, rows=rows)
+        if self.disable and (tenths := done * 10 // max(1, total)) > self._tenths:
+            self._tenths = tenths
+            self.console.print(f"{what}: {tenths * 10} %, {rows:,} rows", highlight=False)
 
 
 def _synthetic(options: argparse.Namespace) -> None:
@@ -99,6 +188,8 @@ def _report(output: Path) -> None:
         table.add_row(split, f"{told['rows']:,}", str(told["files"]), rate)
     console = Console(soft_wrap=True)
     console.print(table)
+    for file, count in summary.get("skipped", {}).items():
+        console.print(f"{file}: {count:,} malformed rows left out", highlight=False, markup=False)
     console.print(f"{summary['name']} written to {output}", highlight=False, markup=False)
 
 

@@ -405,3 +405,91 @@ def test_without_sharded_tables_no_rate_is_asked_for_them(load: Callable[..., Co
     assert load(*overrides).stages["joint"].sparse_learning_rate is None
     with pytest.raises(ConfigError, match="sparse_learning_rate"):
         load(*overrides, "tables.user.sharding=[table_wise]")
+
+
+def write_configs(folder: Path, **texts: str) -> None:
+    for name, text in texts.items():
+        path = folder / f"{name.replace('__', '/')}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_included_files_lie_beneath_the_own_keys_and_overrides_above(tmp_path: Path) -> None:
+    raw = tiny_config(Path("log"), Path("out"))
+    model, stages = raw.pop("model"), raw.pop("stages")
+    raw["data"].pop("batch_size")
+    raw["include"] = "deep.yaml"
+    write_configs(
+        tmp_path,
+        sets__log__dataset=yaml.safe_dump(raw, sort_keys=False),
+        sets__log__deep="seed: 3\nlogging: {every_steps: 2, eval_every_steps: 4}\n",
+        mine__stages=yaml.safe_dump({"stages": stages}, sort_keys=False),
+        mine__run=yaml.safe_dump(
+            {
+                "include": ["../sets/log/dataset.yaml", "stages.yaml"],
+                "data": {"batch_size": 8, "domain": None},
+                "model": model,
+                "features": {"sparse": {"tags": None}, "dense": {"x": {"log1p": True}, "y": {}}},
+                "tables": {"tag": None, "user": {"embedding_dim": 16}},
+                "stages": {"experts": None},
+            }
+        ),
+    )
+    config = load_config(tmp_path / "mine/run.yaml", ["tables.item.embedding_dim=32"])
+    assert (config.data.batch_size, config.data.domain, config.data.label) == (8, None, "label")
+    assert {name: table.embedding_dim for name, table in config.tables.items()} == {"user": 16, "item": 32}
+    assert config.tables["user"].num_embeddings == 40
+    assert list(config.features.sparse) == ["user", "item"]
+    assert list(config.features.dense) == ["x", "scale", "y"]
+    assert config.features.dense["x"].fill == 0.0 and config.features.dense["x"].log1p
+    assert list(config.stages) == ["backbone", "joint"]
+    assert (config.seed, config.logging.every_steps, config.logging.eval_every_steps) == (3, 5, 4)
+    assert config.name == "tiny"  # as the included file says
+    (tmp_path / "again.yaml").write_text(config.to_yaml())
+    assert "include" not in config.to_yaml()
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+def test_here_is_the_folder_of_the_file_that_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    raw = tiny_config(Path("log"), Path("out"))
+    raw["data"] |= {"train": "${here}/train/*.parquet", "valid": ["${here}/a/*", "b/*"], "test": "${here}/test"}
+    write_configs(
+        tmp_path,
+        sets__log__dataset=yaml.safe_dump(raw),
+        mine__run="include: ../sets/log/dataset.yaml\ndata: {test: '${here}/x'}\n",
+    )
+    data = load_config("mine/run.yaml").data
+    assert (data.train, data.valid, data.test) == ("sets/log/train/*.parquet", ("sets/log/a/*", "b/*"), "mine/x")
+    elsewhere = load_config(tmp_path / "sets/log/dataset.yaml").data
+    assert elsewhere.train == f"{tmp_path}/sets/log/train/*.parquet"
+
+
+@pytest.mark.parametrize(
+    ("include", "message"),
+    [
+        ("missing.yaml", "cannot read config {folder}/missing.yaml: No such file or directory; {folder}/run.yaml incl"),
+        ("run.yaml", "in a circle: {folder}/run.yaml includes {folder}/run.yaml; remove one include"),
+        ("ring.yaml", "circle: {folder}/run.yaml includes {folder}/ring.yaml includes {folder}/run.yaml; remove one"),
+        ("{a: 1}", 'run.yaml: include must be a path or a list of paths, found {"a": 1}'),
+        ("[ring.yaml, 1]", "run.yaml: include must be a path or a list of paths, found"),
+        ("null", "run.yaml: include must be a path or a list of paths, found null"),
+    ],
+)
+def test_includes_that_lead_nowhere_are_refused(tmp_path: Path, include: str, message: str) -> None:
+    write_configs(tmp_path, run=f"include: {include}\n", ring="include: [run.yaml]\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "run.yaml")
+    assert message.replace("{folder}", str(tmp_path)) in str(error.value)
+
+
+def test_one_file_may_be_included_by_two(tmp_path: Path) -> None:
+    raw = tiny_config(Path("log"), Path("out"))
+    write_configs(
+        tmp_path,
+        base=yaml.safe_dump(raw),
+        left="include: base.yaml\nseed: 1\n",
+        right="include: base.yaml\n",
+        run="include: [left.yaml, right.yaml]\n",
+    )
+    assert load_config(tmp_path / "run.yaml").seed == 1

@@ -1,12 +1,19 @@
 """The command line of the data sets, as a user meets it."""
 
+import glob
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
+from recsys.config import Config, load_config
+
+ROOT = Path(__file__).parents[1]
 SMALL = ("--train-rows", "600", "--valid-rows", "70", "--test-rows", "80", "--files", "2")
 
 
@@ -16,18 +23,55 @@ def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONIOENCODING": "utf-8", "COLUMNS": "80"},
+        env={"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "COLUMNS": "80"},
         check=False,
     )
 
 
+REST = """
+include: ../out/dataset.yaml
+data: {batch_size: 8}
+model: {tower: {type: mlp}}
+stages: {joint: {trains: all, steps: 1, learning_rate: 1e-3, sparse_learning_rate: 0.1}}
+"""
+
+
+def check_config(tmp_path: Path) -> Config:
+    """The data set `out` with a model and a stage is a whole config, whose columns and ids are those of the shards."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/run.yaml").write_text(REST)
+    config = load_config(tmp_path / "configs/run.yaml")
+    assert config.data.splits == ("train", "valid", "test")
+    dense, sparse = config.features.dense, config.features.sparse
+    for split in config.data.splits:
+        table = pq.read_table(sorted(glob.glob(*config.data.patterns(split))))
+        for name in dense:
+            assert dense[name].fill is not None or table[name].null_count == 0
+        for name, feature in sparse.items():
+            ids = table[name]
+            ids = pc.list_flatten(ids) if pa.types.is_list(ids.type) else ids
+            assert pc.min(ids).as_py() >= 0 and pc.max(ids).as_py() < config.tables[feature.table].num_embeddings
+        if config.data.domain is not None:
+            assert pc.max(table[config.data.domain.column]).as_py() < config.data.domain.num_domains
+        assert set(pc.unique(table[config.data.label]).to_pylist()) <= {0, 1}
+    return config
+
+
 def test_synthetic_tells_what_it_wrote(tmp_path: Path) -> None:
-    done = run("synthetic", "--output", "data", *SMALL, cwd=tmp_path)
+    done = run("synthetic", "--output", "out", *SMALL, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
-    for text in ("train", "600", "valid", "70", "test", "80", "%", "synthetic written to data"):
+    for text in ("train", "600", "valid", "70", "test", "80", "%", "synthetic written to out"):
         assert text in done.stdout
-    assert len(list((tmp_path / "data/train").iterdir())) == 2
+    assert len(list((tmp_path / "out/train").iterdir())) == 2
     assert "+--" not in done.stdout and "Traceback" not in done.stdout
+    # The default config writes the log by itself; what it says of its columns is what stands beside them.
+    told, shipped = check_config(tmp_path), load_config(ROOT / "configs/default.yaml")
+    assert (told.features, told.data.reference, told.data.domain) == (
+        shipped.features,
+        shipped.data.reference,
+        shipped.data.domain,
+    )
+    assert list(told.tables) == list(shipped.tables)
 
 
 def test_movielens_and_overwrite(tmp_path: Path) -> None:
@@ -42,6 +86,7 @@ def test_movielens_and_overwrite(tmp_path: Path) -> None:
     assert again.returncode == 2
     assert again.stderr == "error: out is not empty; name another folder, or pass --overwrite to replace it\n"
     assert run(*arguments, "--overwrite", cwd=tmp_path).returncode == 0
+    assert check_config(tmp_path).features == load_config(ROOT / "configs/movielens_1m.yaml").features
 
 
 def test_movielens_100k_splits_by_time(tmp_path: Path) -> None:
@@ -54,11 +99,49 @@ def test_movielens_100k_splits_by_time(tmp_path: Path) -> None:
     assert done.returncode == 0 and "movielens-100k written to out" in done.stdout
     for cells in (("train", "48", "8", "100.00%"), ("valid", "6", "2", "100.00%"), ("test", "6", "2", "50.00%")):
         assert re.search(r"\W+".join(map(re.escape, cells)), done.stdout), cells
+    told, shipped = check_config(tmp_path), load_config(ROOT / "configs/movielens_100k.yaml")
+    assert (told.features, told.data.domain) == (shipped.features, shipped.data.domain)
+
+
+def test_csv_by_a_schema(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("who,what,clicked\n" + "".join(f"u{i % 7},{i % 5},{i % 2}\n" for i in range(300)))
+    (tmp_path / "log.yaml").write_text(
+        """
+        label: clicked
+        tables: {who: {ids: vocabulary}, what: {ids: keep}}
+        columns:
+          who: {type: string, table: who}
+          what: {type: int, table: what}
+          clicked: {type: int}
+        """
+    )
+    arguments = ("csv", "--source", "log.csv", "--schema", "log.yaml", "--output", "out")
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 0 and "log written to out" in done.stdout, done.stderr
+    assert done.stdout.startswith("counting values: 100 %, 300 rows\nwriting shards: 100 %, 300 rows\n")
+    sizes = {name: table.num_embeddings for name, table in check_config(tmp_path).tables.items()}
+    assert sizes == {"who": 8, "what": 5}
+    # A conversion that fails leaves what was there.
+    before = (tmp_path / "out/dataset.json").read_bytes()
+    (tmp_path / "log.csv").write_text("who,what,clicked\nu1,1,0\nu1,x,0\n")
+    failed = run(*arguments, "--overwrite", cwd=tmp_path)
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("error: log.csv, line 3: column 'what': invalid value 'x' for int64; mend it")
+    assert (tmp_path / "out/dataset.json").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["configs", "log.csv", "log.yaml", "out"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ("csv", "--source", "missing.csv", "--schema", "missing.yaml", "--output", "out"),
+            "error: cannot read schema missing.yaml: No such file or directory; give one with --schema",
+        ),
+        (
+            ("criteo", "--source", "missing.txt", "--output", "out"),
+            "error: [Errno 2] No such file or directory: 'missing.txt'",
+        ),
         (
             ("movielens-1m", "--source", "missing", "--output", "out"),
             "error: missing does not exist; take ml-1m.zip",
@@ -89,5 +172,4 @@ def test_usage_errors(arguments: tuple[str, ...]) -> None:
 
 def test_torch_is_not_imported(tmp_path: Path) -> None:
     code = "import sys, recsys.prepare; sys.exit('torch' in sys.modules)"
-    root = Path(__file__).parents[1]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

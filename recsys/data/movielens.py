@@ -62,6 +62,18 @@ GENRES_100K = ("unknown", *GENRES_1M)  # in the order of u.item's flags
 YEARS_1M = range(1919, 2001)
 YEARS_100K = range(1922, 1999)
 
+_TABLES = {
+    "user_id": "user",
+    "movie_id": "movie",
+    "gender": "gender",
+    "age": "age",
+    "occupation": "occupation",
+    "zip_prefix": "zip_prefix",
+    "genres": "genre",
+    "year": "year",
+}
+_AGE_NAMES = ("under 18", "18-24", "25-34", "35-44", "45-49", "50-55", "56 and over")
+_DOMAIN = {"column": "domain_age", "num_domains": len(AGES), "names": list(_AGE_NAMES)}
 _POSITIVE_RATING = 4
 _WHERE_1M = "take ml-1m.zip from https://grouplens.org/datasets/movielens/1m/"
 _WHERE_100K = "take ml-100k.zip from https://grouplens.org/datasets/movielens/100k/"
@@ -110,6 +122,8 @@ def convert_movielens_1m(source: Path, output: Path, *, overwrite: bool = False)
         name="movielens-1m",
         columns=_columns(table, users, movies, "official code", OCCUPATIONS_1M),
         vocabularies=_vocabularies(users, movies),
+        sparse=_TABLES,
+        domain=_DOMAIN,
         overwrite=overwrite,
     )
 
@@ -160,6 +174,8 @@ def convert_movielens_100k(source: Path, output: Path, *, overwrite: bool = Fals
         name="movielens-100k",
         columns=_columns(table, users, movies, "place in the vocabulary", len(OCCUPATIONS_100K)),
         vocabularies={**_vocabularies(users, movies), "occupation": list(OCCUPATIONS_100K)},
+        sparse=_TABLES,
+        domain=_DOMAIN,
         overwrite=overwrite,
     )
 

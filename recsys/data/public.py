@@ -4,6 +4,7 @@ import io
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,9 +210,11 @@ def write_data_set(
     name: str,
     columns: Mapping[str, Any],
     vocabularies: Mapping[str, Any],
+    sparse: Mapping[str, str],
+    domain: Mapping[str, Any] | None,
     overwrite: bool,
 ) -> None:
-    """Writes the Parquet shards of each split and `dataset.json`, all at once.
+    """Writes the Parquet shards of each split, `dataset.json` and `dataset.yaml`, all at once.
 
     Args:
         output: becomes the data set.
@@ -220,12 +223,14 @@ def write_data_set(
         name: of the data set.
         columns: what each column of `table` means.
         vocabularies: what the ids of a column stand for, in their order.
+        sparse: the columns of ids that are features, each with its table.
+        domain: what parts the rows, as the config has it, if anything does.
         overwrite: replace the data set that is at `output`.
 
     Raises:
         FileExistsError: `output` was taken in the meantime.
     """
-    with shards.staged(output, keep=lambda: False, replace=lambda: overwrite and _is_replaceable(output)) as stage:
+    with new_data_set(output, overwrite=overwrite) as stage:
         told = {}
         for split, rows in splits.items():
             part = table.take(pa.array(rows))
@@ -233,7 +238,20 @@ def write_data_set(
             for number, (start, end) in enumerate(bounds):
                 shards.write_part(part.slice(start, end - start), stage, split, number, row_group_rows=_ROW_GROUP_ROWS)
             told[split] = {"rows": len(rows), "files": len(bounds), "label_rate": pc.mean(part["label"]).as_py()}
-        shards.write_summary(stage, {"name": name, "columns": columns, "vocabularies": vocabularies, "splits": told})
+        summary = {"name": name, "columns": columns, "vocabularies": vocabularies, "splits": told}
+        shards.write_summary(stage, summary)
+        shards.write_config(stage, summary, sparse=sparse, dense={}, data={"domain": domain} if domain else {})
+
+
+@contextmanager
+def new_data_set(output: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yields an empty folder that becomes the data set `output` when the block ends without an error.
+
+    Raises:
+        FileExistsError: `output` was taken in the meantime.
+    """
+    with shards.staged(output, keep=lambda: False, replace=lambda: overwrite and _is_replaceable(output)) as stage:
+        yield stage
 
 
 def _is_replaceable(output: Path) -> bool:

@@ -1,7 +1,8 @@
-"""Writing data sets: Parquet shards and a `dataset.json`, which appear in their place all at once or not at all.
+"""Writing data sets: Parquet shards and what tells of them, which appear in their place all at once or not at all.
 
 A data set is a folder:
 
+    dataset.yaml                the data, tables and features of a config, which includes it
     dataset.json                what the columns mean, their sizes, rows and label rate of each split
     train/part-00000.parquet    several files a split, several row groups a file
     valid/part-00000.parquet
@@ -14,15 +15,20 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import yaml
 
 SUMMARY_FILE = "dataset.json"
+CONFIG_FILE = "dataset.yaml"
+EMBEDDING_DIM = 16
 
 
 def part_path(directory: Path, split: str, part: int) -> Path:
@@ -49,6 +55,73 @@ def write_part(table: pa.Table, directory: Path, split: str, part: int, *, row_g
     pq.write_table(table, path, row_group_size=row_group_rows, compression="zstd", write_page_checksum=True)
 
 
+class SplitWriter:
+    """Writes a split of any length, a row group at a time; to be entered.
+
+    Args:
+        directory: the data set.
+        split: its name.
+        label: the column of 0 and 1.
+        row_group_rows: rows of a row group.
+        file_row_groups: row groups of a file.
+    """
+
+    def __init__(
+        self, directory: Path, split: str, label: str, *, row_group_rows: int = 16_384, file_row_groups: int = 64
+    ) -> None:
+        self._directory, self._split, self._label = directory, split, label
+        self._row_group_rows, self._file_row_groups = row_group_rows, file_row_groups
+        self._waiting: list[pa.Table] = []
+        self._writer: pq.ParquetWriter | None = None
+        self._row_groups = self._files = self._rows = self._positives = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self._waiting:
+            self._write_group(pa.concat_tables(self._waiting))
+        if self._writer is not None:
+            self._writer.close()
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What `dataset.json` says of the split."""
+        rate = self._positives / self._rows if self._rows else None
+        return {"rows": self._rows, "files": self._files, "label_rate": rate}
+
+    def write(self, table: pa.Table) -> None:
+        """Appends rows; the last of them wait until a row group is full."""
+        if not len(table):
+            return
+        self._rows += len(table)
+        self._positives += pc.sum(table[self._label]).as_py() or 0
+        self._waiting.append(table)
+        if sum(map(len, self._waiting)) < self._row_group_rows:
+            return
+        waiting = pa.concat_tables(self._waiting)
+        whole = len(waiting) - len(waiting) % self._row_group_rows
+        for start in range(0, whole, self._row_group_rows):
+            self._write_group(waiting.slice(start, self._row_group_rows))
+        # A copy: a slice would keep the memory of all rows.
+        rest = waiting.take(pa.array(range(whole, len(waiting)), pa.int64()))
+        self._waiting = [rest] if len(rest) else []
+
+    def _write_group(self, table: pa.Table) -> None:
+        if self._writer is None:
+            path = part_path(self._directory, self._split, self._files)
+            path.parent.mkdir(exist_ok=True)
+            self._writer = pq.ParquetWriter(path, table.schema, compression="zstd")
+            self._files, self._row_groups = self._files + 1, 0
+        self._writer.write_table(table, row_group_size=self._row_group_rows)
+        self._row_groups += 1
+        if self._row_groups == self._file_row_groups:
+            self._writer.close()
+            self._writer = None
+
+
 def write_summary(directory: Path, summary: dict[str, Any]) -> None:
     """Writes `dataset.json`."""
     text = json.dumps(summary, indent=2, ensure_ascii=False)
@@ -64,8 +137,49 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
     return summary if isinstance(summary, dict) else None
 
 
+def write_config(
+    directory: Path,
+    summary: Mapping[str, Any],
+    *,
+    sparse: Mapping[str, str],
+    dense: Mapping[str, Mapping[str, Any]],
+    data: Mapping[str, Any],
+    embedding_dim: int = EMBEDDING_DIM,
+) -> None:
+    """Writes `dataset.yaml`: with `model`, `stages` and `data.batch_size` beside it, a config is whole.
+
+    Its globs start with `${here}`, so that the data set can be moved.
+
+    Args:
+        directory: the data set.
+        summary: as `write_summary` writes it; a table is as large as the `size` of the largest of its columns, and a
+            split without rows is left out.
+        sparse: the table of each column of ids.
+        dense: the settings of each column of numbers.
+        data: what else the section `data` says.
+        embedding_dim: of every table.
+    """
+    sizes: dict[str, int] = {}
+    for column, table in sparse.items():
+        sizes[table] = max(sizes.get(table, 0), summary["columns"][column]["size"])
+    config = {
+        "data": {
+            **{split: f"${{here}}/{split}/*.parquet" for split, told in summary["splits"].items() if told["rows"]},
+            "label": "label",
+            **data,
+        },
+        "tables": {table: {"num_embeddings": size, "embedding_dim": embedding_dim} for table, size in sizes.items()},
+        "features": {
+            "sparse": {column: {"table": table} for column, table in sparse.items()},
+            "dense": {column: dict(settings) for column, settings in dense.items()},
+        },
+    }
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
 def is_complete(directory: Path, summary: dict[str, Any]) -> bool:
-    """Tells whether every file that `summary` counts is there with all its rows.
+    """Tells whether `dataset.yaml` and every file that `summary` counts are there, each with all its rows.
 
     Parquet keeps its footer at the end, so a file that was cut short cannot be read: this looks at footers
     only.
@@ -75,9 +189,9 @@ def is_complete(directory: Path, summary: dict[str, Any]) -> bool:
             paths = [part_path(directory, split, part) for part in range(told["files"])]
             if sum(pq.read_metadata(path).num_rows for path in paths) != told["rows"]:
                 return False
+        return (directory / CONFIG_FILE).is_file()
     except (KeyError, TypeError, AttributeError, OSError, pa.ArrowInvalid):
         return False
-    return True
 
 
 @contextmanager

@@ -58,6 +58,27 @@ _AFFINITY = 0.8
 # Squares add to 1 or so: an item's traits are as large with the tree as without it.
 _LEVELS = {"category": 0.9, "brand": 0.4, "item": 0.2}
 
+_TABLES = {
+    "user_id": "user",
+    "item_id": "item",
+    "brand_id": "brand",
+    "category_id": "category",
+    "recent_categories": "category",
+    "tag_ids": "tag",
+    "profile_id": "profile",
+    "region_id": "region",
+    "device_id": "device",
+    "domain": "domain",
+}
+_DENSE: dict[str, dict[str, Any]] = {
+    "time_of_day": {},
+    "session_depth": {"log1p": True},
+    "freshness": {"fill": 0.0},
+    "discount": {"fill": 0.0},
+    "price": {"log1p": True},
+}
+_DATA = {"reference": "true_probability", "domain": {"column": "domain", "num_domains": NUM_DOMAINS}}
+
 _SPLITS = ("train", "valid", "test")
 _VERSION = 1  # rises whenever the same arguments come to give other rows
 
@@ -118,10 +139,9 @@ def write_synthetic(
     ) as stage:
         world = _World(spec)
         splits = {split: _write_split(stage, split, spec, world) for split in _SPLITS}
-        shards.write_summary(
-            stage,
-            {"name": "synthetic", "spec": spec.summary(), "columns": _columns(spec), "splits": splits},
-        )
+        summary = {"name": "synthetic", "spec": spec.summary(), "columns": _columns(spec), "splits": splits}
+        shards.write_summary(stage, summary)
+        shards.write_config(stage, summary, sparse=_TABLES, dense=_DENSE, data=_DATA)
 
 
 @dataclass(frozen=True)

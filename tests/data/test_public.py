@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from recsys.data import shards
 from recsys.data.public import Source, split_at_random, split_by_time, write_data_set
@@ -58,16 +59,28 @@ def test_numbers_between_any_separator(tmp_path: Path, separator: str) -> None:
 
 
 def test_data_set_is_written_in_the_order_of_its_rows(tmp_path: Path) -> None:
-    table = pa.table({"label": [0, 1, 1, 0, 1], "x": [0, 1, 2, 3, 4]})
+    table = pa.table({"label": [0, 1, 1, 0, 1], "x": [0, 1, 2, 3, 4], "y": [0, 0, 0, 0, 9]})
     splits = {"train": np.array([4, 0, 2]), "valid": np.array([3]), "test": np.array([], np.int64)}
     output = tmp_path / "out"
-    write_data_set(output, table, splits, name="it", columns={"x": {}}, vocabularies={}, overwrite=False)
+    columns = {"x": {"size": 5}, "y": {"size": 10}}
+    domain = {"column": "x", "num_domains": 5}
+    write_data_set(
+        output,
+        table,
+        splits,
+        name="it",
+        columns=columns,
+        vocabularies={},
+        sparse={"x": "both", "y": "both"},
+        domain=domain,
+        overwrite=False,
+    )
     assert pq.read_table(output / "train")["x"].to_pylist() == [4, 0, 2]
     assert pq.read_table(output / "test").num_rows == 0
     summary = shards.read_summary(output)
     assert summary == {
         "name": "it",
-        "columns": {"x": {}},
+        "columns": columns,
         "vocabularies": {},
         "splits": {
             "train": {"rows": 3, "files": 3, "label_rate": 2 / 3},
@@ -76,3 +89,16 @@ def test_data_set_is_written_in_the_order_of_its_rows(tmp_path: Path) -> None:
         },
     }
     assert shards.is_complete(output, summary)
+    assert yaml.safe_load((output / "dataset.yaml").read_text()) == {
+        # No test: a split without rows cannot be read.
+        "data": {
+            "train": "${here}/train/*.parquet",
+            "valid": "${here}/valid/*.parquet",
+            "label": "label",
+            "domain": domain,
+        },
+        "tables": {"both": {"num_embeddings": 10, "embedding_dim": 16}},
+        "features": {"sparse": {"x": {"table": "both"}, "y": {"table": "both"}}, "dense": {}},
+    }
+    (output / "dataset.yaml").unlink()
+    assert not shards.is_complete(output, summary)
