@@ -113,7 +113,7 @@ class SplitWriter:
         if self._writer is None:
             path = part_path(self._directory, self._split, self._files)
             path.parent.mkdir(exist_ok=True)
-            self._writer = pq.ParquetWriter(path, table.schema, compression="zstd")
+            self._writer = pq.ParquetWriter(path, table.schema, compression="zstd", write_page_checksum=True)
             self._files, self._row_groups = self._files + 1, 0
         self._writer.write_table(table, row_group_size=self._row_group_rows)
         self._row_groups += 1

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from recsys.config import DenseFeatureConfig, DomainConfig, Name, read_yaml, validate
 from recsys.data import shards
-from recsys.data.ids import HashedIds, Ids, KeptIds, ValueCounts, VocabularyIds
+from recsys.data.encoding import HashedIds, Ids, KeptIds, ValueCounts, VocabularyIds
 from recsys.data.location import DataError
 from recsys.data.public import check_free, new_data_set
 from recsys.data.text import BLOCK_BYTES, Block, Malformed, Progress, TextFiles, TextFormat, quietly

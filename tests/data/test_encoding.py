@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from recsys.data import ids
-from recsys.data.ids import HashedIds, KeptIds, ValueCounts, VocabularyIds
+from recsys.data import encoding
+from recsys.data.encoding import HashedIds, KeptIds, ValueCounts, VocabularyIds
 from recsys.data.location import DataError
 
 
