@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from recsys.data.columns import Columns
 from recsys.data.location import DataError, find_files
-from recsys.data.rows import Rows, SparseLayout
+from recsys.data.rows import Rows
 from recsys.data.stream import RowSlice
 
 
@@ -50,7 +50,7 @@ class ParquetShards:
         ]
         if not sum(self.row_counts):
             raise DataError(f"{source}: the {len(self.files)} files matching {', '.join(patterns)} hold no rows")
-        self.layout = SparseLayout(tuple(columns.sparse), frozenset[str]().union(*(lists for _, lists in opened)))
+        self.layout = columns.layout(frozenset[str]().union(*(lists for _, lists in opened)))
 
     @property
     def row_counts(self) -> tuple[int, ...]:
