@@ -15,7 +15,7 @@ from recsys.data.stream import Epoch
 from recsys.model.ranker import Ranker, build_ranker
 from recsys.runtime import Ranks, process_group
 from recsys.sharding.shard import shard
-from recsys.training.checkpoint import load_model, read_meta
+from recsys.training.checkpoint import VOCABULARIES, load_model, read_meta
 from recsys.training.metrics import BinaryMetrics, Metrics
 from recsys.training.monitor import console
 
@@ -24,6 +24,8 @@ def evaluate_checkpoint(
     directory: str, split: str, overrides: Sequence[str] = (), *, as_json: bool = False
 ) -> dict[str, Metrics]:
     """Figures of a checkpoint's model on a split, printed by the first rank; those of a reference column beside it.
+
+    Vocabularies are those that the checkpoint holds, whatever has become of the files that its config names.
 
     Args:
         directory: of the checkpoint.
@@ -40,7 +42,7 @@ def evaluate_checkpoint(
     meta = read_meta(path)
     config = load_config(path / "config.yaml", overrides)
     with process_group(config.device) as ranks:
-        shards = open_splits(config, ranks, [split])[split]
+        shards = open_splits(config, ranks, [split], path / VOCABULARIES)[split]
         ranker = build_ranker(config, seed=0)
         dense_arch = ranker.dense_arch
         sharded = shard(ranker, config, ranks, seed=0)

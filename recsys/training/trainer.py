@@ -339,7 +339,10 @@ class Trainer:
 
     def _save(self, directory: Path, stage: Stage, totals: _Totals) -> None:
         meta = CheckpointMeta(stage.name, self._step, totals.steps, self.ranks.world_size)
-        save_checkpoint(directory, self.config, meta, self.sharded, self.dense_arch, stage.dense_optimizer)
+        vocabularies = self.splits["train"].columns.vocabularies
+        save_checkpoint(
+            directory, self.config, meta, self.sharded, self.dense_arch, stage.dense_optimizer, vocabularies
+        )
 
 
 def _better(metrics: Metrics, best: Metrics, stage: StageConfig) -> bool:
