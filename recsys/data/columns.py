@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from recsys.data.arrow import flat, is_integer, is_list, is_number, value_type, whole
 from recsys.data.expression import Expression, parse_expression
 from recsys.data.ids import HashedIds, IdMapping, PlainIds, VocabularyIds, count
 from recsys.data.location import DataError
@@ -139,15 +140,15 @@ class Columns:
         """
         _check_names(schema, self.names, file, "file")
         for name, role in ((self.reference, "reference"), (self.weight, "weight")):
-            if name and not _is_number(kind := schema.field(name).type):
+            if name and not is_number(kind := schema.field(name).type):
                 raise _wrong_type(file, name, role, kind, "numbers")
-        if self.domain and not _is_integer(kind := schema.field(self.domain.column).type):
+        if self.domain and not is_integer(kind := schema.field(self.domain.column).type):
             raise _wrong_type(file, self.domain.column, "domain", kind, "integers")
         try:
             kind = self._label.evaluate(schema.empty_table()).type
         except pa.ArrowException as error:
             raise DataError(f"{file}: label {self.label!r} cannot be computed: {str(error).splitlines()[0]}") from None
-        if not _is_number(kind):
+        if not is_number(kind):
             raise _wrong_type(file, self.label, "label", kind, "numbers")
         return self.check_features(schema, file)
 
@@ -155,12 +156,12 @@ class Columns:
         """As `check_schema`, of the features' columns alone; `source` is what has the schema, for messages."""
         _check_names(schema, self.feature_names, source, "table")
         for name, dense in self.dense.items():
-            if not _is_number(kind := schema.field(dense.column).type):
+            if not is_number(kind := schema.field(dense.column).type):
                 raise _wrong_type(source, dense.column, f"dense feature {name}", kind, "numbers")
         for name, spec in self.sparse.items():
             kind = schema.field(spec.column).type
-            if not spec.ids.accepts(_value_type(kind)):
-                hashed = isinstance(spec.ids, PlainIds) and HashedIds().accepts(_value_type(kind))
+            if not spec.ids.accepts(value_type(kind)):
+                hashed = isinstance(spec.ids, PlainIds) and HashedIds().accepts(value_type(kind))
                 hint = (
                     f", which needs features.sparse.{name}.ids: {{type: hash}} or a vocabulary; without,"
                     if hashed
@@ -170,12 +171,12 @@ class Columns:
             if spec.weights is None:
                 continue
             weights = schema.field(spec.weights).type
-            if not (_is_list(weights) and _is_list(kind) and _is_number(weights.value_type)):
+            if not (is_list(weights) and is_list(kind) and is_number(weights.value_type)):
                 raise DataError(
                     f"{source}: sparse feature {name} has ids of type {kind} (column {spec.column!r}) and weights of "
                     f"type {weights} (column {spec.weights!r}); lists of ids and lists of numbers are needed"
                 )
-        return frozenset(name for name, spec in self.sparse.items() if _is_list(schema.field(spec.column).type))
+        return frozenset(name for name, spec in self.sparse.items() if is_list(schema.field(spec.column).type))
 
     def decode(self, table: pa.Table, layout: SparseLayout, where: str) -> Rows:
         """Check every value of a table and lay the rows out for batches.
@@ -338,7 +339,7 @@ def _weights(table: pa.Table, name: str, where: str) -> NDArray[np.float32]:
 
 def _ids(table: pa.Table, name: str, spec: SparseColumn, where: str, counts: Counts) -> NDArray[Any]:
     """Ids of a column of single ones, -1 for nulls."""
-    ids, counted = spec.ids.map(_whole(table, spec.column), spec.num_embeddings, _what(name, spec, where))
+    ids, counted = spec.ids.map(whole(table, spec.column), spec.num_embeddings, _what(name, spec, where))
     for kind, mask in counted.items():
         counts[kind, name] = mask.astype(np.int32)
     return ids
@@ -346,9 +347,9 @@ def _ids(table: pa.Table, name: str, spec: SparseColumn, where: str, counts: Cou
 
 def _id_lists(table: pa.Table, name: str, spec: SparseColumn, where: str, counts: Counts) -> Jagged:
     """Ids of a column of lists, or of single ones in a file of its own kind; a null is an empty list."""
-    array, what = _whole(table, spec.column), _what(name, spec, where)
-    if _is_list(array.type):
-        lengths, values = _flat(array)
+    array, what = whole(table, spec.column), _what(name, spec, where)
+    if is_list(array.type):
+        lengths, values = flat(array)
     else:
         lengths, values = array.is_valid().to_numpy(zero_copy_only=False).astype(np.int64), array.drop_null()
     weights = _list_weights(table, spec.weights, lengths, what) if spec.weights else None
@@ -370,7 +371,7 @@ def _id_lists(table: pa.Table, name: str, spec: SparseColumn, where: str, counts
 
 
 def _list_weights(table: pa.Table, name: str, lengths: NDArray[np.int64], what: str) -> NDArray[np.float32]:
-    found, values = _flat(_whole(table, name))
+    found, values = flat(whole(table, name))
     if (wrong := found != lengths).any():
         row = int(np.flatnonzero(wrong)[0])
         raise DataError(
@@ -383,12 +384,6 @@ def _list_weights(table: pa.Table, name: str, lengths: NDArray[np.int64], what: 
     return np.asarray(given, np.float32)
 
 
-def _flat(lists: pa.Array) -> tuple[NDArray[np.int64], pa.Array]:
-    """Length of each list, 0 for nulls, and the values of all."""
-    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
-    return lengths.astype(np.int64, copy=False), lists.flatten()  # which leaves out what null lists may cover
-
-
 def _offsets(lengths: NDArray[Any]) -> NDArray[np.int64]:
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
@@ -397,14 +392,6 @@ def _offsets(lengths: NDArray[Any]) -> NDArray[np.int64]:
 
 def _what(name: str, spec: SparseColumn, where: str) -> str:
     return f"{where}: sparse feature {name} (column {spec.column!r})"
-
-
-def _whole(table: pa.Table, name: str) -> pa.Array:
-    """A column in one piece."""
-    array = table.column(name).combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        return pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
-    return array
 
 
 def _check_names(schema: pa.Schema, names: list[str], source: str, holder: str) -> None:
@@ -418,22 +405,3 @@ def _check_names(schema: pa.Schema, names: list[str], source: str, holder: str) 
 
 def _wrong_type(source: str, column: str, role: str, kind: pa.DataType, wanted: str, hint: str = ";") -> DataError:
     return DataError(f"{source}: column {column!r} ({role}) has type {kind}{hint} {wanted} are needed")
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
-
-
-def _is_integer(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind))
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
-
-
-def _value_type(kind: pa.DataType) -> pa.DataType:
-    """Of the values in a column: those of its lists, those of its dictionary."""
-    if _is_list(kind):
-        kind = kind.value_type
-    return kind.value_type if pa.types.is_dictionary(kind) else kind

@@ -14,6 +14,8 @@ import pyarrow.compute as pc
 import xxhash
 from numpy.typing import NDArray
 
+from recsys.data.arrow import is_integer, is_string
+
 MAX_SALT = 2**64 - 1
 
 
@@ -37,7 +39,7 @@ def hash_ids(values: pa.Array, num_buckets: int, salt: int = 0) -> NDArray[np.in
 
 def hash_values(values: pa.Array, salt: int = 0) -> NDArray[np.uint64]:
     """XXH3-64 of each of (N,) integers or strings without nulls; shape (N,)."""
-    if pa.types.is_integer(values.type):
+    if is_integer(values.type):
         return _hash_integers(values.cast(pa.int64(), safe=False).to_numpy().view(np.uint64), salt)
     encoded = values.cast(pa.large_binary()).to_numpy(zero_copy_only=False)
     return np.fromiter(map(xxhash.xxh3_64_intdigest, encoded, repeat(salt)), np.uint64, len(encoded))
@@ -68,11 +70,6 @@ def _map_valid(values: pa.Array, function: Callable[[pa.Array], NDArray[np.int64
     mapped = np.full(len(values), -1, np.int64)
     mapped[values.is_valid().to_numpy(zero_copy_only=False)] = function(values.drop_null())
     return mapped
-
-
-def is_string(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds strings."""
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _hash_integers(values: NDArray[np.uint64], salt: int) -> NDArray[np.uint64]:

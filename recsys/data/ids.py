@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from recsys.data.hashing import hash_ids, is_string
+from recsys.data.arrow import is_integer, is_string, plain
+from recsys.data.hashing import hash_ids
 from recsys.data.location import DataError
 from recsys.data.vocabulary import Vocabulary
 
@@ -83,11 +84,11 @@ class PlainIds:
 
     def accepts(self, kind: pa.DataType) -> bool:
         """As `IdMapping`."""
-        return bool(pa.types.is_integer(kind))
+        return is_integer(kind)
 
     def map(self, values: pa.Array, num_rows: int, what: str) -> Mapped:
         """As `IdMapping`."""
-        values = _plain(values)
+        values = plain(values)
         extremes = pc.min_max(values)
         low, high = extremes["min"].as_py(), extremes["max"].as_py()
         if low is None or (low >= 0 and high < num_rows):
@@ -119,7 +120,7 @@ class HashedIds:
 
     def accepts(self, kind: pa.DataType) -> bool:
         """As `IdMapping`."""
-        return bool(is_string(kind) or pa.types.is_integer(kind))
+        return is_string(kind) or is_integer(kind)
 
     def map(self, values: pa.Array, num_rows: int, what: str) -> Mapped:
         """As `IdMapping`."""
@@ -146,7 +147,7 @@ class VocabularyIds:
 
     def accepts(self, kind: pa.DataType) -> bool:
         """As `IdMapping`."""
-        return is_string(kind) if is_string(self.vocabulary.values.type) else bool(pa.types.is_integer(kind))
+        return is_string(kind) if is_string(self.vocabulary.values.type) else is_integer(kind)
 
     def map(self, values: pa.Array, num_rows: int, what: str) -> Mapped:
         """As `IdMapping`."""
@@ -170,11 +171,11 @@ class BucketizedIds:
 
     def accepts(self, kind: pa.DataType) -> bool:
         """As `IdMapping`."""
-        return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+        return bool(is_integer(kind) or pa.types.is_floating(kind))
 
     def map(self, values: pa.Array, num_rows: int, what: str) -> Mapped:
         """As `IdMapping`."""
-        values = _plain(values)
+        values = plain(values)
         valid = values.is_valid().to_numpy(zero_copy_only=False)
         given = pc.fill_null(values.cast(pa.float64(), safe=False), 0.0).to_numpy(zero_copy_only=False)
         if (wrong := np.isnan(given)).any():
@@ -214,14 +215,14 @@ class DatetimeIds:
 
     def accepts(self, kind: pa.DataType) -> bool:
         """As `IdMapping`."""
-        return bool(pa.types.is_timestamp(kind) or pa.types.is_integer(kind))
+        return bool(pa.types.is_timestamp(kind) or is_integer(kind))
 
     def map(self, values: pa.Array, num_rows: int, what: str) -> Mapped:
         """As `IdMapping`."""
-        values = _plain(values)
+        values = plain(values)
         unit = values.type.unit if pa.types.is_timestamp(values.type) else "s"
         moments = values.cast(pa.int64())
-        if pa.types.is_integer(values.type):
+        if is_integer(values.type):
             seconds = pc.fill_null(moments, 0).to_numpy(zero_copy_only=False)
             if (wrong := np.abs(seconds) > _LAST_SECOND).any():
                 raise DataError(
@@ -239,7 +240,3 @@ def count(mask: NDArray[np.bool_]) -> str:
     """How many are true, in words."""
     found = int(mask.sum())
     return f"{found} value{'s' * (found > 1)}"
-
-
-def _plain(values: pa.Array) -> pa.Array:
-    return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values

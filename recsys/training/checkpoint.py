@@ -1,9 +1,10 @@
 """Checkpoints: what they hold, when one is complete, and reading them without running code.
 
 A checkpoint is a directory `step-<n>` with the tensors in PyTorch's distributed format (DCP), the resolved
-`config.yaml`, the vocabularies of its features with their digests in `vocabularies/`, and `meta.json`. It is written beside its final name and renamed when complete, so a directory with a
-final name is whole. Only tensors go into DCP: everything else is JSON or YAML, and what DCP itself pickles (its index)
-is read with an unpickler that knows DCP's own classes alone.
+`config.yaml`, the features' vocabularies with their digests in `vocabularies/`, and `meta.json`. It is written beside
+its final name and renamed when complete, so a directory with a final name is whole. Only tensors go into DCP:
+everything else is JSON, YAML or Parquet, and what DCP itself pickles (its index) is read with an unpickler that knows
+DCP's own classes alone.
 """
 
 import json
