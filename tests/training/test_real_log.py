@@ -20,7 +20,7 @@ from recsys.data.splits import build_columns, open_splits
 from recsys.data.vocabulary import build_vocabularies
 from recsys.model.ranker import build_ranker
 from recsys.runtime import Ranks
-from recsys.sharding.shard import shard
+from recsys.sharding.shard import _local_parts, shard
 from recsys.training.monitor import Monitor
 from recsys.training.trainer import Trainer
 
@@ -80,6 +80,8 @@ def real_config(directory: Path) -> Config:
                 "column": "words",
                 "ids": {"type": "vocabulary", "file": str(directory / "words.parquet")},
             },
+            "word_hashes": {"table": "query", "column": "words", "ids": {"type": "hash", "salt": 7}},
+            "word_users": {"table": "user", "column": "words", "ids": {"type": "hash"}},
             "hour": {"table": "hour", "column": "at", "ids": {"type": "datetime", "part": "hour"}},
             "patience": {"table": "dwell", "column": "dwell", "ids": {"type": "bucketize", "boundaries": [1, 3]}},
         },
@@ -209,20 +211,29 @@ def lookups(config: Config, rank: int) -> Any:
     return build_batch([Part(rows, 0, 60)], layout, 1, loss_scale=1.0, pin_memory=False)
 
 
-def pooled_and_stepped(ranks: Ranks, config: Config) -> tuple[dict[str, Any], list[tuple[int, Any, Any]]]:
-    """This rank's pooled features by name; its shards of the word table: first column, before and after a step."""
+Parts = list[tuple[int, Any, Any]]
+"""First column of each part of a table that a rank has, before and after a step."""
+
+POOLED = {"words": "word", "first_words": "word", "word_hashes": "query", "word_users": "user"}
+
+
+def pooled_and_stepped(ranks: Ranks, config: Config) -> tuple[dict[str, Any], dict[str, Parts]]:
+    """This rank's pooled features by name, and its parts of the tables by name."""
     ranker = build_ranker(config, seed=1)
     sharded = shard(ranker, config, ranks, seed=2)
-    parts = ranker.embedding_bag_collection.state_dict()["embedding_bags.word.weight"].local_shards()
-    before = [part.tensor.numpy().copy() for part in parts]
+    state = ranker.embedding_bag_collection.state_dict()
+    parts = {name: _local_parts(state[f"embedding_bags.{name}.weight"]) for name in set(POOLED.values())}
+    before = {name: [tensor.detach().numpy().copy() for tensor, _, _ in of] for name, of in parts.items()}
     for group in sharded.sparse_optimizer.param_groups:
         group["lr"] = 0.5
     sharded.sparse_optimizer.step()  # the fused optimizer takes the rate over
     pooled = ranker.embedding_bag_collection(lookups(config, ranks.rank).sparse_features)
     sums = {name: values.detach().numpy() for name, values in pooled.to_dict().items()}
     pooled.values().sum().backward()
-    columns = [part.metadata.shard_offsets[1] for part in parts]
-    return sums, [(column, old, part.tensor.numpy()) for column, old, part in zip(columns, before, parts, strict=True)]
+    return sums, {
+        name: [(column, old, new.detach().numpy()) for old, (new, _, column) in zip(before[name], of, strict=True)]
+        for name, of in parts.items()
+    }
 
 
 def test_weighted_lists_pool_and_learn_over_two_ranks(log: Path) -> None:
@@ -230,21 +241,27 @@ def test_weighted_lists_pool_and_learn_over_two_ranks(log: Path) -> None:
     sgd = config.optimizers.model_copy(update={"sparse": SparseOptimizerConfig(type="sgd")})
     config = config.model_copy(update={"optimizers": sgd})
     results = run_ranks(2, pooled_and_stepped, config)
-    before, after = np.zeros((8, 8), np.float32), np.zeros((8, 8), np.float32)
-    for _, parts in results:
-        for column, old, new in parts:
-            before[:, column : column + old.shape[1]] = old
-            after[:, column : column + old.shape[1]] = new
+    before = {name: np.zeros((config.tables[name].num_embeddings, 8), np.float32) for name in set(POOLED.values())}
+    after = np.zeros_like(before["word"])
+    for _, tables in results:
+        for name, parts in tables.items():
+            for column, old, new in parts:
+                before[name][:, column : column + old.shape[1]] = old
+                if name == "word":
+                    after[:, column : column + old.shape[1]] = new
     weights = np.zeros(8, np.float32)
     for rank, (sums, _) in enumerate(results):
         features = lookups(config, rank).sparse_features
-        for name in ("words", "first_words"):
+        for name, table in POOLED.items():
             bags = features[name]
             offsets, ids, given = bags.offsets().numpy(), bags.values().numpy(), bags.weights().numpy()
-            expected = [given[low:high] @ before[ids[low:high]] for low, high in itertools.pairwise(offsets)]
+            expected = np.stack([given[a:b] @ before[table][ids[a:b]] for a, b in itertools.pairwise(offsets)])
+            if config.tables[table].pooling == "mean":  # beside tables with weights, as ever
+                assert (given == 1).all()
+                expected /= np.maximum(np.diff(offsets), 1)[:, None]
             np.testing.assert_allclose(sums[name], expected, rtol=1e-5, atol=1e-6)
-            np.add.at(weights, ids, given)
-        # A table that pools by mean, beside those with weights: users are one a row.
-        assert np.unique(sums["user"], axis=0).shape[0] == np.unique(features["user"].values()).shape[0]
+            if table == "word":
+                np.add.at(weights, ids, given)
     # TorchRec takes the mean of gradients over ranks.
-    np.testing.assert_allclose(before - after, np.repeat(0.5 * weights[:, None] / 2, 8, 1), rtol=1e-4, atol=1e-6)
+    expected = np.repeat(0.5 * weights[:, None] / 2, 8, 1)
+    np.testing.assert_allclose(before["word"] - after, expected, rtol=1e-4, atol=1e-6)
