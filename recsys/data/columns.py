@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from recsys.data.arrow import flat, is_integer, is_list, is_number, value_type, whole
@@ -113,12 +114,15 @@ class Columns:
         """The vocabulary of each sparse feature that has one."""
         return {name: spec.ids.vocabulary for name, spec in self.sparse.items() if isinstance(spec.ids, VocabularyIds)}
 
-    @property
-    def encoded(self) -> frozenset[str]:
-        """Columns whose strings are best read as a dictionary, because each distinct value is looked at once."""
-        return frozenset(
-            spec.column for spec in self.sparse.values() if isinstance(spec.ids, HashedIds | VocabularyIds)
-        )
+    def dictionary_paths(self, schema: pq.ParquetSchema) -> list[str]:
+        """The columns of a file's that are best read as dictionaries: strings of which each distinct one is mapped."""
+        names = [spec.column for spec in self.sparse.values() if isinstance(spec.ids, HashedIds | VocabularyIds)]
+        leaves = [schema.column(index) for index in range(len(schema))]
+        return [
+            leaf.path
+            for leaf in leaves
+            if leaf.physical_type == "BYTE_ARRAY" and any(f"{leaf.path}.".startswith(f"{name}.") for name in names)
+        ]
 
     @property
     def counted(self) -> tuple[tuple[str, str], ...]:

@@ -74,7 +74,9 @@ class ParquetShards:
         group = self._row_groups[part.row_group]
         where = f"{group.file}, row group {group.index}"
         try:
-            with pq.ParquetFile(group.file) as file:
+            footer = pq.read_metadata(group.file)
+            encoded = self.columns.dictionary_paths(footer.schema)
+            with pq.ParquetFile(group.file, metadata=footer, read_dictionary=encoded) as file:
                 self.columns.check_schema(file.schema_arrow, group.file)
                 table = file.read_row_group(group.index, columns=self.columns.names, use_threads=False)
         except (pa.ArrowException, OSError) as error:

@@ -366,6 +366,23 @@ def assert_same(one: Any, other: Any) -> None:
         assert torch.equal(getattr(one.sparse_features, part)(), getattr(other.sparse_features, part)())
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int16(), pa.string())], ids=str)
+def test_strings_are_read_as_dictionaries_whatever_the_file_has(tmp_path: Path, kind: pa.DataType) -> None:
+    plain = pa.array(["a", "b", None, "c"] * 10)
+    flat = pa.array(["a", "b", "c"] * 10).cast(kind)
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, None, *range(3, 31), *[30] * 10], pa.int32()), flat)
+    table = pa.table({"label": [0, 1] * 20, "one": plain.cast(kind), "many": lists, "number": range(40)})
+    sparse = {name: SparseColumn(name, 100, HashedIds(1)) for name in ("one", "many", "number")}
+    of = columns(sparse=sparse)
+    pq.write_table(table, tmp_path / "f.parquet")
+    shards = ParquetShards([f"{tmp_path}/*.parquet"], of, source="data.train")
+    schema = pq.read_metadata(tmp_path / "f.parquet").schema
+    assert of.dictionary_paths(schema) == ["one", "many.list.element"]
+    rows = shards.read(RowSlice(0, 3, 40))
+    assert rows.single[0].tolist() == hash_ids(plain.slice(3), 100, 1).tolist()
+    assert rows.lists[0].values.tolist() == hash_ids(flat, 100, 1)[3:].tolist()
+
+
 def test_counts_follow_their_rows_through_shuffling_into_batches() -> None:
     of = everything()
     table = everything_table(200)
