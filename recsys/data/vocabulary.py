@@ -187,8 +187,8 @@ def build_vocabularies(
 ) -> list[Built]:
     """Count values in the train split and write vocabularies, one for each file that features name.
 
-    Features that name one file have one vocabulary, of the values of all. In memory are one row group's columns, and at
-    most three times the distinct values of all features that are counted.
+    Features that name one file have one vocabulary, of the values of all. In memory are one row group's columns, and
+    about three times the distinct values of all features that are counted.
 
     Args:
         config: names features, files and the train split.
