@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from recsys.data.arrow import flat, is_integer, is_list, is_number, value_type, whole
 from recsys.data.expression import Expression, parse_expression
-from recsys.data.ids import HashedIds, IdMapping, PlainIds, VocabularyIds, count
 from recsys.data.location import DataError
+from recsys.data.mapping import HashedIds, IdMapping, PlainIds, VocabularyIds, count
 from recsys.data.rows import Counts, Jagged, Rows, SparseLayout
 from recsys.data.vocabulary import Vocabulary
 

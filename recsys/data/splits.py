@@ -15,8 +15,8 @@ from recsys.config import (
     VocabularyIdsConfig,
 )
 from recsys.data.columns import Columns, DenseColumn, DomainColumn, SparseColumn
-from recsys.data.ids import BucketizedIds, DatetimeIds, HashedIds, IdMapping, PlainIds, VocabularyIds
 from recsys.data.loader import Loader
+from recsys.data.mapping import BucketizedIds, DatetimeIds, HashedIds, IdMapping, PlainIds, VocabularyIds
 from recsys.data.parquet import ParquetShards
 from recsys.data.stream import Epoch
 from recsys.data.synthetic import write_synthetic

@@ -14,8 +14,8 @@ import torch
 from recsys.config import ConfigError
 from recsys.data.columns import Columns, DenseColumn, SparseColumn
 from recsys.data.hashing import hash_ids
-from recsys.data.ids import BucketizedIds, DatetimeIds, HashedIds, IdMapping, PlainIds, VocabularyIds
 from recsys.data.location import DataError
+from recsys.data.mapping import BucketizedIds, DatetimeIds, HashedIds, IdMapping, PlainIds, VocabularyIds
 from recsys.data.parquet import ParquetShards
 from recsys.data.rows import Jagged, Part, Rows, build_batch
 from recsys.data.stream import RowSlice
