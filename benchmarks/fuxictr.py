@@ -265,7 +265,7 @@ def export_rows(config: Config, ranks: Ranks, directory: Path) -> Path:
     for index, name in enumerate(config.features.dense):
         features[name] = {"source": "", "type": "numeric"}
         for split in SPLITS:
-            columns[split][name] = np.concatenate([part.dense[:, index] for part in rows[split]])
+            columns[split][name] = np.concatenate([part.dense[index] for part in rows[split]])
     owners: dict[str, str] = {}
     for name, feature in config.features.sparse.items():
         table = config.tables[feature.table]

@@ -35,10 +35,10 @@ def value_type(kind: pa.DataType) -> pa.DataType:
 
 def whole(table: pa.Table, name: str) -> pa.Array:
     """A column in one piece."""
-    array = table.column(name).combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        return pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
-    return array
+    column = table.column(name)
+    if column.num_chunks == 1:
+        return column.chunk(0)  # what combining would copy
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
 def flat(lists: pa.Array) -> tuple[NDArray[np.int64], pa.Array]:

@@ -182,20 +182,22 @@ class Columns:
                 )
         return frozenset(name for name, spec in self.sparse.items() if is_list(schema.field(spec.column).type))
 
-    def decode(self, table: pa.Table, layout: SparseLayout, where: str) -> Rows:
+    def decode(self, table: pa.Table, layout: SparseLayout, where: str, order: NDArray[np.int64] | None = None) -> Rows:
         """Check every value of a table and lay the rows out for batches.
 
         Args:
             table: of a schema that `check_schema` accepts.
             layout: which features have lists.
             where: file and row group, for messages.
+            order: the rows to take, in this order; all as they stand if it is None. Each column is put into order right
+                after it was checked, while it is in the cache.
 
         Raises:
             DataError: a label other than 0 or 1, a null where none may be, an id or domain out of range, a dense value
                 or weight that is not finite, a negative weight.
         """
         table = table.combine_chunks()
-        rows = self.decode_features(table, layout, where)
+        rows = self.decode_features(table, layout, where, order)
         labels = self._labels(table, where)
         reference = np.empty(0)
         if self.reference:
@@ -205,17 +207,25 @@ class Columns:
         domain = _domains(table, self.domain, where) if self.domain else np.empty(0, np.int64)
         weight = _weights(table, self.weight, where) if self.weight else np.empty(0, np.float32)
         counts = dict(rows.counts)
+        if order is not None:
+            labels = labels[order]
+            reference = reference[order] if self.reference else reference
+            domain = domain[order] if self.domain else domain
+            weight = weight[order] if self.weight else weight
         if self.label_null == "skip" and (missing := np.isnan(labels)).any():
             counts["skipped", LABEL] = missing.astype(np.int32)
         return replace(rows, labels=labels, reference=reference, domain=domain, weight=weight, counts=counts)
 
-    def decode_features(self, table: pa.Table, layout: SparseLayout, where: str) -> Rows:
+    def decode_features(
+        self, table: pa.Table, layout: SparseLayout, where: str, order: NDArray[np.int64] | None = None
+    ) -> Rows:
         """As `decode`, of the features alone: rows without label, reference, domain and weight.
 
         Args:
             table: of a schema that `check_features` accepts; need not come from a file.
             layout: which features have lists.
             where: what the table is, for messages.
+            order: as for `decode`.
 
         Raises:
             DataError: a null where none may be, an id out of range, a dense value that is not finite.
@@ -224,11 +234,16 @@ class Columns:
         counts: dict[tuple[str, str], NDArray[np.int32]] = {}
         single = np.empty((len(layout.single), len(table)), self._id_type)
         for target, name in zip(single, layout.single, strict=True):
-            target[:] = _ids(table, name, self.sparse[name], where, counts)
+            _place(_ids(table, name, self.sparse[name], where, counts), order, target)
         lists = tuple(
-            _id_lists(table, name, self.sparse[name], where, counts) for name in layout.keys if name in layout.lists
+            _id_lists(table, name, self.sparse[name], self._id_type, where, counts)
+            for name in layout.keys
+            if name in layout.lists
         )
-        dense = self._dense(table, where, counts)
+        dense = self._dense(table, where, order, counts)
+        if order is not None:
+            lists = tuple(jagged.take(order) for jagged in lists)
+            counts = {key: happened[order] for key, happened in counts.items()}
         return Rows(np.empty(0, np.float32), np.empty(0), np.empty(0, np.int64), dense, single, lists, counts=counts)
 
     @cached_property
@@ -257,15 +272,18 @@ class Columns:
             )
         return labels.astype(np.float32)
 
-    def _dense(self, table: pa.Table, where: str, counts: Counts) -> NDArray[np.float32]:
+    def _dense(
+        self, table: pa.Table, where: str, order: NDArray[np.int64] | None, counts: Counts
+    ) -> NDArray[np.float32]:
         columns = np.empty((len(self.dense), len(table)), np.float32)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):  # what is not finite is refused below
             for target, (name, spec) in zip(columns, self.dense.items(), strict=True):
-                target[:] = _transformed(_numbers(table, spec.column, spec.fill, where), name, spec, where, counts)
+                values = _numbers(table, spec.column, spec.fill, where)
+                _place(_transformed(values, name, spec, where, counts), order, target)
         if not np.isfinite(columns).all():
             for (name, spec), values in zip(self.dense.items(), columns, strict=True):
                 _check_finite(values, name, spec, where, " in float32" + " after log1p" * spec.log1p)
-        return np.ascontiguousarray(columns.T)
+        return columns
 
     @cached_property
     def _id_type(self) -> type[np.int32 | np.int64]:
@@ -349,7 +367,9 @@ def _ids(table: pa.Table, name: str, spec: SparseColumn, where: str, counts: Cou
     return ids
 
 
-def _id_lists(table: pa.Table, name: str, spec: SparseColumn, where: str, counts: Counts) -> Jagged:
+def _id_lists(
+    table: pa.Table, name: str, spec: SparseColumn, id_type: type[np.int32 | np.int64], where: str, counts: Counts
+) -> Jagged:
     """Ids of a column of lists, or of single ones in a file of its own kind; a null is an empty list."""
     array, what = whole(table, spec.column), _what(name, spec, where)
     if is_list(array.type):
@@ -371,7 +391,17 @@ def _id_lists(table: pa.Table, name: str, spec: SparseColumn, where: str, counts
     offsets = _offsets(lengths)
     for kind, mask in counted.items():
         counts[kind, name] = np.diff(_offsets(mask)[offsets]).astype(np.int32)
-    return Jagged(ids.astype(np.int64, copy=False), offsets, weights)
+    # A copy, because torch takes no memory that is read-only, as Arrow's is.
+    return Jagged(ids.astype(id_type), offsets, weights)
+
+
+def _place(values: NDArray[Any], order: NDArray[np.int64] | None, target: NDArray[Any]) -> None:
+    """Write values, in an order, into an array of a type that holds them."""
+    if order is None:
+        target[:] = values
+    else:
+        # All of `order` is in range; "clip" spares the copy that the check of it would make of `out`.
+        np.take(values.astype(target.dtype, copy=False), order, out=target, mode="clip")
 
 
 def _list_weights(table: pa.Table, name: str, lengths: NDArray[np.int64], what: str) -> NDArray[np.float32]:
@@ -385,7 +415,8 @@ def _list_weights(table: pa.Table, name: str, lengths: NDArray[np.int64], what: 
     given = values.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)  # nulls become NaN
     if (wrong := ~np.isfinite(given)).any():
         raise DataError(f"{what} has {count(wrong)} null, NaN or infinite among its weights (column {name!r})")
-    return np.asarray(given, np.float32)
+    weights: NDArray[np.float32] = given.astype(np.float32)  # a copy, as of the ids
+    return weights
 
 
 def _offsets(lengths: NDArray[Any]) -> NDArray[np.int64]:

@@ -153,6 +153,4 @@ class Loader:
             yield [slice_.result() for slice_ in ahead.popleft()]
 
     def _decode(self, window: Window, index: int) -> Rows:
-        rows = self._shards.read(window.slices[index])
-        permutation = window.permutation(index)
-        return rows if permutation is None else rows.take(permutation)
+        return self._shards.read(window.slices[index], window.permutation(index))

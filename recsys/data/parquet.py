@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from recsys.data.columns import Columns
 from recsys.data.location import DataError, find_files
@@ -65,8 +67,8 @@ class ParquetShards:
         row_counts = [footer.row_group(index).num_rows for index in range(footer.num_row_groups)]
         return row_counts, self.columns.check_schema(footer.schema.to_arrow_schema(), file)
 
-    def read(self, part: RowSlice) -> Rows:
-        """Decode and check the rows of a slice; safe to call from several threads.
+    def read(self, part: RowSlice, order: NDArray[np.int64] | None = None) -> Rows:
+        """Decode and check the rows of a slice, and put them into an order; safe to call from several threads.
 
         Raises:
             DataError: as `Columns.decode`, or a file can no longer be read or was replaced by another.
@@ -76,7 +78,9 @@ class ParquetShards:
         try:
             footer = pq.read_metadata(group.file)
             encoded = self.columns.dictionary_paths(footer.schema)
-            with pq.ParquetFile(group.file, metadata=footer, read_dictionary=encoded) as file:
+            with pq.ParquetFile(
+                group.file, metadata=footer, read_dictionary=encoded, page_checksum_verification=True
+            ) as file:
                 self.columns.check_schema(file.schema_arrow, group.file)
                 table = file.read_row_group(group.index, columns=self.columns.names, use_threads=False)
         except (pa.ArrowException, OSError) as error:
@@ -86,7 +90,7 @@ class ParquetShards:
                 f"{where}: has {len(table)} rows, but had {group.num_rows} when the run began; "
                 "write new shards under new names instead of replacing those in use"
             )
-        return self.columns.decode(table.slice(part.start, part.num_rows), self.layout, where)
+        return self.columns.decode(table.slice(part.start, part.num_rows), self.layout, where, order)
 
 
 def _first_line(error: BaseException) -> str:

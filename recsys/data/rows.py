@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,18 +22,24 @@ Counts = dict[tuple[str, str], NDArray[np.int32]]
 class Jagged(NamedTuple):
     """Lists of ids: row i has `values[offsets[i]:offsets[i + 1]]`, weighted by those of `weights` if any."""
 
-    values: NDArray[np.int64]
+    values: NDArray[np.int32 | np.int64]
     offsets: NDArray[np.int64]
     weights: NDArray[np.float32] | None = None
 
     def take(self, rows: NDArray[np.int64]) -> "Jagged":
         """The given rows, in the given order."""
-        starts = self.offsets[rows]
-        lengths = self.offsets[rows + 1] - starts
-        offsets = _offsets(lengths)
-        # Position within the result, moved by how far each row's values moved.
-        index = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
-        return Jagged(self.values[index], offsets, None if self.weights is None else self.weights[index])
+        # fbgemm's kernel copies whole lists; indices for each value would cost four times as much.
+        weights = None if self.weights is None else torch.from_numpy(self.weights)
+        lengths, values, taken_weights = torch.ops.fbgemm.permute_1D_sparse_data(
+            torch.from_numpy(rows.astype(np.int32)),
+            torch.from_numpy(np.diff(self.offsets).astype(np.int32)),
+            torch.from_numpy(self.values),
+            weights,
+            None,
+        )
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(lengths.numpy(), out=offsets[1:])
+        return Jagged(values.numpy(), offsets, None if weights is None else taken_weights.numpy())
 
     def slice(self, start: int, stop: int) -> "Jagged":
         """Rows start up to stop, sharing memory."""
@@ -80,7 +86,7 @@ class Rows:
         labels: (N,) float32, NaN in rows that batches leave out; or (0,) where there are none.
         reference: (N,) float64, or (0,) where there is none.
         domain: (N,) int64, or (0,) where there is none.
-        dense: (N, F_d) float32.
+        dense: (F_d, N) float32.
         single: (S, N) ids of the features with at most one a row, in the order of `SparseLayout.single`; -1 for none.
         lists: the other features.
         weight: (N,) float32, of the rows in the loss, or (0,) where there is none.
@@ -97,7 +103,7 @@ class Rows:
     counts: Mapping[tuple[str, str], NDArray[np.int32]] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.dense)
+        return int(self.dense.shape[1])
 
     @cached_property
     def has_empty(self) -> bool:
@@ -111,7 +117,7 @@ class Rows:
             self.labels.take(rows, mode="clip") if len(self.labels) else self.labels,
             self.reference.take(rows, mode="clip") if len(self.reference) else self.reference,
             self.domain.take(rows, mode="clip") if len(self.domain) else self.domain,
-            self.dense.take(rows, axis=0, mode="clip"),
+            self.dense.take(rows, axis=1, mode="clip"),
             self.single.take(rows, axis=1, mode="clip"),
             tuple(jagged.take(rows) for jagged in self.lists),
             self.weight.take(rows, mode="clip") if len(self.weight) else self.weight,
@@ -158,11 +164,11 @@ def build_batch(
 
     def column(name: str, dtype: torch.dtype, pinned: bool, width: tuple[int, ...] = ()) -> Tensor:
         """The rows' values, none where none of the parts has any."""
-        there = any(len(getattr(part.rows, name)) for part in parts)
+        there = any(getattr(part.rows, name).shape[-1] for part in parts)
         target = torch.empty((size if there else 0, *width), dtype=dtype, pin_memory=pinned)
-        at, values = 0, target.numpy()
+        at, values = 0, target.numpy().T
         for rows, start, stop in parts if there else ():
-            values[at : at + stop - start] = getattr(rows, name)[start:stop]
+            values[..., at : at + stop - start] = getattr(rows, name)[..., start:stop]
             at += stop - start
         return target
 
@@ -180,63 +186,52 @@ def build_batch(
 
 
 def _sparse(parts: Sequence[Part], layout: SparseLayout, size: int, pin_memory: bool) -> KeyedJaggedTensor:
-    lengths = np.ones((len(layout.keys), size), np.int32)
-    values: list[NDArray[np.int64]] = []
+    lengths: list[NDArray[np.int32]] = []
+    values: list[NDArray[np.int32 | np.int64]] = []
     weights: list[NDArray[np.float32]] = []
-    feature = 0
     for lists, places in layout.runs:
-        of_run = lengths[feature : feature + places.stop - places.start]
-        feature += len(of_run)
         if not lists:
-            values.append(_single(parts, places, of_run))
+            ids, of_run = _single(parts, places, size)
+            values.append(ids)
+            lengths.append(of_run)
             if layout.weighted:
-                weights.append(np.ones(len(values[-1]), np.float32))
+                weights.append(np.ones(len(ids), np.float32))
             continue
-        for place, of_feature in zip(range(places.start, places.stop), of_run, strict=True):
-            at = 0
+        for place in range(places.start, places.stop):
             for rows, start, stop in parts:
                 jagged = rows.lists[place].slice(start, stop)
                 values.append(jagged.values)
+                lengths.append(np.diff(jagged.offsets).astype(np.int32))
                 if layout.weighted:
                     given = jagged.weights
                     weights.append(np.ones(len(jagged.values), np.float32) if given is None else given)
-                np.subtract(
-                    jagged.offsets[1:], jagged.offsets[:-1], out=of_feature[at : at + stop - start], casting="unsafe"
-                )
-                at += stop - start
     return KeyedJaggedTensor(
         keys=list(layout.keys),
-        values=_joined(values, torch.int64, pin_memory),
-        lengths=_joined([lengths.reshape(-1)], torch.int32, pin_memory),
-        weights=_joined(weights, torch.float32, pin_memory) if layout.weighted else None,
+        values=_joined(values, torch.int64, pin_memory, ours=not layout.lists),
+        lengths=_joined(lengths, torch.int32, pin_memory, ours=True),
+        weights=_joined(weights, torch.float32, pin_memory, ours=not layout.lists) if layout.weighted else None,
         stride=size,
     )
 
 
-def _single(parts: Sequence[Part], places: slice, lengths: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Ids of a run of features of at most one a row, all rows of the first, then of the next; writes their number."""
-    block = np.empty(lengths.shape, np.int64)
+def _single(parts: Sequence[Part], places: slice, size: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Ids of a run of features of at most one a row, all rows of the first, then of the next, and how many each has."""
+    block = np.empty((places.stop - places.start, size), np.int64)
     at = 0
     for rows, start, stop in parts:
         block[:, at : at + stop - start] = rows.single[places, start:stop]
         at += stop - start
     if not any(part.rows.has_empty for part in parts):
-        return block.reshape(-1)
+        return block.reshape(-1), np.ones(block.size, np.int32)
     there = block >= 0
-    lengths[:] = there
-    return block[there]
+    return block[there], there.reshape(-1).astype(np.int32)
 
 
-def _joined(parts: Sequence[NDArray[np.generic]], dtype: torch.dtype, pin_memory: bool) -> Tensor:
-    if len(parts) == 1 and not pin_memory:
+def _joined(parts: Sequence[NDArray[Any]], dtype: torch.dtype, pin_memory: bool, *, ours: bool) -> Tensor:
+    """All parts as one tensor; a single one that is `ours`, shared with nobody, is not copied."""
+    if ours and len(parts) == 1 and not pin_memory:
         return torch.from_numpy(parts[0])
     joined = torch.empty(sum(map(len, parts)), dtype=dtype, pin_memory=pin_memory)
     if parts:
         np.concatenate(parts, out=joined.numpy())
     return joined
-
-
-def _offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets

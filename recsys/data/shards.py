@@ -46,7 +46,7 @@ def write_part(table: pa.Table, directory: Path, split: str, part: int, *, row_g
     """Writes one Parquet file of a split; the same table gives the same bytes."""
     path = part_path(directory, split, part)
     path.parent.mkdir(exist_ok=True)
-    pq.write_table(table, path, row_group_size=row_group_rows, compression="zstd")
+    pq.write_table(table, path, row_group_size=row_group_rows, compression="zstd", write_page_checksum=True)
 
 
 def write_summary(directory: Path, summary: dict[str, Any]) -> None:

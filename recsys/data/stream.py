@@ -6,7 +6,7 @@ An epoch's order is defined in four steps:
 2. Their rows, laid end to end, are cut into one lane a rank, whose lengths differ by at most one row. A row group on a
    border is split; both ranks decode it and keep their own part. There may be fewer row groups than ranks.
 3. Each lane is cut into windows of `window_row_groups` slices, which are (parts of) row groups. Within a window the
-   rows of each slice are shuffled, and the slices are merged in random order: a random permutation of the window.
+   rows of each slice are shuffled, and the slices are dealt in proportion: any batch has of each slice its fair share.
 4. Every rank takes `batch_size` rows a step along its lane, the last batch short, and all take `num_steps` batches,
    some perhaps empty: nothing is dropped, nothing repeated, and no rank waits for a batch that another does not have.
 
@@ -22,7 +22,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,15 +84,33 @@ class Window:
         """Order in which the rows of a slice are taken, None for as they stand."""
         if self.seed is None:
             return None
-        return np.random.default_rng((*self.seed, 1 + index)).permutation(self.slices[index].num_rows)
+        return np.random.default_rng((*self.seed, index)).permutation(self.slices[index].num_rows)
 
-    def merge(self) -> NDArray[Any]:
-        """The slice from which each row of the window comes, in the window's order; shape (num_rows,), unsigned."""
-        numbers = np.arange(len(self.slices), dtype=np.min_scalar_type(len(self.slices)))
-        owners = np.repeat(numbers, [part.num_rows for part in self.slices])
-        if self.seed is not None and len(self.slices) > 1:
-            np.random.default_rng((*self.seed, 0)).shuffle(owners)
-        return owners
+    def places(self, rows: int) -> NDArray[np.int64]:
+        """How many rows of each slice are among the first `rows` of the window; shape (slices,).
+
+        Slices that are shuffled are dealt in proportion: row k of a slice of n stands in the window of N at
+        (k + 1/2) N / n, rounded down, and where several stand at one place the first slice comes first. Others follow
+        one another.
+        """
+        counts = self._counts
+        if self.seed is None or len(counts) == 1:
+            one_by_one: NDArray[np.int64] = np.clip(rows - (np.cumsum(counts) - counts), 0, counts)
+            return one_by_one
+        total = self.num_rows
+        # Of each slice those before a place: k with (2 k + 1) total < 2 count place. The sum over all slices is off
+        # from the place by half a row a slice at most, so the one looked for is near.
+        near = np.arange(max(rows - len(counts), 0), rows + len(counts) + 1)
+        before = np.minimum((2 * counts * near[:, None] + total - 1) // (2 * total), counts)
+        at = int(np.searchsorted(before.sum(1), rows, side="right")) - 1
+        found: NDArray[np.int64] = before[at]
+        if (missing := rows - int(found.sum())) > 0:
+            found[np.flatnonzero(before[at + 1] > found)[:missing]] += 1
+        return found
+
+    @cached_property
+    def _counts(self) -> NDArray[np.int64]:
+        return np.array([part.num_rows for part in self.slices])
 
 
 class Piece(NamedTuple):
@@ -249,17 +267,16 @@ class Epoch:
         room = self.batch_size
         steps = 0
         for number, (window, start, stop) in enumerate(self.pieces(rank)):
-            owners = window.merge()
-            places = np.bincount(owners[:start], minlength=len(window.slices))
+            first = window.places(start).tolist()
             while start < stop:
                 end = min(stop, start + room)
-                taken = np.bincount(owners[start:end], minlength=len(window.slices))
+                last = window.places(end).tolist()
                 batch += [
-                    BatchPart(number, index, int(places[index]), int(places[index] + count))
-                    for index, count in enumerate(taken.tolist())
-                    if count
+                    BatchPart(number, index, i, j)
+                    for index, (i, j) in enumerate(zip(first, last, strict=True))
+                    if i < j
                 ]
-                places += taken
+                first = last
                 room -= end - start
                 start = end
                 if not room:

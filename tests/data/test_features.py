@@ -208,7 +208,7 @@ def test_batches_weigh_the_ids_of_other_features_by_one() -> None:
 def test_dense_transforms_happen_in_their_order(options: dict[str, Any], values: list[Any], expected: Any) -> None:
     of = columns(dense={"x": DenseColumn("c", **{"fill": None, **options})})
     rows = decode(of, {"c": values})
-    np.testing.assert_array_equal(rows.dense[:, 0], np.float32(expected))
+    np.testing.assert_array_equal(rows.dense[0], np.float32(expected))
     found = [int(value is not None and not np.isfinite(value)) for value in values]
     assert counts(rows) == ({("not_finite", "x"): found} if any(found) else {})
 

@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from recsys.config import Config, ConfigError, load_config
-from recsys.data.parquet import Loader, ParquetShards
+from recsys.data.loader import Loader
+from recsys.data.parquet import ParquetShards
 from recsys.data.splits import open_splits
 from recsys.data.stream import Epoch
 from recsys.model.cost import cost_report
@@ -372,7 +373,7 @@ def _unsharded_after_twenty_steps(config: Config, shards: ParquetShards, world_s
         )
         streams = []
         for rank in range(world_size):
-            with Loader(shards, epoch, rank) as loader:
+            with Loader(shards, [epoch], rank) as loader:
                 streams.append(list(loader))
         for batches in list(zip(*streams, strict=True))[:steps]:
             for optimizer in optimizers:

@@ -1,0 +1,38 @@
+"""Shards of one table, and what was read from them in plain Python."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recsys.data.columns import Columns
+from recsys.data.parquet import ParquetShards
+from recsys.data.rows import Jagged, Rows
+from recsys.data.stream import RowSlice
+
+
+def open_table(directory: Path, table: pa.Table, columns: Columns, row_group_rows: int = 1000) -> ParquetShards:
+    """Shards of one file that holds `table`."""
+    pq.write_table(table, directory / "part.parquet", row_group_size=row_group_rows)
+    return ParquetShards([str(directory / "*.parquet")], columns, source="data.train")
+
+
+def read_first(shards: ParquetShards) -> Rows:
+    """The rows of the first row group."""
+    return shards.read(RowSlice(0, 0, shards.row_counts[0]))
+
+
+def bags(jagged: Jagged) -> list[list[int]]:
+    """Ids of each row."""
+    return [jagged.values[start:stop].tolist() for start, stop in pairwise(jagged.offsets)]
+
+
+def ids(shards: ParquetShards, rows: Rows) -> dict[str, list[list[int]]]:
+    """Ids of each row, by feature."""
+    single = {
+        name: [[row] if row >= 0 else [] for row in of_feature.tolist()]
+        for name, of_feature in zip(shards.layout.single, rows.single, strict=True)
+    }
+    lists = [name for name in shards.layout.keys if name in shards.layout.lists]
+    return {**single, **{name: bags(jagged) for name, jagged in zip(lists, rows.lists, strict=True)}}
