@@ -5,9 +5,11 @@ as a whole before any process group starts, so that a mistake costs seconds and 
 """
 
 import difflib
+import itertools
 import json
 import os
 import re
+import zoneinfo
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
@@ -22,6 +24,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -85,19 +88,108 @@ class TableConfig(_Section):
         return self
 
 
+class HashIdsConfig(_Section):
+    """Strings or integers by their hash, XXH3-64 seeded with `salt`, modulo the table's rows."""
+
+    type: Literal["hash"]
+    salt: Annotated[int, Field(ge=0, lt=2**64)] = 0
+
+
+class VocabularyIdsConfig(_Section):
+    """Strings or integers by the vocabulary in `file` (recsys.data.vocabulary); row 0 is for those it does not hold."""
+
+    type: Literal["vocabulary"]
+    file: str
+
+
+class BucketizeIdsConfig(_Section):
+    """Numbers by the interval between `boundaries` that they fall in; a boundary belongs to the interval above it."""
+
+    type: Literal["bucketize"]
+    boundaries: Annotated[tuple[float, ...], Field(min_length=1)]
+
+    @field_validator("boundaries")
+    @classmethod
+    def _rising(cls, boundaries: tuple[float, ...]) -> tuple[float, ...]:
+        if any(low >= high for low, high in itertools.pairwise(boundaries)):
+            raise ValueError("must rise from each to the next")
+        return boundaries
+
+
+class DatetimeIdsConfig(_Section):
+    """Timestamps, or seconds since 1970 in UTC, by a part of date or time in `timezone`."""
+
+    type: Literal["datetime"]
+    part: Literal["hour", "weekday", "day", "month"]
+    timezone: str = "UTC"
+
+    @field_validator("timezone")
+    @classmethod
+    def _known(cls, timezone: str) -> str:
+        try:
+            zoneinfo.ZoneInfo(timezone)
+        except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+            raise ValueError(f"this machine knows no time zone {timezone!r}; name one such as Europe/Berlin") from None
+        return timezone
+
+
+IdsConfig = Annotated[
+    HashIdsConfig | VocabularyIdsConfig | BucketizeIdsConfig | DatetimeIdsConfig, Field(discriminator="type")
+]
+
+
 class SparseFeatureConfig(_Section):
-    """An id feature: int or list-of-int column `column` (the feature's own name if null), looked up in `table`."""
+    """Values or lists of values of `column` (the feature's own name if null), looked up in `table`.
+
+    `ids` says how values become rows of the table; null takes integers as they are, and `out_of_range` says what
+    becomes of those that the table does not have: `error`, `hash` (into all its rows) or `clip_to_oov` (row 0).
+    `weights` is a column of a weight for each value of a list. Lists longer than `max_length` are cut, and `keep` says
+    which end remains.
+    """
 
     table: Name
     column: str | None = None
+    ids: IdsConfig | None = None
+    out_of_range: Literal["error", "hash", "clip_to_oov"] = "error"
+    weights: str | None = None
+    max_length: PositiveInt | None = None
+    keep: Literal["first", "last"] = "first"
+
+    @model_validator(mode="after")
+    def _only_plain_ids_leave_the_range(self) -> Self:
+        if self.ids is not None and self.out_of_range != "error":
+            raise ValueError(f"out_of_range is for ids as they are; ids of type {self.ids.type} are never out of range")
+        return self
+
+
+class StandardizeConfig(_Section):
+    """Subtract `mean` and divide by `std`, both of the values as they are by then."""
+
+    mean: float
+    std: PositiveFloat
 
 
 class DenseFeatureConfig(_Section):
-    """A numeric feature; `fill` replaces nulls, null `fill` refuses them; `log1p` then takes log(1 + value)."""
+    """A numeric feature; what is set happens in this order: `fill`, `clip`, `log1p`, `standardize`.
+
+    `fill` replaces nulls, null `fill` refuses them. `not_finite` says whether NaN and infinities are refused or become
+    `fill` as well. `clip` is the least and greatest value, `log1p` takes log(1 + value).
+    """
 
     column: str | None = None
     fill: float | None = None
+    clip: tuple[float, float] | None = None
     log1p: bool = False
+    standardize: StandardizeConfig | None = None
+    not_finite: Literal["error", "fill"] = "error"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.not_finite == "fill" and self.fill is None:
+            raise ValueError("not_finite is fill, but no fill is set")
+        if self.clip is not None and self.clip[0] >= self.clip[1]:
+            raise ValueError(f"clip must rise, found {list(self.clip)}")
+        return self
 
 
 class FeaturesConfig(_Section):
@@ -144,17 +236,21 @@ class DomainConfig(_Section):
 class DataConfig(_Section):
     """Where the shards are and how they are read.
 
-    `train`, `valid` and `test` are patterns, as in `recsys.data.location.find_files`. `label` names a 0/1 column;
-    `reference` a column of probabilities whose metrics are reported beside the model's (the model in production, or the
-    true probability of a synthetic log); `domain` what parts the rows in reports. `batch_size` is per rank. Rows are
-    shuffled within windows of `window_row_groups` row groups, which are themselves in random order; two windows are in
-    memory at a time. `reader_threads` decode, on each rank; their number changes nothing that is read.
+    `train`, `valid` and `test` are patterns, as in `recsys.data.location.find_files`. `label` names a 0/1 column, or is
+    an expression over columns such as `rating >= 4`; `label_null` says whether a row without one is an error or left
+    out. `weight` names a column that multiplies each row's loss. `reference` is a column of probabilities whose metrics
+    are reported beside the model's (the model in production, or the true probability of a synthetic log); `domain` what
+    parts the rows in reports. `batch_size` is per rank. Rows are shuffled within windows of `window_row_groups` row
+    groups, which are themselves in random order; two windows are in memory at a time. `reader_threads` decode, on each
+    rank; their number changes nothing that is read.
     """
 
     train: str | tuple[str, ...]
     valid: str | tuple[str, ...] | None = None
     test: str | tuple[str, ...] | None = None
     label: str = "label"
+    label_null: Literal["error", "skip"] = "error"
+    weight: str | None = None
     reference: str | None = None
     domain: DomainConfig | None = None
     batch_size: PositiveInt
@@ -419,6 +515,12 @@ class Config(_Section):
                 raise ValueError(
                     f"features.sparse.{name}.table: no table {feature.table!r}; there are {_listed(self.tables)}"
                 )
+            table = self.tables[feature.table]
+            if feature.weights is not None and table.pooling != "sum":
+                raise ValueError(
+                    f"features.sparse.{name}.weights: table {feature.table} pools by {table.pooling}, which no weights "
+                    f"go with; set tables.{feature.table}.pooling to sum"
+                )
         if unused := set(self.tables) - used:
             raise ValueError(f"tables.{min(unused)}: no feature in features.sparse uses this table; remove it")
         for key, tower in (("tower", self.model.tower), ("replaces", self.model.replaces)):
@@ -620,7 +722,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 def _explain(error: ValidationError, schema: type[BaseModel]) -> Iterator[str]:
     for fault in error.errors():
         # Tags of discriminated unions ('mlp') and of `str | tuple` alternatives are not part of the user's path.
-        path, model = _user_path(fault["loc"], schema)
+        path, model, annotation = _user_path(fault["loc"], schema)
         kind, found = fault["type"], fault["input"]
         if kind == "extra_forbidden":
             *section, key = path
@@ -635,7 +737,7 @@ def _explain(error: ValidationError, schema: type[BaseModel]) -> Iterator[str]:
             message = str(fault["ctx"]["error"])
             yield f"{'.'.join(path)}: {message}" if path else message
         elif kind in ("union_tag_invalid", "union_tag_not_found"):
-            allowed = [tag for member in _models(TowerConfig) if (tag := _tag(member))]
+            allowed = [tag for member in _models(annotation) if (tag := _tag(member))]
             given = f"found {found['type']!r}" if "type" in found else "and is missing"
             yield f"{'.'.join(path)}.type: must be one of {_listed(allowed)}, {given}"
         else:
@@ -643,8 +745,13 @@ def _explain(error: ValidationError, schema: type[BaseModel]) -> Iterator[str]:
             yield f"{'.'.join(path)}: {fault['msg']}, found {shown if len(shown) < 80 else type(found).__name__}"
 
 
-def _user_path(location: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[list[str], type[BaseModel] | None]:
-    """Path as the user writes it, and the model of its last section, found by walking the schema along the way."""
+def _user_path(
+    location: tuple[int | str, ...], schema: type[BaseModel]
+) -> tuple[list[str], type[BaseModel] | None, Any]:
+    """Path as the user writes it, the model of its last section and the annotation of what it leads to.
+
+    They are found by walking the schema along the way.
+    """
     path: list[str] = []
     annotation: Any = schema
     model: type[BaseModel] | None = None
@@ -664,7 +771,7 @@ def _user_path(location: tuple[int | str, ...], schema: type[BaseModel]) -> tupl
         elif model is None:
             arguments = get_args(annotation)
             annotation = arguments[-1] if arguments else None
-    return path, model
+    return path, model, annotation
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

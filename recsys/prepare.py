@@ -1,4 +1,4 @@
-"""Writes a data set as Parquet shards: `python -m recsys.prepare synthetic --output DIR`."""
+"""Writes data sets as Parquet shards (`python -m recsys.prepare synthetic --output DIR`) and vocabularies of them."""
 
 import argparse
 import sys
@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from recsys.config import DEFAULT_CONFIG, load_config
 from recsys.data import shards
+from recsys.data.counting import build_vocabularies
 from recsys.data.criteo import by_day, criteo_schema
 from recsys.data.movielens import convert_movielens_1m, convert_movielens_100k
 from recsys.data.synthetic import write_synthetic
@@ -18,7 +20,7 @@ from recsys.data.tabular import MAX_VALUES, Schema, convert_text, load_schema
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Reads the command line, writes one data set, tells what was written.
+    """Reads the command line, writes one data set or the vocabularies of a config, tells what was written.
 
     Returns:
         The exit status: 0, or 2 where what the user asked for cannot be done.
@@ -30,13 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
         return 2
-    _report(options.output)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m recsys.prepare", description=__doc__, allow_abbrev=False)
-    data_sets = parser.add_subparsers(title="data sets", required=True, metavar="DATA_SET")
+    data_sets = parser.add_subparsers(title="what to write", required=True, metavar="WHAT")
     output = argparse.ArgumentParser(add_help=False)
     output.add_argument("--output", type=Path, required=True, help="folder to write")
     replace = argparse.ArgumentParser(add_help=False)
@@ -96,11 +97,22 @@ def _parser() -> argparse.ArgumentParser:
     synthetic.add_argument("--num-items", type=int, default=1_000)
     synthetic.add_argument("--flat", action="store_true", help="draw what users like item by item, not by the tree")
     synthetic.set_defaults(run=_synthetic)
+
+    vocabulary = data_sets.add_parser("vocabulary", help="the vocabularies of a config, counted in its train split")
+    vocabulary.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
+    vocabulary.add_argument("--feature", action="append", default=[], help="only this one's; may be repeated")
+    vocabulary.add_argument("--min-count", type=int, default=1, help="leave rarer values out (default: %(default)s)")
+    vocabulary.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    vocabulary.add_argument(
+        "overrides", nargs="*", metavar="path.to.key=value", help="settings that replace the file's"
+    )
+    vocabulary.set_defaults(run=_vocabulary)
     return parser
 
 
 def _public(options: argparse.Namespace) -> None:
     options.convert(options.source, options.output, overwrite=options.overwrite)
+    _report(options.output)
 
 
 def _criteo(options: argparse.Namespace) -> None:
@@ -174,6 +186,30 @@ def _synthetic(options: argparse.Namespace) -> None:
         num_items=options.num_items,
         hierarchy=not options.flat,
     )
+    _report(options.output)
+
+
+def _vocabulary(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    console = Console(soft_wrap=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("counting, row groups")
+        built = build_vocabularies(
+            config,
+            options.feature,
+            min_count=options.min_count,
+            overwrite=options.overwrite,
+            on_row_group=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    table = Table("vocabulary", "features", "values", "kept", "coverage", "table rows: has", "needs")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for of in built:
+        has = min(config.tables[config.features.sparse[name].table].num_embeddings for name in of.features)
+        kept = f"{of.kept:,}"
+        cells = (str(of.file), ", ".join(of.features), f"{of.found:,}", kept, f"{of.coverage:.2%}")
+        table.add_row(*cells, f"{has:,}", f"{of.kept + 1:,}")
+    console.print(table)
 
 
 def _report(output: Path) -> None:

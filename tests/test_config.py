@@ -135,6 +135,29 @@ def test_wrong_type_names_its_path_and_the_type_wanted(
         ("metrics.num_bins=1", "metrics.num_bins", "greater than or equal to 2"),
         ("device=tpu", "device", "'auto', 'cpu' or 'cuda'"),
         ("features.sparse={}", "features.sparse", "at least 1 item"),
+        ("features.sparse.item.ids={type: hash, salt: -1}", "features.sparse.item.ids.salt", "or equal to 0, found -1"),
+        (f"features.sparse.item.ids={{type: hash, salt: {2**64}}}", "features.sparse.item.ids.salt", "less than"),
+        ("features.sparse.item.ids={type: vocabulary}", "features.sparse.item.ids.file", "missing, and has no default"),
+        ("features.sparse.item.ids={type: bucketize, boundaries: []}", "features.sparse.item.ids.boundaries", "1 item"),
+        (
+            "features.sparse.item.ids={type: bucketize, boundaries: [1, 3, 3]}",
+            "features.sparse.item.ids.boundaries",
+            "must rise from each to the next",
+        ),
+        (
+            "features.sparse.item.ids={type: datetime, part: hour, timezone: Mars/Olympus}",
+            "features.sparse.item.ids.timezone",
+            "knows no time zone 'Mars/Olympus'",
+        ),
+        ("features.sparse.item.max_length=0", "features.sparse.item.max_length", "greater than 0, found 0"),
+        (
+            "features.sparse.item={table: item, ids: {type: hash}, out_of_range: hash}",
+            "features.sparse.item",
+            "ids of type hash are never out of range",
+        ),
+        ("features.dense.scale.not_finite=fill", "features.dense.scale", "not_finite is fill, but no fill is set"),
+        ("features.dense.scale.clip=[1, 1]", "features.dense.scale", "clip must rise, found [1.0, 1.0]"),
+        ("features.dense.scale.standardize={mean: 0, std: 0}", "features.dense.scale.standardize.std", "found 0"),
     ],
 )
 def test_value_out_of_range_names_its_path_and_the_range(
@@ -153,6 +176,20 @@ def test_unknown_or_missing_tower_type_lists_the_towers(load: Callable[..., Conf
         load(f"model.tower={tower}")
     assert "model.tower.type: must be one of dcn_v2, final_mlp, mlp, transformer, " in str(error.value)
     assert found in str(error.value)
+
+
+@pytest.mark.parametrize(("ids", "found"), [("{type: magic}", "found 'magic'"), ("{salt: 1}", "and is missing")])
+def test_unknown_or_missing_kind_of_ids_lists_the_kinds(load: Callable[..., Config], ids: str, found: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(f"features.sparse.item.ids={ids}")
+    expected = f"features.sparse.item.ids.type: must be one of bucketize, datetime, hash, vocabulary, {found}"
+    assert expected in str(error.value)
+
+
+def test_weights_need_a_table_that_sums(load: Callable[..., Config]) -> None:
+    assert load("features.sparse.tags.weights=scores").features.sparse["tags"].weights == "scores"
+    with pytest.raises(ConfigError, match=r"table item pools by mean, .* pooling to sum"):
+        load("features.sparse.item.weights=scores")
 
 
 @pytest.mark.parametrize(

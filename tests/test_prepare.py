@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import yaml
+from tiny import tiny_config, write_tiny_log
 
 from recsys.config import Config, load_config
 
@@ -173,3 +175,28 @@ def test_usage_errors(arguments: tuple[str, ...]) -> None:
 def test_torch_is_not_imported(tmp_path: Path) -> None:
     code = "import sys, recsys.prepare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_vocabulary_tells_what_it_kept(tmp_path: Path) -> None:
+    write_tiny_log(tmp_path / "log")
+    config = tiny_config(tmp_path / "log", tmp_path / "out")
+    file = tmp_path / "item.parquet"
+    config["features"]["sparse"]["item"]["ids"] = {"type": "vocabulary", "file": str(file)}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    items = pq.read_table(tmp_path / "log" / "train")["item"].drop_null()
+    arguments = ("vocabulary", "--config", "c.yaml", "--feature", "item", "--min-count", "25")
+    done = run(*arguments, "tables.item.num_embeddings=64", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    kept = pq.read_table(file)
+    assert 0 < len(kept) < 30 and min(kept["count"].to_pylist()) >= 25
+    share = f"{sum(kept['count'].to_pylist()) / len(items):.2%}"
+    for text in ("item", "30", str(len(kept)), share, "64", str(len(kept) + 1)):
+        assert text in done.stdout
+    again = run(*arguments, cwd=tmp_path)
+    assert again.returncode == 2
+    assert again.stderr == f"error: {file} is there already; pass --overwrite to build it anew\n"
+    assert run(*arguments, "--overwrite", cwd=tmp_path).returncode == 0
+    unknown = run("vocabulary", "--config", "c.yaml", "--feature", "user", cwd=tmp_path)
+    assert unknown.stderr.startswith(
+        "error: features.sparse.user takes no ids from a vocabulary; those that do are item"
+    )

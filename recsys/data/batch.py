@@ -1,6 +1,7 @@
 """The unit that travels from the reader through the pipeline to the model."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ class Batch(Pipelineable):
         domain: (B,) int64, the domain of each row; (0,) where the config names no domain column.
         loss_scale: what the sum of this rank's losses is multiplied by so that the mean over ranks, which is what DDP
             and TorchRec take of gradients, is the mean over the step's examples: world size / examples on all ranks.
+        weight: (B,) float32, what each row's loss is multiplied by; None where the config names no weight column.
+        counts: by kind and feature, how often values of these rows were cut, replaced or left out.
     """
 
     dense_features: Tensor
@@ -28,6 +31,8 @@ class Batch(Pipelineable):
     reference: Tensor
     domain: Tensor
     loss_scale: float
+    weight: Tensor | None = None
+    counts: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
         """A copy on `device` (the batch itself where it already is there)."""
@@ -38,6 +43,8 @@ class Batch(Pipelineable):
             reference=self.reference,  # only the host's metrics read it
             domain=self.domain.to(device, non_blocking=non_blocking),
             loss_scale=self.loss_scale,
+            weight=None if self.weight is None else self.weight.to(device, non_blocking=non_blocking),
+            counts=self.counts,
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -46,6 +53,8 @@ class Batch(Pipelineable):
         self.sparse_features.record_stream(stream)
         self.labels.record_stream(stream)
         self.domain.record_stream(stream)
+        if self.weight is not None:
+            self.weight.record_stream(stream)
 
     def pin_memory(self) -> "Batch":
         """A copy in page-locked memory, from which copies to a GPU are asynchronous."""
@@ -56,4 +65,6 @@ class Batch(Pipelineable):
             reference=self.reference,
             domain=self.domain.pin_memory(),
             loss_scale=self.loss_scale,
+            weight=None if self.weight is None else self.weight.pin_memory(),
+            counts=self.counts,
         )

@@ -2,11 +2,10 @@
 
 from typing import Protocol
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from xxhash import xxh3_64_intdigest
 
+from recsys.data.hashing import hash_ids
 from recsys.data.location import DataError
 
 _COMPACT_ROWS = 1 << 18
@@ -36,17 +35,15 @@ class KeptIds:
 
 
 class HashedIds:
-    """XXH3-64 of a value's UTF-8 bytes under a seed, modulo the number of buckets. Different values may share an id."""
+    """Buckets of `recsys.data.hashing.hash_ids`; different values may share one."""
 
     def __init__(self, buckets: int, seed: int) -> None:
         self.size, self._seed = buckets, seed
 
     def of(self, values: pa.Array) -> pa.Int64Array:
         """The values' buckets; each different value is hashed once a call."""
-        encoded = values.dictionary_encode()
-        texts = encoded.dictionary.cast(pa.binary()).to_pylist()
-        ids = np.fromiter((xxh3_64_intdigest(text, self._seed) % self.size for text in texts), np.int64, len(texts))
-        return pa.array(ids).take(encoded.indices)
+        ids = hash_ids(values, self.size, self._seed)
+        return pa.array(ids, mask=ids < 0)
 
 
 class VocabularyIds:

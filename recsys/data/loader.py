@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -36,6 +36,7 @@ class Loader:
 
     Attributes:
         wait_seconds: time the consumer spent waiting for batches, so far.
+        counts: sum of the counts of the batches that the consumer has taken, so far.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Loader:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="loader", daemon=True)
         self.wait_seconds = 0.0
+        self.counts: Counter[tuple[str, str]] = Counter()
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -85,6 +87,7 @@ class Loader:
             if isinstance(item, BaseException):
                 self._put(item)  # whoever asks again must not wait for ever
                 raise item
+            self.counts.update(item.counts)
             yield item
 
     def _produce(self) -> None:

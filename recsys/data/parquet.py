@@ -1,6 +1,6 @@
 """Parquet shards: footers, and decoding of row groups."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from recsys.data.columns import Columns
 from recsys.data.location import THREADS, DataError, Place, find_files, naming
-from recsys.data.rows import Rows, SparseLayout
+from recsys.data.rows import Rows
 from recsys.data.stream import RowSlice
 
 FOOTER_BYTES = 256 << 20
@@ -27,53 +27,106 @@ class _File(NamedTuple):
     footer: pq.FileMetaData | None
 
 
-class ParquetShards:
-    """All row groups of a set of files, with their schemas checked.
+class ShardTables:
+    """All row groups of a set of files, as tables.
 
     Directories `key=value` on a file's path are columns of it, of integers where every file's value is one, else of
     strings.
 
     Args:
         patterns: as in `find_files`.
-        columns: what to read.
+        names: columns that will be read.
         source: config path of the patterns, for messages.
 
     Raises:
-        DataError: as `find_files`; or a file is no Parquet, a column is missing, both in a file and on its path or of a
-            type that cannot be read as what it is for, or there is no row at all.
+        DataError: as `find_files`; or a file is no Parquet, or has a column that is on its path as well, or there is no
+            row at all.
 
     Attributes:
-        columns: what is read.
         files: sorted.
+        schemas: of each file, columns on its path included.
         row_counts: rows of every row group, over all files.
-        layout: of the rows of all files; a feature that is a list in one file is one in all.
     """
 
-    def __init__(self, patterns: Sequence[str], columns: Columns, *, source: str) -> None:
-        self.columns = columns
+    def __init__(self, patterns: Sequence[str], names: Sequence[str], *, source: str) -> None:
         places = find_files(patterns, source=source)
         self.files = [str(place) for place in places]
-        self._partition_types = _partition_types(places, columns.names)
-        self._checked: list[tuple[pa.Schema, frozenset[str]]] = []  # most files have the schema of another
+        self.schemas: list[pa.Schema] = []
+        self._partition_types = _partition_types(places, names)
         self._files: list[_File] = []
         self._row_groups: list[tuple[int, int]] = []  # file, row group within it
         row_counts: list[int] = []
-        lists: set[str] = set()
+        known: list[pa.Schema] = []  # most files have the schema of another
         room = FOOTER_BYTES // _PARSED
         with ThreadPoolExecutor(THREADS) as pool:
-            for number, (version, footer, found) in enumerate(pool.map(self._open, places)):
+            for number, (version, footer, schema) in enumerate(pool.map(self._open, places)):
                 room -= footer.serialized_size
                 self._files.append(_File(places[number], version, footer if room >= 0 else None))
                 groups = range(footer.num_row_groups)
                 self._row_groups += [(number, group) for group in groups]
                 row_counts += [footer.row_group(group).num_rows for group in groups]
-                lists |= found
+                same = next((one for one in known if schema.equals(one)), None)
+                if same is None:
+                    known.append(schema)
+                self.schemas.append(schema if same is None else same)
         self.row_counts = tuple(row_counts)
         if not sum(row_counts):
             raise DataError(f"{source}: the {len(places)} files matching {', '.join(patterns)} hold no rows")
-        self.layout = SparseLayout(tuple(columns.sparse), frozenset(lists))
 
-    def _open(self, place: Place) -> tuple[str, pq.FileMetaData, frozenset[str]]:
+    def where(self, row_group: int) -> str:
+        """File and row group, for messages."""
+        number, group = self._row_groups[row_group]
+        return f"{self.files[number]}, row group {group}"
+
+    def file_of(self, row_group: int) -> int:
+        """Number of the file in `files` that a row group is in."""
+        return self._row_groups[row_group][0]
+
+    def table(
+        self,
+        row_group: int,
+        names: Sequence[str],
+        dictionary_paths: Callable[[pq.ParquetSchema], list[str]] = lambda schema: [],
+    ) -> pa.Table:
+        """Decode columns of a row group; safe to call from several threads.
+
+        Args:
+            row_group: number over all files.
+            names: of the columns.
+            dictionary_paths: tells of a file's schema which leaves to leave as dictionaries.
+
+        Raises:
+            DataError: the file can no longer be read, or was replaced by another.
+        """
+        number, group = self._row_groups[row_group]
+        place, known, footer = self._files[number]
+        partitions = {name: value for name, value in place.partitions.items() if name in self._partition_types}
+        with naming(f"{self.where(row_group)}: cannot be read"):
+            file, version = place.open()
+            with file:
+                if version != known:
+                    raise DataError(
+                        f"{place}: changed since the run began; start again, and write new shards under new names "
+                        "instead of replacing those in use"
+                    )
+                footer = footer or pq.read_metadata(file)
+                # Ranges of a file far away are asked for together; a disk is read as it is decoded.
+                parquet = pq.ParquetFile(
+                    file,
+                    metadata=footer,
+                    read_dictionary=dictionary_paths(footer.schema),
+                    pre_buffer=not place.is_local,
+                    page_checksum_verification=True,
+                )
+                in_file = [name for name in names if name not in partitions]
+                table = parquet.read_row_group(group, columns=in_file, use_threads=False)
+        for name in names:
+            if name in partitions:
+                kind = self._partition_types[name]
+                table = table.append_column(name, pa.repeat(_scalar(partitions[name], kind), len(table)))
+        return table
+
+    def _open(self, place: Place) -> tuple[str, pq.FileMetaData, pa.Schema]:
         with naming(f"{place}: not a readable Parquet file"):
             file, version = place.open()
             with file:
@@ -92,41 +145,44 @@ class ParquetShards:
                     "write the files without it"
                 )
             schema = schema.append(pa.field(name, self._partition_types[name]))
-        lists = next((lists for known, lists in self._checked if schema.equals(known)), None)
-        if lists is None:
-            lists = self.columns.check_schema(schema, str(place))
-            self._checked.append((schema, lists))
-        return version, footer, lists
+        return version, footer, schema
+
+
+class ParquetShards(ShardTables):
+    """All row groups of a set of files, with their schemas checked and their rows decoded.
+
+    Args:
+        patterns: as in `find_files`.
+        columns: what to read.
+        source: config path of the patterns, for messages.
+
+    Raises:
+        DataError: as `ShardTables`; or a column is missing, or of a type that cannot be read as what it is for.
+
+    Attributes:
+        columns: what is read.
+        layout: of the rows of all files; a feature that is a list in one file is one in all.
+    """
+
+    def __init__(self, patterns: Sequence[str], columns: Columns, *, source: str) -> None:
+        super().__init__(patterns, columns.names, source=source)
+        self.columns = columns
+        checked: dict[int, frozenset[str]] = {}
+        for file, schema in zip(self.files, self.schemas, strict=True):
+            if id(schema) not in checked:
+                checked[id(schema)] = columns.check_schema(schema, file)
+        self.layout = columns.layout(frozenset[str]().union(*checked.values()))
 
     def read(self, part: RowSlice, order: NDArray[np.int64] | None = None) -> Rows:
         """Decode and check the rows of a slice, and put them into an order; safe to call from several threads.
 
         Raises:
-            DataError: as `Columns.decode`, or a file can no longer be read or was replaced by another.
+            DataError: as `Columns.decode` and `ShardTables.table`.
         """
-        number, group = self._row_groups[part.row_group]
-        place, known, footer = self._files[number]
-        where = f"{place}, row group {group}"
-        partitions = {name: value for name, value in place.partitions.items() if name in self._partition_types}
-        names = [name for name in self.columns.names if name not in partitions]
-        with naming(f"{where}: cannot be read"):
-            file, version = place.open()
-            with file:
-                if version != known:
-                    raise DataError(
-                        f"{place}: changed since the run began; start again, and write new shards under new names "
-                        "instead of replacing those in use"
-                    )
-                # Ranges of a file far away are asked for together; a disk is read as it is decoded.
-                parquet = pq.ParquetFile(
-                    file, metadata=footer, pre_buffer=not place.is_local, page_checksum_verification=True
-                )
-                table = parquet.read_row_group(group, columns=names, use_threads=False)
-        table = table.slice(part.start, part.num_rows)
-        for name, value in partitions.items():
-            kind = self._partition_types[name]
-            table = table.append_column(name, pa.repeat(_scalar(value, kind), len(table)))
-        return self.columns.decode(table, self.layout, where, order)
+        table = self.table(part.row_group, self.columns.names, self.columns.dictionary_paths)
+        return self.columns.decode(
+            table.slice(part.start, part.num_rows), self.layout, self.where(part.row_group), order
+        )
 
 
 def _partition_types(places: Iterable[Place], names: Sequence[str]) -> Mapping[str, pa.DataType]:

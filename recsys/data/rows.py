@@ -1,7 +1,8 @@
 """Decoded rows: what a row group becomes, and how parts of several become one batch."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -13,6 +14,9 @@ from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
 from recsys.data.batch import Batch
+
+Counts = dict[tuple[str, str], NDArray[np.int32]]
+"""By kind and feature, how often it happened in each row, (N,); only what happened at all."""
 
 
 class Jagged(NamedTuple):
@@ -79,12 +83,14 @@ class Rows:
     """Decoded and checked rows.
 
     Attributes:
-        labels: (N,) float32.
+        labels: (N,) float32, NaN in rows that batches leave out; or (0,) where there are none.
         reference: (N,) float64, or (0,) where there is none.
         domain: (N,) int64, or (0,) where there is none.
         dense: (F_d, N) float32.
         single: (S, N) ids of the features with at most one a row, in the order of `SparseLayout.single`; -1 for none.
         lists: the other features.
+        weight: (N,) float32, of the rows in the loss, or (0,) where there is none.
+        counts: what was cut, replaced or left out.
     """
 
     labels: NDArray[np.float32]
@@ -93,14 +99,30 @@ class Rows:
     dense: NDArray[np.float32]
     single: NDArray[np.int32 | np.int64]
     lists: tuple[Jagged, ...]
+    weight: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    counts: Mapping[tuple[str, str], NDArray[np.int32]] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return int(self.dense.shape[1])
 
     @cached_property
     def has_empty(self) -> bool:
         """Whether a feature of at most one id has none in some row."""
         return bool(self.single.size) and bool(self.single.min() < 0)
+
+    def take(self, rows: NDArray[np.int64]) -> "Rows":
+        """The given rows, in the given order."""
+        # `clip` skips a check that numpy makes of every index in a pass of its own.
+        return Rows(
+            self.labels.take(rows, mode="clip") if len(self.labels) else self.labels,
+            self.reference.take(rows, mode="clip") if len(self.reference) else self.reference,
+            self.domain.take(rows, mode="clip") if len(self.domain) else self.domain,
+            self.dense.take(rows, axis=1, mode="clip"),
+            self.single.take(rows, axis=1, mode="clip"),
+            tuple(jagged.take(rows) for jagged in self.lists),
+            self.weight.take(rows, mode="clip") if len(self.weight) else self.weight,
+            {key: happened.take(rows, mode="clip") for key, happened in self.counts.items()},
+        )
 
 
 class Part(NamedTuple):
@@ -110,6 +132,13 @@ class Part(NamedTuple):
     start: int
     stop: int
 
+    def labelled(self) -> "Part":
+        """Without the rows whose label is NaN."""
+        if not any(kind == "skipped" for kind, _ in self.rows.counts):
+            return self
+        kept = np.flatnonzero(~np.isnan(self.rows.labels[self.start : self.stop]))
+        return Part(self.rows.take(kept + self.start), 0, len(kept))
+
 
 def build_batch(
     parts: Sequence[Part], layout: SparseLayout, num_dense: int, *, loss_scale: float, pin_memory: bool
@@ -118,6 +147,8 @@ def build_batch(
 
     Every value is copied once, from where it was decoded to where the model, or the copy to the device, reads it.
 
+    Rows whose label is NaN are left out. What happened to the rows is summed, theirs included.
+
     Args:
         parts: rows of the same layout.
         layout: of all parts.
@@ -125,24 +156,33 @@ def build_batch(
         loss_scale: as in `Batch`.
         pin_memory: build it in page-locked memory.
     """
+    counts: Counter[tuple[str, str]] = Counter()
+    for rows, start, stop in parts:
+        counts.update({key: int(happened[start:stop].sum()) for key, happened in rows.counts.items()})
+    parts = [part.labelled() for part in parts]
     size = sum(part.stop - part.start for part in parts)
-    labels = torch.empty(size, pin_memory=pin_memory)
-    dense = torch.empty((size, num_dense), pin_memory=pin_memory)
-    has_reference, has_domain = (any(len(column) for column in columns) for columns in _optional(parts))
-    reference = torch.empty(size if has_reference else 0, dtype=torch.float64)
-    domain = torch.empty(size if has_domain else 0, dtype=torch.int64, pin_memory=pin_memory)
-    targets = [(labels.numpy(), "labels"), (dense.numpy().T, "dense")]
-    targets += [(reference.numpy(), "reference")] * has_reference + [(domain.numpy(), "domain")] * has_domain
-    for target, name in targets:
-        at = 0
-        for rows, start, stop in parts:
-            target[..., at : at + stop - start] = getattr(rows, name)[..., start:stop]
+
+    def column(name: str, dtype: torch.dtype, pinned: bool, width: tuple[int, ...] = ()) -> Tensor:
+        """The rows' values, none where none of the parts has any."""
+        there = any(getattr(part.rows, name).shape[-1] for part in parts)
+        target = torch.empty((size if there else 0, *width), dtype=dtype, pin_memory=pinned)
+        at, values = 0, target.numpy().T
+        for rows, start, stop in parts if there else ():
+            values[..., at : at + stop - start] = getattr(rows, name)[..., start:stop]
             at += stop - start
-    return Batch(dense, _sparse(parts, layout, size, pin_memory), labels, reference, domain, loss_scale)
+        return target
 
-
-def _optional(parts: Sequence[Part]) -> tuple[list[NDArray[np.float64]], list[NDArray[np.int64]]]:
-    return [part.rows.reference for part in parts], [part.rows.domain for part in parts]
+    weight = column("weight", torch.float32, pin_memory)
+    return Batch(
+        dense_features=column("dense", torch.float32, pin_memory, (num_dense,)),
+        sparse_features=_sparse(parts, layout, size, pin_memory),
+        labels=column("labels", torch.float32, pin_memory),
+        reference=column("reference", torch.float64, False),
+        domain=column("domain", torch.int64, pin_memory),
+        loss_scale=loss_scale,
+        weight=weight if len(weight) else None,
+        counts=+counts,
+    )
 
 
 def _sparse(parts: Sequence[Part], layout: SparseLayout, size: int, pin_memory: bool) -> KeyedJaggedTensor:

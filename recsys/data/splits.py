@@ -5,23 +5,41 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from recsys.config import Config, ConfigError
+from recsys.config import (
+    BucketizeIdsConfig,
+    Config,
+    ConfigError,
+    DatetimeIdsConfig,
+    HashIdsConfig,
+    SparseFeatureConfig,
+    VocabularyIdsConfig,
+)
 from recsys.data.columns import Columns, DenseColumn, DomainColumn, SparseColumn
 from recsys.data.loader import Loader
+from recsys.data.mapping import BucketizedIds, DatetimeIds, HashedIds, IdMapping, PlainIds, VocabularyIds
 from recsys.data.parquet import ParquetShards
 from recsys.data.stream import Epoch
 from recsys.data.synthetic import write_synthetic
+from recsys.data.vocabulary import Vocabulary, load_vocabularies
 from recsys.runtime import Ranks
 
 
-def open_splits(config: Config, ranks: Ranks, names: Sequence[str]) -> dict[str, ParquetShards]:
+def open_splits(
+    config: Config, ranks: Ranks, names: Sequence[str], vocabularies: Path | None = None
+) -> dict[str, ParquetShards]:
     """The shards of the named splits, the embedded synthetic log written first if the config asks for it.
 
     A collective call.
 
+    Args:
+        config: the run's.
+        ranks: this process among all.
+        names: splits of the config.
+        vocabularies: as for `build_columns`.
+
     Raises:
-        ConfigError: the config lacks one of the splits.
-        DataError: as `ParquetShards`.
+        ConfigError: the config lacks one of the splits, or as `build_columns`.
+        DataError: as `ParquetShards` and `build_columns`.
     """
     spec = config.data.synthetic
     if spec is not None:
@@ -32,23 +50,69 @@ def open_splits(config: Config, ranks: Ranks, names: Sequence[str]) -> dict[str,
             except (ValueError, OSError) as error:
                 raise ConfigError(f"data.synthetic: {error}") from None
         dist.barrier()
-    columns = build_columns(config)
+    columns = build_columns(config, vocabularies)
     return {name: ParquetShards(config.data.patterns(name), columns, source=f"data.{name}") for name in names}
 
 
-def build_columns(config: Config) -> Columns:
-    """What a config reads of each row."""
-    domain = config.data.domain
+def build_columns(config: Config, vocabularies: Path | None = None) -> Columns:
+    """What a config reads of each row.
+
+    Args:
+        config: the run's.
+        vocabularies: a folder that `save_vocabularies` wrote, such as that of a checkpoint; None takes the files that
+            the config names.
+
+    Raises:
+        ConfigError: the label is no expression, or a table has fewer rows than its ids need.
+        DataError: a vocabulary cannot be read, or is not the one that was saved.
+    """
+    read = load_vocabularies(config, vocabularies)
+    sparse = {}
+    for name, feature in config.features.sparse.items():
+        ids, num_rows = _id_mapping(feature, read.get(name)), config.tables[feature.table].num_embeddings
+        if num_rows < ids.least_rows:
+            raise ConfigError(
+                f"tables.{feature.table}.num_embeddings: {num_rows} rows are too few for the ids of "
+                f"features.sparse.{name}, which need {ids.least_rows}"
+            )
+        column = feature.column or name
+        sparse[name] = SparseColumn(column, num_rows, ids, feature.weights, feature.max_length, feature.keep)
+    dense = {
+        name: DenseColumn(
+            feature.column or name,
+            feature.fill,
+            feature.log1p,
+            feature.clip,
+            (feature.standardize.mean, feature.standardize.std) if feature.standardize else None,
+            feature.not_finite,
+        )
+        for name, feature in config.features.dense.items()
+    }
+    data = config.data
     return Columns(
-        label=config.data.label,
-        reference=config.data.reference,
-        dense={name: DenseColumn(f.column or name, f.fill, f.log1p) for name, f in config.features.dense.items()},
-        sparse={
-            name: SparseColumn(f.column or name, config.tables[f.table].num_embeddings)
-            for name, f in config.features.sparse.items()
-        },
-        domain=DomainColumn(domain.column, domain.num_domains) if domain else None,
+        label=data.label,
+        reference=data.reference,
+        dense=dense,
+        sparse=sparse,
+        domain=DomainColumn(data.domain.column, data.domain.num_domains) if data.domain else None,
+        label_null=data.label_null,
+        weight=data.weight,
     )
+
+
+def _id_mapping(feature: SparseFeatureConfig, vocabulary: Vocabulary | None) -> IdMapping:
+    match feature.ids:
+        case None:
+            return PlainIds(feature.out_of_range)
+        case HashIdsConfig(salt=salt):
+            return HashedIds(salt)
+        case BucketizeIdsConfig(boundaries=boundaries):
+            return BucketizedIds(boundaries)
+        case DatetimeIdsConfig(part=part, timezone=timezone):
+            return DatetimeIds(part, timezone)
+        case VocabularyIdsConfig():
+            assert vocabulary is not None
+            return VocabularyIds(vocabulary)
 
 
 def open_loader(shards: ParquetShards, epochs: Iterable[Epoch], config: Config, ranks: Ranks) -> Loader:

@@ -33,7 +33,8 @@ class RankerOutput(NamedTuple):
         logits: (B,) click logits.
         labels: (B,) as in the batch.
         domain: (B,) or (0,) as in the batch.
-        bce: scalar, this rank's share of the step's mean binary cross entropy (the mean over ranks is the step's).
+        bce: scalar, this rank's share of the step's mean binary cross entropy (the mean over ranks is the step's), each
+            row's multiplied by its weight.
         balance: scalar, mean balance loss over this rank's expert layers; 0 when no expert is active.
         z: scalar, mean router z-loss likewise.
         diversity: scalar, mean diversity loss over the expert layers; 0 also while its weight is 0.
@@ -124,7 +125,8 @@ class Ranker(nn.Module):
         logits, balance, z, diversity = self.dense_arch(
             features, batch.dense_features, with_diversity=self.diversity_weight > 0
         )
-        bce = F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="sum") * batch.loss_scale
+        bce = F.binary_cross_entropy_with_logits(logits, batch.labels, weight=batch.weight, reduction="sum")
+        bce = bce * batch.loss_scale
         loss = bce + self.balance_weight * balance + self.z_weight * z + self.diversity_weight * diversity
         losses = (value.detach() for value in (bce, balance, z, diversity))
         return loss, RankerOutput(logits.detach(), batch.labels, batch.domain, *losses)
@@ -149,7 +151,8 @@ def build_ranker(config: Config, *, seed: int, device: torch.device | None = Non
         )
         for name, table in config.tables.items()
     ]
-    collection = EmbeddingBagCollection(tables=tables, device=device or torch.device("meta"))
+    weighted = any(feature.weights is not None for feature in config.features.sparse.values())
+    collection = EmbeddingBagCollection(tables=tables, device=device or torch.device("meta"), is_weighted=weighted)
     dims = {name: config.tables[feature.table].embedding_dim for name, feature in config.features.sparse.items()}
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)

@@ -1,9 +1,10 @@
 """Checkpoints: what they hold, when one is complete, and reading them without running code.
 
 A checkpoint is a directory `step-<n>` with the tensors in PyTorch's distributed format (DCP), the resolved
-`config.yaml`, and `meta.json`. It is written beside its final name and renamed when complete, so a directory with a
-final name is whole. Only tensors go into DCP: everything else is JSON or YAML, and what DCP itself pickles (its index)
-is read with an unpickler that knows DCP's own classes alone.
+`config.yaml`, the features' vocabularies with their digests in `vocabularies/`, and `meta.json`. It is written beside
+its final name and renamed when complete, so a directory with a final name is whole. Only tensors go into DCP:
+everything else is JSON, YAML or Parquet, and what DCP itself pickles (its index) is read with an unpickler that knows
+DCP's own classes alone.
 """
 
 import json
@@ -27,9 +28,11 @@ from torchrec.optim.keyed import KeyedOptimizer
 
 from recsys.config import Config, UserError
 from recsys.data.location import THREADS, Place, naming
+from recsys.data.vocabulary import Vocabulary, save_vocabularies
 from recsys.sharding.shard import COLLECTION, ShardedRanker
 
 FORMAT = 1
+VOCABULARIES = "vocabularies"
 
 
 class CheckpointError(UserError):
@@ -62,8 +65,9 @@ def save_checkpoint(
     sharded: ShardedRanker,
     dense_arch: nn.Module,
     dense_optimizer: KeyedOptimizer,
+    vocabularies: Mapping[str, Vocabulary],
 ) -> None:
-    """Write model and all optimizers, replacing `directory` if it exists; a collective call."""
+    """Write model, vocabularies and all optimizers, replacing `directory` if it exists; a collective call."""
     partial = directory.with_name(directory.name + ".partial")
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -77,6 +81,7 @@ def save_checkpoint(
     dcp.save(state, checkpoint_id=partial)
     if dist.get_rank() == 0:
         (partial / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        save_vocabularies(vocabularies, partial / VOCABULARIES)
         (partial / "meta.json").write_text(json.dumps(vars(meta), indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)

@@ -16,7 +16,7 @@ from recsys.data.stream import Epoch
 from recsys.model.ranker import Ranker, RankerOutput, build_ranker
 from recsys.runtime import Ranks, process_group
 from recsys.sharding.shard import shard
-from recsys.training.checkpoint import load_model, read_meta
+from recsys.training.checkpoint import VOCABULARIES, load_model, read_meta
 from recsys.training.metrics import BinaryMetrics, Metrics
 from recsys.training.monitor import console
 from recsys.training.predictions import writing_predictions
@@ -36,6 +36,8 @@ def evaluate_checkpoint(
 ) -> dict[str, Metrics]:
     """Figures of a checkpoint's model on a split, printed by the first rank; those of a reference column beside it.
 
+    Vocabularies are those that the checkpoint holds, whatever has become of the files that its config names.
+
     Args:
         directory: of the checkpoint.
         split: train, valid or test.
@@ -52,7 +54,7 @@ def evaluate_checkpoint(
     meta = read_meta(path)
     config = load_config(path / "config.yaml", overrides)
     with process_group(config.device) as ranks:
-        shards = open_splits(config, ranks, [split])[split]
+        shards = open_splits(config, ranks, [split], path / VOCABULARIES)[split]
         ranker = build_ranker(config, seed=0)
         dense_arch = ranker.dense_arch
         sharded = shard(ranker, config, ranks, seed=0)

@@ -3,6 +3,7 @@
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -73,6 +74,10 @@ class _Totals:
     routing: dict[str, RoutingSummary] = field(default_factory=dict)
 
 
+Counts = Counter[tuple[str, str]]
+"""How often values were cut, replaced or left out, by kind and feature."""
+
+
 @dataclass
 class _Window:
     """Sums since the last line of the log, on the device until it is written."""
@@ -82,6 +87,7 @@ class _Window:
     steps: int = 0
     examples: int = 0
     waited: float = 0.0
+    counts: Counts = field(default_factory=Counter)
     began: float = field(default_factory=time.perf_counter)
 
     def add(self, output: RankerOutput, examples: int) -> None:
@@ -128,6 +134,7 @@ class Trainer:
         self._epochs = 0  # begun so far, each with an order of its own
         self._num_steps = stage_lengths(config.stages, self._epoch(0).num_steps)
         self._cost = cost_report(config)
+        self._counts: Counts = Counter()  # over all stages and ranks
         self._best_directory = Path(config.output_dir) / "checkpoints" / "best"
         copy_to = config.checkpoints.copy_to
         self._copies = copy_to and locate(copy_to, source="checkpoints.copy_to").checked("checkpoints.copy_to")
@@ -157,6 +164,7 @@ class Trainer:
             "test": test.as_dict() if test else None,
             "reference": {"column": config.data.reference, **reference.as_dict()} if reference else None,
             "examples_per_second": sum(stage["examples"] for stage in stages.values()) / seconds,
+            "data": _by_kind(self._counts),
             "cost": self._cost.as_dict(),
             "checkpoint": str(checkpoint),
             "world_size": self.ranks.world_size,
@@ -264,7 +272,7 @@ class Trainer:
         began, paused, examples_before = time.perf_counter(), 0.0, totals.examples
         routing = RoutingStatistics(self.dense_arch, num_domains=data.domain.num_domains if data.domain else 0)
         self.sharded.ranker.train()
-        waited_before = loader.wait_seconds
+        waited_before, counts_before = loader.wait_seconds, loader.counts.copy()
         batches = islice(iter(loader), steps_left)
         window = self._window(loader)
         for epoch_step in range(min(epoch.num_steps, steps_left)):
@@ -287,6 +295,11 @@ class Trainer:
                 self._evaluate(stage.name, "valid")
                 paused += time.perf_counter() - stopped
                 window.began += time.perf_counter() - stopped
+        counts = self._reduced(loader.counts - counts_before)
+        self._counts += counts
+        totals.examples -= _skipped(counts)
+        if counts:
+            self.monitor.say(f"warning: {stage.name} epoch {totals.epochs + 1}: {_told(counts)}")
         totals.waited += loader.wait_seconds - waited_before
         totals.seconds += time.perf_counter() - began - paused
         totals.epochs += 1
@@ -310,10 +323,12 @@ class Trainer:
         losses = window.mean_losses()
         if not stage.config.diversity_weight:
             del losses["train/diversity"]  # it was not computed
+        counts = self._reduced(loader.counts - window.counts)
         scalars = {
             **losses,
             **{f"learning_rate/{name}": rate for name, rate in rates.items()},
-            "throughput/examples_per_second": window.examples / seconds,
+            **{f"data/{kind}/{feature}": counts[kind, feature] for kind, feature in self._counted},
+            "throughput/examples_per_second": (window.examples - _skipped(counts)) / seconds,
             "throughput/data_wait": (loader.wait_seconds - window.waited) / seconds,
             "gradient_norm/dense": torch.nn.utils.get_total_norm(gradients).item(),
         }
@@ -321,7 +336,21 @@ class Trainer:
         self.monitor.train_window(stage.name, step, stage_step, stage.num_steps, window.metrics.compute(), scalars)
 
     def _window(self, loader: Loader) -> _Window:
-        return _Window(BinaryMetrics(**self.config.metrics.model_dump()), waited=loader.wait_seconds)
+        return _Window(
+            BinaryMetrics(**self.config.metrics.model_dump()), waited=loader.wait_seconds, counts=loader.counts.copy()
+        )
+
+    @property
+    def _counted(self) -> tuple[tuple[str, str], ...]:
+        return self.splits["train"].columns.counted
+
+    def _reduced(self, counts: Counts) -> Counts:
+        """The sum over all ranks; a collective call where there is anything that may be counted."""
+        if not self._counted:
+            return counts
+        sums = torch.tensor([counts[key] for key in self._counted], device=self.ranks.device)
+        dist.all_reduce(sums)
+        return +Counter(dict(zip(self._counted, sums.tolist(), strict=True)))
 
     def _epoch(self, number: int) -> Epoch:
         """The order of an epoch."""
@@ -352,7 +381,10 @@ class Trainer:
 
     def _save(self, directory: Path, stage: Stage, totals: _Totals) -> None:
         meta = CheckpointMeta(stage.name, self._step, totals.steps, self.ranks.world_size)
-        save_checkpoint(directory, self.config, meta, self.sharded, self.dense_arch, stage.dense_optimizer)
+        vocabularies = self.splits["train"].columns.vocabularies
+        save_checkpoint(
+            directory, self.config, meta, self.sharded, self.dense_arch, stage.dense_optimizer, vocabularies
+        )
 
 
 def _better(metrics: Metrics, best: Metrics, stage: StageConfig) -> bool:
@@ -360,6 +392,23 @@ def _better(metrics: Metrics, best: Metrics, stage: StageConfig) -> bool:
     if new is None or math.isnan(new):
         return False
     return bool(old is None or (new > old if stage.monitor == "auc" else new < old))
+
+
+def _skipped(counts: Counts) -> int:
+    return sum(number for (kind, _), number in counts.items() if kind == "skipped")
+
+
+def _told(counts: Counts) -> str:
+    """`cut: tags 12, words 3; skipped: label 1`."""
+    kinds = _by_kind(counts).items()
+    return "; ".join(f"{kind}: " + ", ".join(f"{name} {n:,}" for name, n in of.items()) for kind, of in kinds)
+
+
+def _by_kind(counts: Counts) -> dict[str, dict[str, int]]:
+    kinds: dict[str, dict[str, int]] = {}
+    for (kind, feature), number in counts.items():
+        kinds.setdefault(kind, {})[feature] = number
+    return kinds
 
 
 def _make_way(output_dir: Path) -> None:

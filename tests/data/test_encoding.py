@@ -12,7 +12,7 @@ from recsys.data.location import DataError
 
 
 def test_vocabulary_is_by_descending_count_then_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ids, "_COMPACT_ROWS", 50)
+    monkeypatch.setattr(encoding, "_COMPACT_ROWS", 50)
     rng = np.random.default_rng(5)
     values = [f"v{int(value)}" for value in rng.geometric(0.03, 3000)]
     counts = ValueCounts({"a", "b"}, 1000)

@@ -1,0 +1,52 @@
+"""What kinds of Arrow types there are to the reader, and values out of lists."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+
+def is_string(kind: pa.DataType) -> bool:
+    """Whether values of a type are strings."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def is_integer(kind: pa.DataType) -> bool:
+    """Whether values of a type are integers."""
+    return bool(pa.types.is_integer(kind))
+
+
+def is_number(kind: pa.DataType) -> bool:
+    """Whether values of a type are integers, floating or boolean."""
+    return bool(is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether values of a type are lists."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def value_type(kind: pa.DataType) -> pa.DataType:
+    """The type of the values in a column: those of its lists, those of its dictionary."""
+    if is_list(kind):
+        kind = kind.value_type
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def whole(table: pa.Table, name: str) -> pa.Array:
+    """A column in one piece."""
+    column = table.column(name)
+    if column.num_chunks == 1:
+        return column.chunk(0)  # what combining would copy
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+
+
+def flat(lists: pa.Array) -> tuple[NDArray[np.int64], pa.Array]:
+    """Length of each list, 0 for nulls, and the values of all."""
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    return lengths.astype(np.int64, copy=False), lists.flatten()  # which leaves out what null lists may cover
+
+
+def plain(values: pa.Array) -> pa.Array:
+    """Values that come as a dictionary as they are without."""
+    return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
