@@ -115,7 +115,7 @@ def _criteo(rows: int, rng: np.random.Generator) -> pa.Table:
     columns: dict[str, Any] = {"label": rng.integers(0, 2, rows).astype(np.int8)}
     for index in range(13):
         empty = rng.random(rows) < 0.2 if index % 3 == 0 else None
-        columns[f"i{index}"] = pa.array(rng.exponential(20, rows).astype(np.int32), mask=empty)
+        columns[f"i{index}"] = pa.array(rng.exponential(20, rows).astype(np.float32), mask=empty)
     for index, size in enumerate(CRITEO_CARDINALITIES):
         columns[f"c{index}"] = (size * rng.random(rows) ** 4).astype(np.int32)
     return pa.table(columns)
@@ -165,11 +165,7 @@ def _write_config(path: Path, train: str, schema: pa.Schema, batch_size: int = B
         "tables": {name: {"num_embeddings": sizes.get(name, 100_000), "embedding_dim": 4} for name in ids},
         "features": {
             "sparse": {name: {"table": name} for name in ids},
-            "dense": {
-                name: {"fill": 0.0, **({"log1p": True} if pa.types.is_integer(schema.field(name).type) else {})}
-                for name in schema.names
-                if name[0] == "i"
-            },
+            "dense": {name: {"fill": 0.0} for name in schema.names if name[0] == "i"},
         },
         "model": {"tower": {"type": "mlp", "hidden": [256, 128]}, "hilomoe": {}},
         "stages": {"joint": {"trains": "all", "epochs": 1, **rate}},

@@ -146,6 +146,7 @@ def _text(options: argparse.Namespace, sources: Sequence[Path], schema: Schema) 
             max_values=options.max_values,
             progress=passes,
         )
+    _report(options.output)
 
 
 class _Passes(Progress):

@@ -188,7 +188,7 @@ def test_unknown_or_missing_kind_of_ids_lists_the_kinds(load: Callable[..., Conf
 
 def test_weights_need_a_table_that_sums(load: Callable[..., Config]) -> None:
     assert load("features.sparse.tags.weights=scores").features.sparse["tags"].weights == "scores"
-    with pytest.raises(ConfigError, match=r"table item pools by mean, .* pooling to sum"):
+    with pytest.raises(ConfigError, match=r"table item pools by mean, .*pooling to sum"):
         load("features.sparse.item.weights=scores")
 
 

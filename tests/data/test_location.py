@@ -40,7 +40,7 @@ def xs(shards: ParquetShards) -> list[float]:
     return [
         x
         for group, rows in enumerate(shards.row_counts)
-        for x in shards.read(RowSlice(group, 0, rows)).dense[:, 0].tolist()
+        for x in shards.read(RowSlice(group, 0, rows)).dense[0].tolist()
     ]
 
 
