@@ -12,7 +12,6 @@ from rich.table import Table
 
 from recsys.config import DEFAULT_CONFIG, load_config
 from recsys.data import shards
-from recsys.data.counting import build_vocabularies
 from recsys.data.criteo import by_day, criteo_schema
 from recsys.data.movielens import convert_movielens_1m, convert_movielens_100k
 from recsys.data.synthetic import write_synthetic
@@ -191,6 +190,8 @@ def _synthetic(options: argparse.Namespace) -> None:
 
 
 def _vocabulary(options: argparse.Namespace) -> None:
+    from recsys.data.counting import build_vocabularies  # reads shards, and so imports torch; converters need not wait
+
     config = load_config(options.config, options.overrides)
     console = Console(soft_wrap=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
