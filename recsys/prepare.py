@@ -6,7 +6,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -272,34 +272,34 @@ def _print_validation(report: "Report") -> None:
     shown, train = next(iter(splits.items()), ("", None))
     sparse, dense = [], []
     for feature, it in train.sparse.items() if train else ():
-        nulls = " ".join(
-            _percent(split.sparse[feature].null_rate) if feature in split.sparse else "-" for split in splits.values()
+        nulls = _shares(
+            split.sparse[feature].null_rate if feature in split.sparse else None for split in splits.values()
         )
         ids = "-" if it.least is None else f"{it.least:,} .. {it.greatest:,}"
-        mean, longest = (f"{it.mean_length:.1f}", f"{it.longest:,}") if it.longest > 1 else ("-", "-")
-        counted = " ".join(f"{_percent(share)} {kind.replace('_', ' ')}" for kind, share in it.counted.items() if share)
+        length = f"{it.mean_length:.1f} ({it.longest:,})" if it.longest > 1 else "-"
+        counted = " ".join(f"{share:.1%} {kind.replace('_', ' ')}" for kind, share in it.counted.items() if share)
         rows = f"{report.tables[it.table].rows:,}"
         cut = _percent(it.cut_rate or None)
-        sparse.append((feature, nulls, ids, rows, f"{it.distinct:,}", mean, longest, cut, counted or "-"))
+        sparse.append((feature, nulls, ids, rows, f"{it.distinct:,}", length, cut, counted or "-"))
     for feature, figures in train.dense.items() if train else ():
-        nulls = " ".join(
-            _percent(split.dense[feature].null_rate) if feature in split.dense else "-" for split in splits.values()
-        )
-        numbers = (f"{number:.4g}" for number in (figures.mean, figures.std, figures.least, figures.greatest))
+        nulls = _shares(split.dense[feature].null_rate if feature in split.dense else None for split in splits.values())
+        numbers = (f"{number:.3g}" for number in (figures.mean, figures.std, figures.least, figures.greatest))
         filled, clipped = _percent(figures.not_finite_rate or None), _percent(figures.clipped_rate or None)
         dense.append((feature, nulls, *numbers, filled, clipped))
-    nulls = f"nulls in {', '.join(splits)}"
     console.print(
-        _table(("sparse", nulls, "ids", "table rows", "distinct", "mean length", "max", "cut", "put aside"), sparse),
-        _table(("dense", nulls, "mean", "std", "least", "greatest", "not finite", "clipped"), dense),
+        _table(("sparse", "nulls %", "ids", "rows", "distinct", "length", "cut", "put aside"), sparse),
+        _table(("dense", "nulls %", "mean", "std", "least", "greatest", "not finite", "clipped"), dense),
     )
     beyond = [it for it in report.drift if it.psi > it.noise]
     drift = [(it.of, it.measure, it.data, f"{it.psi:.4f}", f"< {it.noise:.4f}") for it in beyond[:_DRIFTS]]
     console.print(_table(("drift from train", "of", "in", "PSI", "sampling gives"), drift))
     if train:
-        more = f"the {_DRIFTS} largest of {len(beyond)} drifts." if len(beyond) > _DRIFTS else "no more drift."
-        told = f"Ids, lengths and moments are of {shown}; distinct is an estimate, within 2 %;"
-        console.print(told, more if beyond else "no drift beyond what sampling gives.", highlight=False)
+        console.print(
+            f"nulls: in {', '.join(splits)}; the rest of {shown}. rows: of the table. distinct: an estimate, within "
+            "2 %. length: mean (most).",
+            "No drift beyond what sampling gives." if not beyond else f"{len(beyond)} distributions drift.",
+            highlight=False,
+        )
     findings: list[tuple[str, Finding]] = [("error", it) for it in report.errors]
     findings += [("warning", it) for it in report.warnings]
     for severity, finding in findings:
@@ -309,6 +309,10 @@ def _print_validation(report: "Report") -> None:
 
 def _percent(share: float | None, digits: int = 1) -> str:
     return "-" if share is None else f"{share:.{digits}%}"
+
+
+def _shares(shares: Iterable[float | None]) -> str:
+    return " ".join("-" if share is None else f"{100 * share:.1f}" for share in shares)
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table | str:

@@ -79,8 +79,9 @@ class RowSample:
         return int(np.isin(ours, theirs).sum()), len(ours)
 
     def repeated(self) -> tuple[int, int]:
-        """How many of the sampled hashes came before, and how many there are."""
-        return len(self._hashes) - len(np.unique(self._hashes)), len(self._hashes)
+        """How many of the sampled hashes there are more than once, and how many there are."""
+        times = np.unique(self._hashes, return_counts=True)[1]
+        return int(times[times > 1].sum()), len(self._hashes)
 
 
 def _sigma(x: float) -> float:
