@@ -536,7 +536,8 @@ class _Split:
         table = table.combine_chunks()
         for path in readable:
             try:
-                rows = self.parts[path].decode(table, self._layouts[path], self.tables.where(row_group))
+                part = self.parts[path]
+                rows = part.decode(table.select(part.names), self._layouts[path], self.tables.where(row_group))
             except DataError as error:
                 scan.fault(path, [str(error)])
             else:
