@@ -407,8 +407,8 @@ class _Scan:
         if bounds is not None:
             present = _present(values, column)
             # Nine comparisons of whole arrays take a tenth of the time of a search for each value.
-            at_least = [len(present), *(np.count_nonzero(present >= bound) for bound in bounds), 0]
-            group[path, "values"] = -np.diff(at_least).astype(np.float64)
+            at_least = [len(present), *(int(np.count_nonzero(present >= bound)) for bound in bounds), 0]
+            group[path, "values"] = -np.diff(np.array(at_least, np.float64))
         self.counts[path, "not_finite"] += int(rows.counts.get(("not_finite", name), np.zeros(1)).sum())
         if spec.clip is not None:
             given = column.drop_null().cast(pa.float64(), safe=False).to_numpy()

@@ -172,6 +172,41 @@ def test_columns_and_files_that_cannot_be_read_are_each_told(log: Path) -> None:
     assert list(report.splits) == ["train"] and report.splits["train"].rows_read == 6_000
 
 
+def test_a_row_group_that_is_damaged_does_not_end_the_scan(log: Path) -> None:
+    with (log / "train/part-1.parquet").open("r+b") as file:
+        file.seek(4)
+        file.write(bytes(60))
+    report = check(log)
+    (found,) = report.errors
+    assert (found.split, found.of) == ("train", "data.train")
+    assert found.message.startswith(f"{log}/train/part-1.parquet, row group 0: cannot be read: ")
+    assert report.splits["train"].rows_read == 5_500
+
+
+@pytest.mark.parametrize("sample", [None, 900])
+def test_strings_and_weighted_lists_are_read_as_training_reads_them(log: Path, sample: int | None) -> None:
+    for split in ROWS:
+        rewrite(log, split, replaced("item", lambda item: item.cast(pa.string())))
+        rewrite(
+            log,
+            split,
+            lambda table: table.append_column(
+                "w", [[None if it is None else [0.5] * len(it) for it in table["tags"].to_pylist()]]
+            ),
+        )
+    changes = {
+        "features__sparse__item__ids": {"type": "hash"},
+        "features__sparse__tags__weights": "w",
+        "tables__tag__pooling": "sum",
+    }
+    report = check(log, sample, **changes)
+    assert (report.errors, report.warnings) == ([], [])
+    assert 15 <= report.splits["train"].sparse["item"].distinct <= 30  # some meet in one row
+    rewrite(log, "valid", planted("w", 7, [0.5] * 9), part="2")
+    (found,) = check(log, **changes).errors
+    assert found.of == "features.sparse.tags" and "weights (column 'w') are not as many" in found.message
+
+
 def test_a_constant_label_is_an_error(log: Path) -> None:
     rewrite(log, "test", replaced("label", lambda label: pa.array(np.zeros(len(label), np.int8))))
     (found,) = check(log).errors
