@@ -1,9 +1,14 @@
-"""Writes data sets as Parquet shards (`python -m recsys.prepare synthetic --output DIR`) and vocabularies of them."""
+"""Writes data sets as Parquet shards and vocabularies of them, and validates what a config reads.
+
+`python -m recsys.prepare synthetic --output DIR`; `python -m recsys.prepare validate --config FILE`.
+"""
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -17,26 +22,34 @@ from recsys.data.movielens import convert_movielens_1m, convert_movielens_100k
 from recsys.data.synthetic import write_synthetic
 from recsys.data.tabular import MAX_VALUES, Schema, convert_text, load_schema
 
+if TYPE_CHECKING:
+    from recsys.data.validation import Finding, Report
+
+_DRIFTS = 8
+"""Of the largest that are shown."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Reads the command line, writes one data set or the vocabularies of a config, tells what was written.
+    """Reads the command line, writes or validates what it asks for, tells what was written or found.
 
     Returns:
-        The exit status: 0, or 2 where what the user asked for cannot be done.
+        The exit status: 0, or 2 where what the user asked for cannot be done, or data are found that cannot be used.
     """
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        status: int | None = options.run(options)
     except (OSError, ValueError) as error:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
         return 2
-    return 0
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m recsys.prepare", description=__doc__, allow_abbrev=False)
-    data_sets = parser.add_subparsers(title="what to write", required=True, metavar="WHAT")
+    parser = argparse.ArgumentParser(
+        prog="python -m recsys.prepare", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    data_sets = parser.add_subparsers(title="what to do", required=True, metavar="WHAT")
     output = argparse.ArgumentParser(add_help=False)
     output.add_argument("--output", type=Path, required=True, help="folder to write")
     replace = argparse.ArgumentParser(add_help=False)
@@ -97,15 +110,23 @@ def _parser() -> argparse.ArgumentParser:
     synthetic.add_argument("--flat", action="store_true", help="draw what users like item by item, not by the tree")
     synthetic.set_defaults(run=_synthetic)
 
-    vocabulary = data_sets.add_parser("vocabulary", help="the vocabularies of a config, counted in its train split")
-    vocabulary.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
+    config = argparse.ArgumentParser(add_help=False)
+    config.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
+    config.add_argument("overrides", nargs="*", metavar="path.to.key=value", help="settings that replace the file's")
+    vocabulary = data_sets.add_parser(
+        "vocabulary", parents=[config], help="the vocabularies of a config, counted in its train split"
+    )
     vocabulary.add_argument("--feature", action="append", default=[], help="only this one's; may be repeated")
     vocabulary.add_argument("--min-count", type=int, default=1, help="leave rarer values out (default: %(default)s)")
     vocabulary.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    vocabulary.add_argument(
-        "overrides", nargs="*", metavar="path.to.key=value", help="settings that replace the file's"
-    )
     vocabulary.set_defaults(run=_vocabulary)
+
+    validate = data_sets.add_parser(
+        "validate", parents=[config], help="check what a config's splits hold before training reads them"
+    )
+    validate.add_argument("--sample", type=_count, metavar="N", help="read about N rows of each split, not all")
+    validate.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    validate.set_defaults(run=_validate)
     return parser
 
 
@@ -212,6 +233,100 @@ def _vocabulary(options: argparse.Namespace) -> None:
         cells = (str(of.file), ", ".join(of.features), f"{of.found:,}", kept, f"{of.coverage:.2%}")
         table.add_row(*cells, f"{has:,}", f"{of.kept + 1:,}")
     console.print(table)
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return int(text)
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from recsys.data.validation import validate  # which imports torch
+
+    config = load_config(options.config, options.overrides)
+    progress_console = Console(stderr=True)
+    with Progress(console=progress_console, transient=True, disable=not progress_console.is_terminal) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def on_row_group(split: str, done: int, total: int) -> None:
+            if split not in tasks:
+                tasks[split] = progress.add_task(f"{split}, row groups", total=total)
+            progress.update(tasks[split], completed=done)
+
+        report = validate(config, options.sample, on_row_group=on_row_group)
+    if options.json:
+        print(json.dumps({"name": config.name, "sample": options.sample, **report.as_dict()}, indent=2))
+    else:
+        _print_validation(report)
+    return 2 if report.errors else 0
+
+
+def _print_validation(report: "Report") -> None:
+    console = Console(soft_wrap=True)
+    splits = report.splits
+    overview = [
+        (name, f"{it.files:,}", f"{it.row_groups:,}", f"{it.rows:,}", f"{it.rows_read:,}", _percent(it.label_rate, 2))
+        for name, it in splits.items()
+    ]
+    console.print(_table(("split", "files", "row groups", "rows", "read", "label rate"), overview))
+    shown, train = next(iter(splits.items()), ("", None))
+    sparse, dense = [], []
+    for feature, it in train.sparse.items() if train else ():
+        nulls = _shares(
+            split.sparse[feature].null_rate if feature in split.sparse else None for split in splits.values()
+        )
+        ids = "-" if it.least is None else f"{it.least:,} .. {it.greatest:,}"
+        length = f"{it.mean_length:.1f} ({it.longest:,})" if it.longest > 1 else "-"
+        counted = " ".join(f"{share:.1%} {kind.replace('_', ' ')}" for kind, share in it.counted.items() if share)
+        rows = f"{report.tables[it.table].rows:,}"
+        cut = _percent(it.cut_rate or None)
+        sparse.append((feature, nulls, ids, rows, f"{it.distinct:,}", length, cut, counted or "-"))
+    for feature, figures in train.dense.items() if train else ():
+        nulls = _shares(split.dense[feature].null_rate if feature in split.dense else None for split in splits.values())
+        numbers = (f"{number:.3g}" for number in (figures.mean, figures.std, figures.least, figures.greatest))
+        filled, clipped = _percent(figures.not_finite_rate or None), _percent(figures.clipped_rate or None)
+        dense.append((feature, nulls, *numbers, filled, clipped))
+    console.print(
+        _table(("sparse", "nulls %", "ids", "rows", "distinct", "length", "cut", "put aside"), sparse),
+        _table(("dense", "nulls %", "mean", "std", "least", "greatest", "not finite", "clipped"), dense),
+    )
+    beyond = [it for it in report.drift if it.psi > it.noise]
+    drift = [(it.of, it.measure, it.data, f"{it.psi:.4f}", f"< {it.noise:.4f}") for it in beyond[:_DRIFTS]]
+    console.print(_table(("drift from train", "of", "in", "PSI", "sampling gives"), drift))
+    if train:
+        console.print(
+            f"nulls: in {', '.join(splits)}; the rest of {shown}. rows: of the table. distinct: an estimate, within "
+            "2 %. length: mean (most).",
+            "No drift beyond what sampling gives." if not beyond else f"{len(beyond)} distributions drift.",
+            highlight=False,
+        )
+    findings: list[tuple[str, Finding]] = [("error", it) for it in report.errors]
+    findings += [("warning", it) for it in report.warnings]
+    for severity, finding in findings:
+        console.print(f"{severity}: {finding.message}", highlight=False, markup=False)
+    console.print(f"{len(report.errors)} errors, {len(report.warnings)} warnings", highlight=False)
+
+
+def _percent(share: float | None, digits: int = 1) -> str:
+    return "-" if share is None else f"{share:.{digits}%}"
+
+
+def _shares(shares: Iterable[float | None]) -> str:
+    return " ".join("-" if share is None else f"{100 * share:.1f}" for share in shares)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table | str:
+    """Rows with the columns that say anything; nothing where there are no rows."""
+    if not rows:
+        return ""
+    told = [place for place in range(len(columns)) if not place or any(row[place] != "-" for row in rows)]
+    table = Table()
+    for place in told:
+        table.add_column(columns[place], justify="right" if place else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(row[place] for place in told))
+    return table
 
 
 def _report(output: Path) -> None:

@@ -1,6 +1,7 @@
 """The command line of the data sets, as a user meets it."""
 
 import glob
+import json
 import re
 import subprocess
 import sys
@@ -200,3 +201,32 @@ def test_vocabulary_tells_what_it_kept(tmp_path: Path) -> None:
     assert unknown.stderr.startswith(
         "error: features.sparse.user takes no ids from a vocabulary; those that do are item"
     )
+
+
+def test_validate_tells_and_fails_on_what_would_corrupt_training(tmp_path: Path) -> None:
+    write_tiny_log(tmp_path / "log")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny_config(tmp_path / "log", tmp_path / "out")))
+    clean = run("validate", "--config", "c.yaml", cwd=tmp_path)
+    assert (clean.returncode, clean.stderr) == (0, "")
+    for text in ("train", "900", "user", "0 .. 39", "scale", "No drift", "0 errors, 0 warnings"):
+        assert text in clean.stdout
+    warned = run("validate", "--config", "c.yaml", "tables.tag.num_embeddings=40", cwd=tmp_path)
+    assert warned.returncode == 0 and "0 errors, 1 warnings" in warned.stdout
+    assert "\nwarning: data.train: tables.tag: some 12 of its 40 rows occur" in warned.stdout
+    failed = run("validate", "--config", "c.yaml", "tables.user.num_embeddings=30", cwd=tmp_path)
+    assert failed.returncode == 2 and failed.stderr == ""
+    assert f"\nerror: {tmp_path}/log/train/part-0.parquet, row group 0: sparse feature user" in failed.stdout
+
+
+def test_validate_prints_json_alone(tmp_path: Path) -> None:
+    write_tiny_log(tmp_path / "log")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny_config(tmp_path / "log", tmp_path / "out")))
+    arguments = ("validate", "--config", "c.yaml", "--json", "--sample", "120", "tables.user.num_embeddings=30")
+    failed = run(*arguments, cwd=tmp_path)
+    told = json.loads(failed.stdout)
+    assert failed.returncode == 2 and failed.stderr == ""
+    assert (told["name"], told["sample"], told["splits"]["train"]["rows_read"]) == ("tiny", 120, 120)
+    assert {it["of"] for it in told["errors"]} == {"features.sparse.user"}
+    refused = run("validate", "--config", "c.yaml", "--json", "data.batch_sise=1", cwd=tmp_path)
+    assert refused.returncode == 2 and refused.stdout == "" and refused.stderr.startswith("error: ")
+    assert run("validate", "--sample", "0").returncode == 2

@@ -83,6 +83,7 @@ def test_every_command_is_run_by_a_test_below() -> None:
         "python -m recsys.plan",
         "python -m recsys.doctor",  # tests/test_doctor.py
         "docker compose",  # tests/test_docker.py reads what it would build; there is no engine to run it
+        "python -m recsys.prepare validate",
         "python -m recsys.prepare movielens-1m",  # tests/test_prepare.py
         "python benchmarks/quality.py",  # tests/benchmarks
         "torchrun --nproc-per-node 2 benchmarks/step.py",  # tests/benchmarks
@@ -138,6 +139,11 @@ def test_evaluate_takes_the_checkpoint_of_a_run(config: Path, tmp_path: Path) ->
     steps = steps_of(tmp_path / "out")
     line = re.sub(r"outputs/\S+", f"{tmp_path}/out/checkpoints/step-{steps}", command("python -m recsys.evaluate"))
     assert f"step-{steps}, test" in run(line)
+
+
+def test_validate_reads_a_sample_and_finds_nothing_wrong(config: Path, tmp_path: Path) -> None:
+    output = run(with_config(command("python -m recsys.prepare validate"), config, tmp_path))
+    assert "0 errors, 0 warnings" in output
 
 
 def test_plan_prints_where_the_tables_would_be_and_what_an_example_costs() -> None:

@@ -78,7 +78,8 @@ class Columns:
     """What to read of each row.
 
     Attributes:
-        label: a column of 0 and 1 (integer, boolean or floating), or an expression, see `recsys.data.expression`.
+        label: a column of 0 and 1 (integer, boolean or floating), or an expression, see `recsys.data.expression`; None
+            where rows have none.
         reference: a column of probabilities without nulls, or None.
         dense: by feature name.
         sparse: by feature name.
@@ -87,7 +88,7 @@ class Columns:
         weight: a column of weights of the rows in the loss, finite and not negative, or None.
     """
 
-    label: str
+    label: str | None
     reference: str | None
     dense: Mapping[str, DenseColumn]
     sparse: Mapping[str, SparseColumn]
@@ -98,7 +99,7 @@ class Columns:
     @property
     def names(self) -> list[str]:
         """Every column once."""
-        names = [*self._label.columns, *([self.reference] if self.reference else [])]
+        names = [*(self._label.columns if self._label else []), *([self.reference] if self.reference else [])]
         names += [self.domain.column] if self.domain else []
         names += [self.weight] if self.weight else []
         return list(dict.fromkeys(names + self.feature_names))
@@ -108,6 +109,20 @@ class Columns:
         """Every column that a feature reads, once."""
         names = [spec.column for spec in self.dense.values()] + [spec.column for spec in self.sparse.values()]
         return list(dict.fromkeys(names + [spec.weights for spec in self.sparse.values() if spec.weights]))
+
+    @property
+    def parts(self) -> dict[str, "Columns"]:
+        """All that is read, one by one, by its config path.
+
+        Decoding every part refuses just what decoding the whole does, but a fault of one does not hide the others'.
+        """
+        nothing = replace(self, label=None, reference=None, dense={}, sparse={}, domain=None, weight=None)
+        parts = {"data.label": replace(nothing, label=self.label)} if self.label else {}
+        parts |= {"data.reference": replace(nothing, reference=self.reference)} if self.reference else {}
+        parts |= {"data.domain": replace(nothing, domain=self.domain)} if self.domain else {}
+        parts |= {"data.weight": replace(nothing, weight=self.weight)} if self.weight else {}
+        parts |= {f"features.sparse.{name}": replace(nothing, sparse={name: it}) for name, it in self.sparse.items()}
+        return parts | {f"features.dense.{name}": replace(nothing, dense={name: it}) for name, it in self.dense.items()}
 
     @property
     def vocabularies(self) -> dict[str, Vocabulary]:
@@ -148,12 +163,14 @@ class Columns:
                 raise _wrong_type(file, name, role, kind, "numbers")
         if self.domain and not is_integer(kind := schema.field(self.domain.column).type):
             raise _wrong_type(file, self.domain.column, "domain", kind, "integers")
-        try:
-            kind = self._label.evaluate(schema.empty_table()).type
-        except pa.ArrowException as error:
-            raise DataError(f"{file}: label {self.label!r} cannot be computed: {str(error).splitlines()[0]}") from None
-        if not is_number(kind):
-            raise _wrong_type(file, self.label, "label", kind, "numbers")
+        if self._label:
+            try:
+                kind = self._label.evaluate(schema.empty_table()).type
+            except pa.ArrowException as error:
+                cause = str(error).splitlines()[0]
+                raise DataError(f"{file}: label {self.label!r} cannot be computed: {cause}") from None
+            if not is_number(kind):
+                raise _wrong_type(file, self._label.text, "label", kind, "numbers")
         return self.check_features(schema, file)
 
     def check_features(self, schema: pa.Schema, source: str) -> frozenset[str]:
@@ -198,7 +215,7 @@ class Columns:
         """
         table = table.combine_chunks()
         rows = self.decode_features(table, layout, where, order)
-        labels = self._labels(table, where)
+        labels = self._labels(self._label, table, where) if self._label else np.empty(0, np.float32)
         reference = np.empty(0)
         if self.reference:
             reference = _numbers(table, self.reference, None, where).astype(np.float64)
@@ -208,7 +225,7 @@ class Columns:
         weight = _weights(table, self.weight, where) if self.weight else np.empty(0, np.float32)
         counts = dict(rows.counts)
         if order is not None:
-            labels = labels[order]
+            labels = labels[order] if self._label else labels
             reference = reference[order] if self.reference else reference
             domain = domain[order] if self.domain else domain
             weight = weight[order] if self.weight else weight
@@ -247,12 +264,12 @@ class Columns:
         return Rows(np.empty(0, np.float32), np.empty(0), np.empty(0, np.int64), dense, single, lists, counts=counts)
 
     @cached_property
-    def _label(self) -> Expression:
-        return parse_expression(self.label, source="data.label")
+    def _label(self) -> Expression | None:
+        return parse_expression(self.label, source="data.label") if self.label else None
 
-    def _labels(self, table: pa.Table, where: str) -> NDArray[np.float32]:
+    def _labels(self, label: Expression, table: pa.Table, where: str) -> NDArray[np.float32]:
         """(N,) of 0 and 1, and NaN for rows to skip."""
-        column = self._label.evaluate(table)
+        column = label.evaluate(table)
         if column.null_count:
             if self.label_null == "error":
                 raise DataError(

@@ -41,17 +41,25 @@ def open_splits(
         ConfigError: the config lacks one of the splits, or as `build_columns`.
         DataError: as `ParquetShards` and `build_columns`.
     """
-    spec = config.data.synthetic
-    if spec is not None:
+    if config.data.synthetic is not None:
         if ranks.local_rank == 0:
-            arguments = spec.model_dump(exclude={"directory"})
-            try:
-                write_synthetic(Path(spec.directory), **arguments)
-            except (ValueError, OSError) as error:
-                raise ConfigError(f"data.synthetic: {error}") from None
+            write_embedded(config)
         dist.barrier()
     columns = build_columns(config, vocabularies)
     return {name: ParquetShards(config.data.patterns(name), columns, source=f"data.{name}") for name in names}
+
+
+def write_embedded(config: Config) -> None:
+    """Write the embedded synthetic log if the config asks for it and it is not there.
+
+    Raises:
+        ConfigError: its directory cannot be written, or a figure is out of range.
+    """
+    if (spec := config.data.synthetic) is not None:
+        try:
+            write_synthetic(Path(spec.directory), **spec.model_dump(exclude={"directory"}))
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"data.synthetic: {error}") from None
 
 
 def build_columns(config: Config, vocabularies: Path | None = None) -> Columns:
