@@ -78,7 +78,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         start = _child("start", _small_files(root), 2)
         training = _training(root, configs["criteo"])
     result = {
-        "command": shlex.join(["python", "benchmarks/data.py", *sys.argv[1:]]),
+        "command": _command(arguments),
         **environment(),
         "rows": arguments.rows,
         "speed": speed,
@@ -108,6 +108,14 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         *([arguments.note] if arguments.note else []),
     ]
     write(arguments.output / "data_cpu", "From shards to batches", parts, result)
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """What was run, with no path of the machine that it ran on."""
+    command = shlex.join(["python", "benchmarks/data.py", *sys.argv[1:]])
+    if arguments.fuxictr:
+        command = command.replace(shlex.join(arguments.fuxictr), '"$HILOREC_FUXICTR" "$HILOREC_FUXICTR_PYTHON"')
+    return command
 
 
 def _criteo(rows: int, rng: np.random.Generator) -> pa.Table:
