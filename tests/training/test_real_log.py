@@ -12,17 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 from ranks import run_module, run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_trainer import train_on
 from tiny import tiny_config
 
 from recsys.config import Config, SparseOptimizerConfig, validate
 from recsys.data.counting import build_vocabularies
 from recsys.data.rows import Part, build_batch
-from recsys.data.splits import build_columns, open_splits
+from recsys.data.splits import build_columns
 from recsys.model.ranker import build_ranker
 from recsys.runtime import Ranks
 from recsys.sharding.shard import _local_parts, shard
-from recsys.training.monitor import Monitor
-from recsys.training.trainer import Trainer
 
 ROWS = {"train": 610, "valid": 90, "test": 120}
 EPOCHS = 2
@@ -112,14 +111,6 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pq.write_table(piece, directory / split / f"{part}.parquet", row_group_size=70)
     build_vocabularies(real_config(directory), min_count=50)
     return directory
-
-
-def train_on(ranks: Ranks, config: Config) -> dict[str, Any]:
-    output_dir = Path(config.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    splits = open_splits(config, ranks, config.data.splits)
-    with Monitor(output_dir, enabled=ranks.is_first) as monitor:
-        return Trainer(config, ranks, splits, monitor).run()
 
 
 @pytest.fixture(scope="module")
