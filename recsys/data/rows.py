@@ -28,7 +28,7 @@ class Jagged(NamedTuple):
 
     def take(self, rows: NDArray[np.int64]) -> "Jagged":
         """The given rows, in the given order."""
-        # fbgemm's kernel copies whole lists; indices for each value would cost four times as much.
+        # fbgemm's kernel copies whole lists; numpy would need an index for each value.
         weights = None if self.weights is None else torch.from_numpy(self.weights)
         lengths, values, taken_weights = torch.ops.fbgemm.permute_1D_sparse_data(
             torch.from_numpy(rows.astype(np.int32)),
