@@ -1,8 +1,8 @@
 """How fast shards become batches, beside raw decoding and other loaders: `benchmarks/data.py [--rows N] [--rounds N]`.
 
-Every way of reading is a process of its own, bound to as many cores as it is given, and takes its turn in each round,
-so that whatever else slows the machine slows all of them. Then: memory at one and at many million rows, the time from
-start to first batch over many files, and how long training waits for data.
+Every way of reading is a process of its own, bound to as many cores as it is given, with as many threads that decode,
+and takes its turn in each round, so that whatever else slows the machine slows all of them. Then: memory at one and at
+many million rows, the time from start to first batch over many files, and how long training waits for data.
 """
 
 import argparse
@@ -42,6 +42,9 @@ CRITEO_CARDINALITIES = (
 )
 """Different values of each category in Criteo's Kaggle data."""
 
+SETTINGS = ((1, 1), (2, 1), (2, 2))
+"""Cores and threads that decode. With a core to spare, batches are made beside the decoding, as in training."""
+
 Measured = dict[str, float]
 
 
@@ -54,12 +57,12 @@ def main() -> None:
     parser.add_argument("--fuxictr", nargs=2, metavar=("CHECKOUT", "PYTHON"), help="measure its loader as well")
     parser.add_argument("--note", help="what a reader of the figures must know, such as what else the machine did")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go (default: beside this file)")
-    parser.add_argument("--way", nargs=3, metavar=("WAY", "CONFIG", "CORES"), help=argparse.SUPPRESS)
+    parser.add_argument("--way", nargs=4, metavar=("WAY", "CONFIG", "CORES", "THREADS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.way:
-        way, config, cores = arguments.way
+        way, config, cores, threads = arguments.way
         quiet_libraries()
-        _measure(WAYS[way], config, int(cores))
+        _measure(WAYS[way], config, int(cores), int(threads))
     else:
         run_entry(lambda: _benchmark(arguments))
 
@@ -75,7 +78,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         for name, measured in speed.items():
             show(f"{name}, {arguments.rows:,} rows", _speed_rows(measured))
         memory = _memory(arguments, root / "criteo", configs["criteo"])
-        start = _child("start", _small_files(root), 2)
+        start = _child("start", _small_files(root), 2, 2)
         training = _training(root, configs["criteo"])
     result = {
         "command": _command(arguments),
@@ -89,8 +92,9 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     parts: list[Any] = [
         f"Rows a second from Parquet (zstd, row groups of {ROW_GROUP_ROWS:,}) to batches of {BATCH_SIZE:,}; medians of "
         f"{arguments.rounds} turns, each way a process of its own on the cores that it is given. Raw decoding is "
-        "pyarrow's, of the same columns, in the faster of two ways: a row group at a time on all cores, or as many row "
-        "groups at a time as there are cores. Memory is what the process holds at most beyond what it holds with "
+        "pyarrow's, of the same columns, in the faster of two ways: a row group at a time on all threads, or as many "
+        "row groups at a time as there are threads; it keeps nothing of what it reads. Ours has as many threads that "
+        "decode, and one that makes batches. Memory is what the process holds at most beyond what it holds with "
         "all imports. Each way reads the first file once before the clock starts, FuxiCTR's aside.",
     ]
     for name, measured in speed.items():
@@ -184,29 +188,30 @@ def _write_config(path: Path, train: str, schema: pa.Schema, batch_size: int = B
 
 
 def _speed(arguments: argparse.Namespace, name: str, config: str) -> dict[str, dict[str, Measured]]:
-    """Medians by cores and way."""
-    turns: dict[tuple[int, str], list[Measured]] = {}
+    """Medians by setting and way."""
+    turns: dict[tuple[str, str], list[Measured]] = {}
     ways = [way for way in WAYS if way not in ("start", "long")]
     for turn in range(arguments.rounds):
-        for cores in (1, 2):
-            for way in ways:
-                print(f"{name}: round {turn + 1}, {cores} cores, {way}", flush=True)
-                turns.setdefault((cores, way), []).append(_child(way, config, cores))
-            if arguments.fuxictr and name == "criteo":
-                turns.setdefault((cores, "FuxiCTR"), []).append(_fuxictr(config, cores, *arguments.fuxictr))
+        for cores, threads in SETTINGS:
+            setting = f"{cores} / {threads}"
+            for way in ways if cores == threads else [way for way in ways if way.startswith(("raw", "HiloRec"))]:
+                print(f"{name}: round {turn + 1}, {cores} cores, {threads} threads, {way}", flush=True)
+                turns.setdefault((setting, way), []).append(_child(way, config, cores, threads))
+            if arguments.fuxictr and name == "criteo" and cores == threads:
+                turns.setdefault((setting, "FuxiCTR"), []).append(_fuxictr(config, cores, *arguments.fuxictr))
     return _medians(turns)
 
 
-def _medians(turns: dict[tuple[int, str], list[Measured]]) -> dict[str, dict[str, Measured]]:
-    """Middle figures by cores and way, each beside the faster way of raw decoding."""
+def _medians(turns: dict[tuple[str, str], list[Measured]]) -> dict[str, dict[str, Measured]]:
+    """Middle figures by setting and way, each beside the faster way of raw decoding."""
     found: dict[str, dict[str, Measured]] = {}
-    for (cores, way), measured in turns.items():
+    for (setting, way), measured in turns.items():
         middle = {key: median(one[key] for one in measured) for key in measured[0]}
-        found.setdefault(str(cores), {})[way] = middle
-    for of_cores in found.values():
-        raw = max(of_cores.pop("raw, all cores on one")["rows/s"], of_cores["raw, row groups"]["rows/s"])
-        of_cores["raw pyarrow"] = {**of_cores.pop("raw, row groups"), "rows/s": raw}
-        for measured_ in of_cores.values():
+        found.setdefault(setting, {})[way] = middle
+    for of_setting in found.values():
+        raw = max(of_setting.pop("raw, all threads on one")["rows/s"], of_setting["raw, row groups"]["rows/s"])
+        of_setting["raw pyarrow"] = {**of_setting.pop("raw, row groups"), "rows/s": raw}
+        for measured_ in of_setting.values():
             measured_["of raw"] = measured_["rows/s"] / raw
     return found
 
@@ -215,13 +220,13 @@ def _speed_rows(speed: dict[str, dict[str, Measured]]) -> list[dict[str, str]]:
     return [
         {
             "way": way,
-            "cores": cores,
+            "cores / threads": setting,
             "rows/s": number(measured["rows/s"]),
             "of raw": f"{measured['of raw']:.2f}",
             "CPU ns/row": number(measured["cpu ns/row"]),
             "peak MiB": number(measured["peak MiB"]),
         }
-        for cores, ways in speed.items()
+        for setting, ways in speed.items()
         for way, measured in sorted(ways.items(), key=lambda item: -item[1]["rows/s"])
     ]
 
@@ -239,7 +244,7 @@ def _memory(arguments: argparse.Namespace, directory: Path, config: str) -> list
             if not link.exists():
                 link.symlink_to(files[index % (len(files) - 1 or 1)].resolve())
         many = _write_config(directory / f"links-{rows}.yaml", f"{links}/*.parquet", pq.read_schema(files[0]))
-        measured = _child("long", many, 2)
+        measured = _child("long", many, 2, 2)
         found.append((measured["rows"], measured["rows/s"], measured["peak MiB"]))
     return found
 
@@ -272,8 +277,8 @@ def _training(root: Path, config: str) -> Measured:
     }
 
 
-def _child(way: str, config: str, cores: int) -> Measured:
-    command = [sys.executable, __file__, "--way", way, config, str(cores)]
+def _child(way: str, config: str, cores: int, threads: int) -> Measured:
+    command = [sys.executable, __file__, "--way", way, config, str(cores), str(threads)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     measured: Measured = json.loads(done.stdout.splitlines()[-1])
     return measured
@@ -291,21 +296,24 @@ def _fuxictr(config: str, cores: int, checkout: str, python: str) -> Measured:
 # What a child process measures.
 
 
-def _measure(way: Callable[[str, int], Iterator[int]], config: str, cores: int) -> None:
+def _measure(way: Callable[[str, int], Iterator[int]], config: str, cores: int, threads: int) -> None:
     """Run one way to its end, and print what it took as JSON. The way yields 0 when it is ready, then rows."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-    pa.set_cpu_count(cores)
+    pa.set_cpu_count(threads)
     import torch
 
+    from recsys.runtime import keep_freed_memory
+
     torch.set_num_threads(1)
-    reading = way(config, cores)
+    keep_freed_memory()  # as training does
+    reading = way(config, threads)
     next(reading)
     before = _rss()
     if way is _start:
         print(json.dumps(dict(zip(("open", "first batch"), _seconds(reading), strict=True))))
         return
     if (first := Path(config).with_name("first.yaml")).exists():
-        sum(way(str(first), cores))  # what is done once in a process is not what is measured
+        sum(way(str(first), threads))  # what is done once in a process is not what is measured
     start, cpu = time.perf_counter(), _cpu()
     rows = sum(reading)
     seconds, cpu = time.perf_counter() - start, _cpu() - cpu
@@ -337,16 +345,16 @@ def _files(config: str) -> tuple[list[Path], list[str]]:
     return [Path(path) for path in sorted(glob.glob(read.data.patterns("train")[0]))], columns
 
 
-def _raw_files(config: str, cores: int) -> Iterator[int]:
+def _raw_files(config: str, threads: int) -> Iterator[int]:
     files, columns = _files(config)
     yield 0
     for path in files:
         with pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
-                yield len(file.read_row_group(group, columns=columns, use_threads=cores > 1))
+                yield len(file.read_row_group(group, columns=columns, use_threads=threads > 1))
 
 
-def _raw_row_groups(config: str, cores: int) -> Iterator[int]:
+def _raw_row_groups(config: str, threads: int) -> Iterator[int]:
     files, columns = _files(config)
     yield 0
 
@@ -355,11 +363,11 @@ def _raw_row_groups(config: str, cores: int) -> Iterator[int]:
             return len(file.read_row_group(item[1], columns=columns, use_threads=False))
 
     groups = [(path, group) for path in files for group in range(pq.read_metadata(path).num_row_groups)]
-    with ThreadPoolExecutor(cores) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         yield from pool.map(decode, groups)
 
 
-def _ours(config: str, cores: int, shuffle: bool) -> Iterator[int]:
+def _ours(config: str, threads: int, shuffle: bool) -> Iterator[int]:
     from recsys.data.loader import Loader
     from recsys.data.parquet import ParquetShards
     from recsys.data.splits import build_columns
@@ -369,20 +377,20 @@ def _ours(config: str, cores: int, shuffle: bool) -> Iterator[int]:
     yield 0
     shards = ParquetShards(read.data.patterns("train"), build_columns(read), source="data.train")
     epoch = Epoch(shards.row_counts, 1, read.data.batch_size, shuffle=shuffle)
-    with Loader(shards, [epoch], 0, reader_threads=cores) as loader:
+    with Loader(shards, [epoch], 0, reader_threads=threads) as loader:
         for batch in loader:
             yield len(batch.labels)
 
 
-def _loader(config: str, cores: int) -> Iterator[int]:
-    return _ours(config, cores, shuffle=True)
+def _loader(config: str, threads: int) -> Iterator[int]:
+    return _ours(config, threads, shuffle=True)
 
 
-def _unshuffled(config: str, cores: int) -> Iterator[int]:
-    return _ours(config, cores, shuffle=False)
+def _unshuffled(config: str, threads: int) -> Iterator[int]:
+    return _ours(config, threads, shuffle=False)
 
 
-def _torch_batches(config: str, cores: int) -> Iterator[int]:
+def _torch_batches(config: str, threads: int) -> Iterator[int]:
     """Torch's loader over the files, whole batches at a time and in their order, the files dealt to its workers."""
     import torch
     from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -418,13 +426,13 @@ def _torch_batches(config: str, cores: int) -> Iterator[int]:
             labels = torch.from_numpy(record.column(read.data.label).to_numpy().astype(np.float32))
             return torch.from_numpy(np.stack(dense, 1).astype(np.float32)), sparse, labels
 
-    loader = DataLoader(Batches(), batch_size=None, num_workers=cores if cores > 1 else 0)
+    loader = DataLoader(Batches(), batch_size=None, num_workers=threads if threads > 1 else 0)
     yield 0
     for _, _, labels in loader:
         yield len(labels)
 
 
-def _torch_rows(config: str, cores: int) -> Iterator[int]:
+def _torch_rows(config: str, threads: int) -> Iterator[int]:
     """Torch's loader in its plainest use: a row at a time, collated; of one file."""
     import torch
     from torch.utils.data import DataLoader, IterableDataset
@@ -444,11 +452,12 @@ def _torch_rows(config: str, cores: int) -> Iterator[int]:
         return found
 
     yield 0
-    for batch in DataLoader(Rows(), batch_size=BATCH_SIZE, collate_fn=collate, num_workers=cores if cores > 1 else 0):
+    workers = threads if threads > 1 else 0
+    for batch in DataLoader(Rows(), batch_size=BATCH_SIZE, collate_fn=collate, num_workers=workers):
         yield len(batch["label"])
 
 
-def _start(config: str, cores: int) -> Iterator[int]:
+def _start(config: str, threads: int) -> Iterator[int]:
     """After it is ready, yields when the shards are open, then at the first batch."""
     from recsys.data.loader import Loader
     from recsys.data.parquet import ParquetShards
@@ -460,12 +469,12 @@ def _start(config: str, cores: int) -> Iterator[int]:
     shards = ParquetShards(read.data.patterns("train"), build_columns(read), source="data.train")
     yield 0
     epoch = Epoch(shards.row_counts, 1, read.data.batch_size)
-    with Loader(shards, [epoch], 0, reader_threads=cores) as loader:
+    with Loader(shards, [epoch], 0, reader_threads=threads) as loader:
         yield len(next(iter(loader)).labels)
 
 
 WAYS: dict[str, Callable[[str, int], Iterator[int]]] = {
-    "raw, all cores on one": _raw_files,
+    "raw, all threads on one": _raw_files,
     "raw, row groups": _raw_row_groups,
     "HiloRec, shuffled": _loader,
     "HiloRec, in order": _unshuffled,

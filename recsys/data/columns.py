@@ -18,7 +18,7 @@ from recsys.data.arrow import flat, is_integer, is_list, is_number, value_type, 
 from recsys.data.expression import Expression, parse_expression
 from recsys.data.location import DataError
 from recsys.data.mapping import HashedIds, IdMapping, PlainIds, VocabularyIds, count
-from recsys.data.rows import Counts, Jagged, Rows, SparseLayout
+from recsys.data.rows import Counts, Jagged, Rows, SparseLayout, offsets_of
 from recsys.data.vocabulary import Vocabulary
 
 
@@ -310,16 +310,28 @@ class Columns:
 
 
 def _numbers(table: pa.Table, name: str, fill: float | None, where: str) -> NDArray[Any]:
-    column = table.column(name)
+    column = whole(table, name)
     if column.null_count:
         if fill is None:
             raise DataError(
                 f"{where}: column {name!r} has {column.null_count} nulls; "
                 "give a dense feature a fill, or leave such rows out when the shards are written"
             )
-        column = pc.fill_null(column.cast(pa.float64(), safe=False), fill)  # large integers are rounded
-    values: NDArray[Any] = column.to_numpy()
+        if not _holds(column.type, fill):
+            column = column.cast(pa.float64(), safe=False)  # large integers are rounded
+        column = column.fill_null(pa.scalar(fill, pa.float64()).cast(column.type))
+    values: NDArray[Any] = column.to_numpy(zero_copy_only=False)  # only booleans are copied
     return values
+
+
+def _holds(kind: pa.DataType, value: float) -> bool:
+    """Whether a value of a type can be just this number."""
+    if pa.types.is_float32(kind):
+        return bool(np.float32(value) == value)
+    if not is_integer(kind):
+        return False
+    limits = np.iinfo(kind.to_pandas_dtype())
+    return value.is_integer() and bool(limits.min <= value <= limits.max)
 
 
 def _transformed(values: NDArray[Any], name: str, spec: DenseColumn, where: str, counts: Counts) -> NDArray[Any]:
@@ -349,7 +361,7 @@ def _check_finite(values: NDArray[Any], name: str, spec: DenseColumn, where: str
 
 
 def _domains(table: pa.Table, spec: DomainColumn, where: str) -> NDArray[np.int64]:
-    column = table.column(spec.column)
+    column = whole(table, spec.column)
     if column.null_count:
         raise DataError(
             f"{where}: domain column {spec.column!r} has {column.null_count} nulls; "
@@ -397,19 +409,18 @@ def _id_lists(
     if spec.max_length is not None and (lengths > spec.max_length).any():
         kept = np.minimum(lengths, spec.max_length)
         counts["cut", name] = (lengths - kept).astype(np.int32)
-        starts = _offsets(lengths)[:-1] + (lengths - kept if spec.keep == "last" else 0)
-        index = np.arange(kept.sum()) + np.repeat(starts - _offsets(kept)[:-1], kept)
+        starts = offsets_of(lengths)[:-1] + (lengths - kept if spec.keep == "last" else 0)
+        index = np.arange(kept.sum()) + np.repeat(starts - offsets_of(kept)[:-1], kept)
         lengths, values, weights = kept, values.take(pa.array(index)), None if weights is None else weights[index]
     if values.null_count:
         raise DataError(
             f"{what} has {values.null_count} nulls inside lists; leave them out when the shards are written"
         )
     ids, counted = spec.ids.map(values, spec.num_embeddings, what)
-    offsets = _offsets(lengths)
+    offsets = offsets_of(lengths)
     for kind, mask in counted.items():
-        counts[kind, name] = np.diff(_offsets(mask)[offsets]).astype(np.int32)
-    # A copy, because torch takes no memory that is read-only, as Arrow's is.
-    return Jagged(ids.astype(id_type), offsets, weights)
+        counts[kind, name] = np.diff(offsets_of(mask)[offsets]).astype(np.int32)
+    return Jagged(ids.astype(id_type, copy=False), offsets, weights)
 
 
 def _place(values: NDArray[Any], order: NDArray[np.int64] | None, target: NDArray[Any]) -> None:
@@ -432,14 +443,8 @@ def _list_weights(table: pa.Table, name: str, lengths: NDArray[np.int64], what: 
     given = values.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)  # nulls become NaN
     if (wrong := ~np.isfinite(given)).any():
         raise DataError(f"{what} has {count(wrong)} null, NaN or infinite among its weights (column {name!r})")
-    weights: NDArray[np.float32] = given.astype(np.float32)  # a copy, as of the ids
+    weights: NDArray[np.float32] = given
     return weights
-
-
-def _offsets(lengths: NDArray[Any]) -> NDArray[np.int64]:
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets
 
 
 def _what(name: str, spec: SparseColumn, where: str) -> str:

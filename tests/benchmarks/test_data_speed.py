@@ -33,7 +33,7 @@ def test_every_way_reads_all_rows(configs: dict[str, str]) -> None:
 
 
 def test_a_way_is_measured_in_a_process_of_its_own(configs: dict[str, str]) -> None:
-    command = [sys.executable, data.__file__, "--way", "HiloRec, shuffled", configs["multi_valued"], "1"]
+    command = [sys.executable, data.__file__, "--way", "HiloRec, shuffled", configs["multi_valued"], "1", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     measured = json.loads(done.stdout)
     assert measured["rows"] == ROWS
@@ -41,11 +41,11 @@ def test_a_way_is_measured_in_a_process_of_its_own(configs: dict[str, str]) -> N
 
 
 def test_shares_are_of_the_faster_raw_way() -> None:
-    rates = {"raw, all cores on one": 5.0, "raw, row groups": 10.0, "HiloRec, shuffled": 6.0}
-    turns = {(1, way): [{"rows/s": rate}, {"rows/s": rate}, {"rows/s": 100.0}] for way, rate in rates.items()}
+    rates = {"raw, all threads on one": 5.0, "raw, row groups": 10.0, "HiloRec, shuffled": 6.0}
+    turns = {("1 / 1", way): [{"rows/s": rate}, {"rows/s": rate}, {"rows/s": 100.0}] for way, rate in rates.items()}
     found = data._medians(turns)
     assert found == {
-        "1": {"raw pyarrow": {"rows/s": 10.0, "of raw": 1.0}, "HiloRec, shuffled": {"rows/s": 6.0, "of raw": 0.6}}
+        "1 / 1": {"raw pyarrow": {"rows/s": 10.0, "of raw": 1.0}, "HiloRec, shuffled": {"rows/s": 6.0, "of raw": 0.6}}
     }
 
 
