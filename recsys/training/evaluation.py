@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.table import Table
@@ -17,9 +18,24 @@ from recsys.model.ranker import Ranker, RankerOutput, build_ranker
 from recsys.runtime import Ranks, process_group
 from recsys.sharding.shard import shard
 from recsys.training.checkpoint import VOCABULARIES, load_model, read_meta
+from recsys.training.counts import Counts, by_kind, in_words, reduce_counts
 from recsys.training.metrics import BinaryMetrics, Metrics
 from recsys.training.monitor import console
 from recsys.training.predictions import writing_predictions
+
+
+class Evaluation(NamedTuple):
+    """Figures of all rows of a split, over all ranks.
+
+    Attributes:
+        model: of the ranker.
+        reference: of the reference column, if there is one.
+        counts: how often values were cut, replaced or left out.
+    """
+
+    model: Metrics
+    reference: Metrics | None
+    counts: Counts
 
 
 def _ignore(output: RankerOutput) -> None:
@@ -64,11 +80,12 @@ def evaluate_checkpoint(
             if predictions
             else nullcontext(_ignore)
         ) as on_output:
-            model, reference = evaluate(ranker, shards, config, ranks, on_output=on_output)
+            model, reference, counts = evaluate(ranker, shards, config, ranks, on_output=on_output)
         results = {"model": model, **({"reference": reference} if reference else {})}
         if ranks.is_first and as_json:
             figures = {name: metrics.as_dict() for name, metrics in results.items()}
-            print(json.dumps({"checkpoint": directory, "split": split, "step": meta.step, **figures}, indent=2))
+            about = {"checkpoint": directory, "split": split, "step": meta.step}
+            print(json.dumps({**about, **figures, "data": by_kind(counts)}, indent=2))
         elif ranks.is_first:
             table = Table(title=f"{directory}, {split}", title_justify="left")
             table.add_column("")
@@ -80,6 +97,8 @@ def evaluate_checkpoint(
                     name, *("-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.6f}" for v in values)
                 )
             console().print(table)
+            if counts:
+                console().print(f"warning: {split}: {in_words(counts)}", soft_wrap=True, highlight=False, markup=False)
         return results
 
 
@@ -92,7 +111,7 @@ def evaluate(
     *,
     on_batch: Callable[[int, int], None] = lambda done, num_batches: None,
     on_output: Callable[[RankerOutput], None] = _ignore,
-) -> tuple[Metrics, Metrics | None]:
+) -> Evaluation:
     """Figures of the ranker on every row of a split, and those of the reference column if there is one.
 
     A collective call; the figures are the same on all ranks and, but for rounding, for any number of them. The ranker
@@ -122,7 +141,8 @@ def evaluate(
             on_output(output)
             on_batch(step + 1, epoch.num_steps)
     ranker.train(was_training)
-    return model.compute(), reference.compute() if config.data.reference else None
+    counts = reduce_counts(loader.counts, shards.columns.counted, ranks.device)
+    return Evaluation(model.compute(), reference.compute() if config.data.reference else None, counts)
 
 
 def _logits(probabilities: Tensor) -> Tensor:

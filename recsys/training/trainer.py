@@ -35,6 +35,7 @@ from recsys.training.checkpoint import (
     load_model_and_tables_optimizers,
     save_checkpoint,
 )
+from recsys.training.counts import Counts, by_kind, in_words, num_skipped, reduce_counts
 from recsys.training.evaluation import evaluate
 from recsys.training.metrics import BinaryMetrics, Metrics
 from recsys.training.monitor import Monitor, markdown_table
@@ -72,10 +73,6 @@ class _Totals:
     seconds: float = 0.0
     waited: float = 0.0
     routing: dict[str, RoutingSummary] = field(default_factory=dict)
-
-
-Counts = Counter[tuple[str, str]]
-"""How often values were cut, replaced or left out, by kind and feature."""
 
 
 @dataclass
@@ -134,7 +131,8 @@ class Trainer:
         self._epochs = 0  # begun so far, each with an order of its own
         self._num_steps = stage_lengths(config.stages, self._epoch(0).num_steps)
         self._cost = cost_report(config)
-        self._counts: Counts = Counter()  # over all stages and ranks
+        # Over all ranks: of the train rows of all stages, of one pass over the others.
+        self._counts: dict[str, Counts] = {split: Counter() for split in splits}
         self._best_directory = Path(config.output_dir) / "checkpoints" / "best"
         copy_to = config.checkpoints.copy_to
         self._copies = copy_to and locate(copy_to, source="checkpoints.copy_to").checked("checkpoints.copy_to")
@@ -164,7 +162,7 @@ class Trainer:
             "test": test.as_dict() if test else None,
             "reference": {"column": config.data.reference, **reference.as_dict()} if reference else None,
             "examples_per_second": sum(stage["examples"] for stage in stages.values()) / seconds,
-            "data": _by_kind(self._counts),
+            "data": {split: by_kind(counts) for split, counts in self._counts.items()},
             "cost": self._cost.as_dict(),
             "checkpoint": str(checkpoint),
             "world_size": self.ranks.world_size,
@@ -296,10 +294,10 @@ class Trainer:
                 paused += time.perf_counter() - stopped
                 window.began += time.perf_counter() - stopped
         counts = self._reduced(loader.counts - counts_before)
-        self._counts += counts
-        totals.examples -= _skipped(counts)
+        self._counts["train"] += counts
+        totals.examples -= num_skipped(counts)
         if counts:
-            self.monitor.say(f"warning: {stage.name} epoch {totals.epochs + 1}: {_told(counts)}")
+            self.monitor.say(f"warning: {stage.name} epoch {totals.epochs + 1}: {in_words(counts)}")
         totals.waited += loader.wait_seconds - waited_before
         totals.seconds += time.perf_counter() - began - paused
         totals.epochs += 1
@@ -328,7 +326,7 @@ class Trainer:
             **losses,
             **{f"learning_rate/{name}": rate for name, rate in rates.items()},
             **{f"data/{kind}/{feature}": counts[kind, feature] for kind, feature in self._counted},
-            "throughput/examples_per_second": (window.examples - _skipped(counts)) / seconds,
+            "throughput/examples_per_second": (window.examples - num_skipped(counts)) / seconds,
             "throughput/data_wait": (loader.wait_seconds - window.waited) / seconds,
             "gradient_norm/dense": torch.nn.utils.get_total_norm(gradients).item(),
         }
@@ -345,12 +343,7 @@ class Trainer:
         return self.splits["train"].columns.counted
 
     def _reduced(self, counts: Counts) -> Counts:
-        """The sum over all ranks; a collective call where there is anything that may be counted."""
-        if not self._counted:
-            return counts
-        sums = torch.tensor([counts[key] for key in self._counted], device=self.ranks.device)
-        dist.all_reduce(sums)
-        return +Counter(dict(zip(self._counted, sums.tolist(), strict=True)))
+        return reduce_counts(counts, self._counted, self.ranks.device)
 
     def _epoch(self, number: int) -> Epoch:
         """The order of an epoch."""
@@ -367,7 +360,7 @@ class Trainer:
 
     def _evaluate(self, source: str, split: str) -> tuple[Metrics, Metrics | None]:
         """Figures of a split and of its reference column, shown and recorded under a stage's name or `final`."""
-        model, reference = evaluate(
+        model, reference, counts = evaluate(
             self.sharded.ranker,
             self.splits[split],
             self.config,
@@ -375,6 +368,9 @@ class Trainer:
             on_batch=partial(self.monitor.evaluating, split),
         )
         self.monitor.evaluation(source, split, self._step, model)
+        if counts != self._counts[split]:  # they are the same each time
+            self._counts[split] = counts
+            self.monitor.say(f"warning: {split}: {in_words(counts)}")
         if reference is not None and split == "test":
             self.monitor.evaluation("reference", split, self._step, reference)
         return model, reference
@@ -392,23 +388,6 @@ def _better(metrics: Metrics, best: Metrics, stage: StageConfig) -> bool:
     if new is None or math.isnan(new):
         return False
     return bool(old is None or (new > old if stage.monitor == "auc" else new < old))
-
-
-def _skipped(counts: Counts) -> int:
-    return sum(number for (kind, _), number in counts.items() if kind == "skipped")
-
-
-def _told(counts: Counts) -> str:
-    """`cut: tags 12, words 3; skipped: label 1`."""
-    kinds = _by_kind(counts).items()
-    return "; ".join(f"{kind}: " + ", ".join(f"{name} {n:,}" for name, n in of.items()) for kind, of in kinds)
-
-
-def _by_kind(counts: Counts) -> dict[str, dict[str, int]]:
-    kinds: dict[str, dict[str, int]] = {}
-    for (kind, feature), number in counts.items():
-        kinds.setdefault(kind, {})[feature] = number
-    return kinds
 
 
 def _make_way(output_dir: Path) -> None:

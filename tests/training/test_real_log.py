@@ -145,7 +145,12 @@ def test_every_example_is_counted_once_and_every_change_to_it(run: dict[str, Any
     # The joint stage takes 3 more steps, of rows that no table knows here.
     for kind, features in expected.items():
         for feature, number in features.items():
-            assert EPOCHS * number <= run["data"][kind][feature] < (EPOCHS + 1) * number, (kind, feature)
+            assert EPOCHS * number <= run["data"]["train"][kind][feature] < (EPOCHS + 1) * number, (kind, feature)
+    # Of the held-out rows, those of one pass, however many there were.
+    for split in ("valid", "test"):
+        held_out = expected_counts(pq.read_table(log / split))
+        some = {kind: {name: n for name, n in features.items() if n} for kind, features in held_out.items()}
+        assert run["data"][split] == {kind: features for kind, features in some.items() if features}
     assert json.loads((log / "out" / "summary.json").read_text())["data"] == run["data"]
 
 
@@ -153,8 +158,8 @@ def test_counts_are_in_tensorboard(run: dict[str, Any], log: Path) -> None:
     events = EventAccumulator(str(log / "out" / "tensorboard"))
     events.Reload()
     tags = {tag for tag in events.Tags()["scalars"] if tag.startswith("data/")}
-    assert tags == {f"data/{kind}/{name}" for kind, features in run["data"].items() for name in features}
-    assert 0 < sum(event.value for event in events.Scalars("data/cut/words")) <= run["data"]["cut"]["words"]
+    assert tags == {f"data/{kind}/{name}" for kind, features in run["data"]["train"].items() for name in features}
+    assert 0 < sum(event.value for event in events.Scalars("data/cut/words")) <= run["data"]["train"]["cut"]["words"]
 
 
 def test_it_learns(run: dict[str, Any]) -> None:
@@ -171,7 +176,11 @@ def test_evaluation_takes_the_vocabularies_of_the_checkpoint(run: dict[str, Any]
     absent = [f"features.sparse.{name}.ids.file=absent.parquet" for name in ("words", "first_words")]
     (finished,) = run_module(1, "recsys.evaluate", "--checkpoint", str(checkpoint), "--json", *absent)
     assert finished.code == 0, finished.stderr
-    assert json.loads(finished.stdout)["model"]["auc"] == pytest.approx(run["test"]["auc"], abs=1e-6)
+    figures = json.loads(finished.stdout)
+    assert figures["model"]["auc"] == pytest.approx(run["test"]["auc"], abs=1e-6)
+    assert figures["data"] == run["data"]["test"]
+    (finished,) = run_module(1, "recsys.evaluate", "--checkpoint", str(checkpoint), *absent)
+    assert f"warning: test: hashed: user {figures['data']['hashed']['user']}; out_of_vocabulary: " in finished.stdout
     pq.write_table(pa.table({"value": ["c", "a"], "count": [2, 1]}), checkpoint / "vocabularies" / "words.parquet")
     (finished,) = run_module(1, "recsys.evaluate", "--checkpoint", str(checkpoint), "--json")
     assert finished.code == 2

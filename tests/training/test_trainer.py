@@ -290,11 +290,11 @@ def _attach(ranks: Ranks, config: Config) -> tuple[Metrics, Metrics]:
     with Monitor(Path(config.output_dir), enabled=ranks.is_first) as monitor:
         trainer = Trainer(config, ranks, splits, monitor)
         trainer._run_stage("backbone", None)
-        before, _ = evaluate(trainer.sharded.ranker, splits["valid"], config, ranks)
+        before, *_ = evaluate(trainer.sharded.ranker, splits["valid"], config, ranks)
         assert not any(layer.experts_active for layer in hilomoe_layers(trainer.dense_arch).values())
         begin_stage(trainer.sharded, trainer.dense_arch, config, "experts", num_steps=15)
         assert all(layer.experts_active for layer in hilomoe_layers(trainer.dense_arch).values())
-        after, _ = evaluate(trainer.sharded.ranker, splits["valid"], config, ranks)
+        after, *_ = evaluate(trainer.sharded.ranker, splits["valid"], config, ranks)
         return before, after
 
 
