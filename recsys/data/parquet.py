@@ -37,6 +37,7 @@ class ShardTables:
         patterns: as in `find_files`.
         names: columns that will be read.
         source: config path of the patterns, for messages.
+        on_unreadable: told why a file cannot be opened, which is then left out; without it, that is raised.
 
     Raises:
         DataError: as `find_files`; or a file is no Parquet, or has a column that is on its path as well, or there is no
@@ -48,9 +49,16 @@ class ShardTables:
         row_counts: rows of every row group, over all files.
     """
 
-    def __init__(self, patterns: Sequence[str], names: Sequence[str], *, source: str) -> None:
+    def __init__(
+        self,
+        patterns: Sequence[str],
+        names: Sequence[str],
+        *,
+        source: str,
+        on_unreadable: Callable[[DataError], None] | None = None,
+    ) -> None:
         places = find_files(patterns, source=source)
-        self.files = [str(place) for place in places]
+        self.files: list[str] = []
         self.schemas: list[pa.Schema] = []
         self._partition_types = _partition_types(places, names)
         self._files: list[_File] = []
@@ -59,11 +67,18 @@ class ShardTables:
         known: list[pa.Schema] = []  # most files have the schema of another
         room = FOOTER_BYTES // _PARSED
         with ThreadPoolExecutor(THREADS) as pool:
-            for number, (version, footer, schema) in enumerate(pool.map(self._open, places)):
+            for place, opened in zip(places, pool.map(self._open, places), strict=True):
+                if isinstance(opened, DataError):
+                    if on_unreadable is None:
+                        raise opened
+                    on_unreadable(opened)
+                    continue
+                version, footer, schema = opened
                 room -= footer.serialized_size
-                self._files.append(_File(places[number], version, footer if room >= 0 else None))
                 groups = range(footer.num_row_groups)
-                self._row_groups += [(number, group) for group in groups]
+                self._row_groups += [(len(self.files), group) for group in groups]
+                self.files.append(str(place))
+                self._files.append(_File(place, version, footer if room >= 0 else None))
                 row_counts += [footer.row_group(group).num_rows for group in groups]
                 same = next((one for one in known if schema.equals(one)), None)
                 if same is None:
@@ -126,7 +141,14 @@ class ShardTables:
                 table = table.append_column(name, pa.repeat(_scalar(partitions[name], kind), len(table)))
         return table
 
-    def _open(self, place: Place) -> tuple[str, pq.FileMetaData, pa.Schema]:
+    def _open(self, place: Place) -> tuple[str, pq.FileMetaData, pa.Schema] | DataError:
+        """A file's version, footer and schema, columns on its path included; or why there are none."""
+        try:
+            return self._footer(place)
+        except DataError as error:
+            return error
+
+    def _footer(self, place: Place) -> tuple[str, pq.FileMetaData, pa.Schema]:
         with naming(f"{place}: not a readable Parquet file"):
             file, version = place.open()
             with file:

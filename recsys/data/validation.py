@@ -253,12 +253,10 @@ def validate(
     splits: dict[str, _Split] = {}
     bounds: Mapping[str, NDArray[np.float32]] | None = None
     for name in config.data.splits:
-        try:
-            tables = ShardTables(config.data.patterns(name), columns.names, source=f"data.{name}")
-        except DataError as error:
-            findings.errors.append(Finding(name, f"data.{name}", str(error)))
+        split = _opened(config, name, columns, findings)
+        if split is None:
             continue
-        split = splits[name] = _Split(name, tables, columns)
+        splits[name] = split
         bounds = split.deciles() if bounds is None else bounds
         scans[name] = split.scan(sample, bounds, config.data.reader_threads, on_row_group)
         findings.look_at(split, scans[name])
@@ -301,6 +299,23 @@ def stability_noise(rows: int, reference_rows: int, buckets: int, chance: float)
     part = 2 / (9 * freedom)
     quantile: float = freedom * (1 - part + NormalDist().inv_cdf(1 - chance) * part**0.5) ** 3
     return (1 / rows + 1 / reference_rows) * quantile
+
+
+def _opened(config: Config, name: str, columns: Columns, findings: "_Findings") -> "_Split | None":
+    """A split with those of its files that can be opened; None if there are none, or no rows in them."""
+    opened, source = _Scan(), f"data.{name}"
+    try:
+        tables = ShardTables(
+            config.data.patterns(name),
+            columns.names,
+            source=source,
+            on_unreadable=lambda error: opened.fault(source, [str(error)]),
+        )
+    except DataError as error:
+        opened.fault(source, [str(error)])
+        findings.look_at_faults(name, opened)
+        return None
+    return _Split(name, tables, columns, opened)
 
 
 @dataclass
@@ -427,11 +442,11 @@ class _Scan:
 class _Split:
     """A split that is open, and which of its files can be read as what."""
 
-    def __init__(self, name: str, tables: ShardTables, columns: Columns) -> None:
+    def __init__(self, name: str, tables: ShardTables, columns: Columns, opened: _Scan) -> None:
         self.name = name
         self.tables = tables
         self.parts = columns.parts
-        self._opened = _Scan()
+        self._opened = opened
         self._readable: list[frozenset[str]] = []
         lists: set[str] = set()
         for file, schema in zip(tables.files, tables.schemas, strict=True):
@@ -577,14 +592,19 @@ class _Findings:
     errors: list[Finding]
     warnings: list[Finding]
 
+    def look_at_faults(self, split: str, scan: _Scan) -> None:
+        """Note what could not be read, the first few and how many there are."""
+        for path, (messages, number) in scan.faults.items():
+            self.errors += [Finding(split, path, message) for message in messages]
+            if number > len(messages):
+                where = path if path == f"data.{split}" else f"data.{split}: {path}"
+                rest = f"{where}: {number - len(messages)} more files or row groups like these"
+                self.errors.append(Finding(split, path, rest))
+
     def look_at(self, split: _Split, scan: _Scan) -> None:
         """Note what a split has that training would refuse, or should."""
         name, tables = split.name, split.tables
-        for path, (messages, number) in scan.faults.items():
-            self.errors += [Finding(name, path, message) for message in messages]
-            if number > len(messages):
-                rest = f"data.{name}: {path}: {number - len(messages)} more files or row groups like these"
-                self.errors.append(Finding(name, path, rest))
+        self.look_at_faults(name, scan)
         filled = {tables.file_of(number) for number, rows in enumerate(tables.row_counts) if rows}
         empty = [file for number, file in enumerate(tables.files) if number not in filled]
         if empty:

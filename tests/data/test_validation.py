@@ -169,7 +169,23 @@ def test_columns_and_files_that_cannot_be_read_are_each_told(log: Path) -> None:
         messages["test", "data.test"].startswith("data.test: the 3 files")
         and "no rows" in messages["test", "data.test"]
     )
-    assert list(report.splits) == ["train"] and report.splits["train"].rows_read == 6_000
+    # The other files are looked at all the same.
+    assert {name: (split.files, split.rows_read) for name, split in report.splits.items()} == {
+        "train": (3, 6_000),
+        "valid": (2, 1_000),
+    }
+
+
+def test_a_split_none_of_whose_files_can_be_opened_is_told_file_by_file(log: Path) -> None:
+    for file in (log / "test").iterdir():
+        file.write_bytes(file.read_bytes()[:-20])
+    report = check(log)
+    assert list(report.splits) == ["train", "valid"]
+    assert [it.message.split(":")[0] for it in report.errors] == [
+        *(f"{log}/test/part-{number}.parquet" for number in range(SHOWN)),
+        "data.test",
+    ]
+    assert report.errors[-1].message == "data.test: 1 more files or row groups like these"
 
 
 def test_a_row_group_that_is_damaged_does_not_end_the_scan(log: Path) -> None:
