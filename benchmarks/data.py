@@ -33,6 +33,7 @@ from recsys.config import UserError, load_config
 BATCH_SIZE = 4096
 ROW_GROUP_ROWS = 1 << 16
 FILE_ROWS = 1 << 18
+TIMES = 4
 SMALL_FILES = 2000
 SMALL_FILE_ROWS = 2000
 
@@ -74,10 +75,10 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     with place as directory:
         root = Path(directory)
         configs = {name: _write_data(root / name, table, arguments.rows) for name, table in DATA_SETS.items()}
-        speed = {name: _speed(arguments, name, config) for name, config in configs.items()}
+        speed = {name: _speed(arguments, root / name, config) for name, config in configs.items()}
         for name, measured in speed.items():
             show(f"{name}, {arguments.rows:,} rows", _speed_rows(measured))
-        memory = _memory(arguments, root / "criteo", configs["criteo"])
+        memory = _memory(arguments, root / "criteo")
         start = _child("start", _small_files(root), 2, 2)
         training = _training(root, configs["criteo"])
     result = {
@@ -94,8 +95,9 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         f"{arguments.rounds} turns, each way a process of its own on the cores that it is given. Raw decoding is "
         "pyarrow's, of the same columns, in the faster of two ways: a row group at a time on all threads, or as many "
         "row groups at a time as there are threads; it keeps nothing of what it reads. Ours has as many threads that "
-        "decode, and one that makes batches. Memory is what the process holds at most beyond what it holds with "
-        "all imports. Each way reads the first file once before the clock starts, FuxiCTR's aside.",
+        "decode, and one that makes batches. Memory is what the process, workers aside, holds at most beyond what it "
+        "holds with all imports. Each way reads the first file once before the clock starts, and then all files "
+        f"{TIMES} times over; FuxiCTR's reads them once, torch's rows are of one file.",
     ]
     for name, measured in speed.items():
         parts += [f"## {DATA_SETS[name].__doc__}", _speed_rows(measured)]
@@ -187,16 +189,17 @@ def _write_config(path: Path, train: str, schema: pa.Schema, batch_size: int = B
     return str(path)
 
 
-def _speed(arguments: argparse.Namespace, name: str, config: str) -> dict[str, dict[str, Measured]]:
+def _speed(arguments: argparse.Namespace, directory: Path, config: str) -> dict[str, dict[str, Measured]]:
     """Medians by setting and way."""
-    turns: dict[tuple[str, str], list[Measured]] = {}
+    name, turns = directory.name, dict[tuple[str, str], list[Measured]]()
+    repeated = _repeated(directory, arguments.rows, TIMES * arguments.rows)
     ways = [way for way in WAYS if way not in ("start", "long")]
     for turn in range(arguments.rounds):
         for cores, threads in SETTINGS:
             setting = f"{cores} / {threads}"
             for way in ways if cores == threads else [way for way in ways if way.startswith(("raw", "HiloRec"))]:
                 print(f"{name}: round {turn + 1}, {cores} cores, {threads} threads, {way}", flush=True)
-                turns.setdefault((setting, way), []).append(_child(way, config, cores, threads))
+                turns.setdefault((setting, way), []).append(_child(way, repeated, cores, threads))
             if arguments.fuxictr and name == "criteo" and cores == threads:
                 turns.setdefault((setting, "FuxiCTR"), []).append(_fuxictr(config, cores, *arguments.fuxictr))
     return _medians(turns)
@@ -231,22 +234,27 @@ def _speed_rows(speed: dict[str, dict[str, Measured]]) -> list[dict[str, str]]:
     ]
 
 
-def _memory(arguments: argparse.Namespace, directory: Path, config: str) -> list[tuple[float, float, float]]:
+def _memory(arguments: argparse.Namespace, directory: Path) -> list[tuple[float, float, float]]:
     """Rows, rows a second and peak MiB of reading ever more rows: the same files under many names."""
     found = []
-    files = sorted((directory / str(arguments.rows)).glob("*.parquet"))
     for rows in sorted({1_000_000, 10_000_000, arguments.many}):
         print(f"memory: {rows:,} rows", flush=True)
-        links = directory / f"links-{rows}"
-        links.mkdir(exist_ok=True)
-        for index in range(-(-rows // FILE_ROWS)):
-            link = links / f"part-{index:05d}.parquet"
-            if not link.exists():
-                link.symlink_to(files[index % (len(files) - 1 or 1)].resolve())
-        many = _write_config(directory / f"links-{rows}.yaml", f"{links}/*.parquet", pq.read_schema(files[0]))
+        many = _repeated(directory, arguments.rows, rows)
         measured = _child("long", many, 2, 2)
         found.append((measured["rows"], measured["rows/s"], measured["peak MiB"]))
     return found
+
+
+def _repeated(directory: Path, rows: int, wanted: int) -> str:
+    """The files of a data set of so many rows under ever more names, until they have those wanted; their config."""
+    files = sorted((directory / str(rows)).glob("*.parquet"))
+    links = directory / f"links-{wanted}"
+    links.mkdir(exist_ok=True)
+    for index in range(-(-wanted // FILE_ROWS)):
+        link = links / f"part-{index:05d}.parquet"
+        if not link.exists():
+            link.symlink_to(files[index % (len(files) - 1 or 1)].resolve())  # the last may have fewer rows
+    return _write_config(directory / f"links-{wanted}.yaml", f"{links}/*.parquet", pq.read_schema(files[0]))
 
 
 def _small_files(root: Path) -> str:
