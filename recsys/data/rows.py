@@ -1,7 +1,7 @@
 """Decoded rows: what a row group becomes, and how parts of several become one batch."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -27,10 +27,13 @@ class Jagged(NamedTuple):
     offsets: NDArray[np.int64]
     weights: NDArray[np.float32] | None = None
 
-    def lengths(self, start: int = 0, stop: int | None = None) -> NDArray[np.int32]:
-        """Ids of each of rows start up to stop."""
-        offsets = self.offsets[start : None if stop is None else stop + 1]
-        return np.subtract(offsets[1:], offsets[:-1], dtype=np.int32, casting="same_kind")
+    def lengths(self, rows: slice = slice(None)) -> NDArray[np.int32]:
+        """How many ids each of the rows has."""
+        return np.subtract(self.offsets[1:][rows], self.offsets[:-1][rows], dtype=np.int32, casting="same_kind")
+
+    def ids(self, rows: slice) -> slice:
+        """Where the ids of rows start up to stop stand among `values`."""
+        return slice(int(self.offsets[rows.start]), int(self.offsets[rows.stop]))
 
     def take(self, rows: NDArray[np.int64]) -> "Jagged":
         """The given rows, in the given order."""
@@ -176,10 +179,9 @@ def build_batch(
         """The rows' values, none where none of the parts has any."""
         there = any(getattr(part.rows, name).shape[-1] for part in parts)
         target = torch.empty((size if there else 0, *width), dtype=dtype, pin_memory=pinned)
-        at, values = 0, target.numpy().T
-        for rows, start, stop in parts if there else ():
-            values[..., at : at + stop - start] = getattr(rows, name)[..., start:stop]
-            at += stop - start
+        values = target.numpy().T
+        for rows, taken, place in _placed(parts) if there else ():
+            values[..., place] = getattr(rows, name)[..., taken]
         return target
 
     weight = column("weight", torch.float32, pin_memory)
@@ -195,6 +197,14 @@ def build_batch(
     )
 
 
+def _placed(parts: Sequence[Part]) -> Iterator[tuple[Rows, slice, slice]]:
+    """Each part's rows, which of them are taken, and where these stand in the batch."""
+    at = 0
+    for rows, start, stop in parts:
+        yield rows, slice(start, stop), slice(at, at + stop - start)
+        at += stop - start
+
+
 def _sparse(parts: Sequence[Part], layout: SparseLayout, size: int, pin_memory: bool) -> KeyedJaggedTensor:
     lengths = torch.empty((len(layout.keys), size), dtype=torch.int32, pin_memory=pin_memory)
     held = _fill_lengths(parts, layout, lengths.numpy())
@@ -207,19 +217,18 @@ def _sparse(parts: Sequence[Part], layout: SparseLayout, size: int, pin_memory: 
 def _fill_lengths(parts: Sequence[Part], layout: SparseLayout, target: NDArray[np.int32]) -> int:
     """Write how many ids each feature has in each row, (F, B); how many there are in all."""
     held = key = 0
-    for lists, places in layout.runs:
-        of_run = target[key : key + places.stop - places.start]
+    for lists, features in layout.runs:
+        of_run = target[key : key + features.stop - features.start]
         key += len(of_run)
-        at = 0
-        for rows, start, stop in parts:
-            of_part = of_run[:, at : at + stop - start]
-            at += stop - start
+        for rows, taken, place in _placed(parts):
+            of_part = of_run[:, place]
             if lists:
-                for of_feature, jagged in zip(of_part, rows.lists[places], strict=True):
-                    of_feature[:] = jagged.lengths(start, stop)
-                    held += int(jagged.offsets[stop] - jagged.offsets[start])
+                for of_feature, jagged in zip(of_part, rows.lists[features], strict=True):
+                    of_feature[:] = jagged.lengths(taken)
+                    ids = jagged.ids(taken)
+                    held += ids.stop - ids.start
             elif rows.has_empty:
-                of_part[:] = rows.single[places, start:stop] >= 0
+                of_part[:] = rows.single[features, taken] >= 0
                 held += int(of_part.sum())
             else:
                 of_part.fill(1)
@@ -236,28 +245,26 @@ def _fill_values(
 ) -> None:
     """Write the ids of all rows of the first feature, then of the next, and the weights of those that are not 1."""
     begin = key = 0
-    for lists, places in layout.runs:
-        of_run = lengths[key : key + places.stop - places.start]
+    for lists, features in layout.runs:
+        of_run = lengths[key : key + features.stop - features.start]
         key += len(of_run)
         if lists:
-            for place in range(places.start, places.stop):
-                for rows, start, stop in parts:
-                    jagged = rows.lists[place]
-                    taken = slice(int(jagged.offsets[start]), int(jagged.offsets[stop]))
-                    end = begin + taken.stop - taken.start
-                    values[begin:end] = jagged.values[taken]
+            for feature in range(features.start, features.stop):
+                for rows, taken, _ in _placed(parts):
+                    jagged = rows.lists[feature]
+                    ids = jagged.ids(taken)
+                    end = begin + ids.stop - ids.start
+                    values[begin:end] = jagged.values[ids]
                     if weights is not None and jagged.weights is not None:
-                        weights[begin:end] = jagged.weights[taken]
+                        weights[begin:end] = jagged.weights[ids]
                     begin = end
         elif any(part.rows.has_empty for part in parts):
-            block = np.concatenate([rows.single[places, start:stop] for rows, start, stop in parts], axis=1)
+            block = np.concatenate([rows.single[features, taken] for rows, taken, _ in _placed(parts)], axis=1)
             found = block[of_run != 0]
             values[begin : begin + len(found)] = found
             begin += len(found)
         else:
             block = values[begin : begin + of_run.size].reshape(of_run.shape)
-            at = 0
-            for rows, start, stop in parts:
-                block[:, at : at + stop - start] = rows.single[places, start:stop]
-                at += stop - start
+            for rows, taken, place in _placed(parts):
+                block[:, place] = rows.single[features, taken]
             begin += of_run.size
