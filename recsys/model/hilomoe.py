@@ -260,7 +260,8 @@ class HiLoMoELinear(nn.Linear):
         output, logits, scores = _apply_experts(
             base, down, self.lora_B, first, gram, self.num_experts, self.top_k, self.detach_query, self.fused
         )
-        if self.record_routing and not torch.compiler.is_exporting():
+        # The flag itself, for under torch.compile `is_exporting()` of torch 2.11 is true as well.
+        if self.record_routing and not torch.compiler._is_exporting_flag:
             self.routing = self._routing(logits, scores)
         return output.reshape(x.shape[:-1] + (self.out_features,))  # noqa: RUF005  symbolic tracing cannot unpack
 
