@@ -54,10 +54,13 @@ def quiet_libraries() -> None:
     # Warnings that torch attributes to its caller, so that only their text tells them.
     warnings.filterwarnings("ignore", message="Please use DTensor instead")
     warnings.filterwarnings("ignore", message=".*an autograd kernel was not registered")
+    for said in ("`_get_pg_default_device` will be", "Multiple backends are registered with this ProcessGroup"):
+        warnings.filterwarnings("ignore", message=said)  # by torch 2.11
     for name in ("torchrec", "torch.distributed", "torch.fx._symbolic_trace", "fbgemm_gpu"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # TorchRec says this of every data-parallel table, through the root logger.
-    logging.getLogger().addFilter(lambda record: not record.getMessage().startswith("Sharding spec not found"))
+    # Through the root logger: TorchRec of every data-parallel table, and fbgemm 1.6 of itself.
+    noise = ("Sharding spec not found", "_fbgemm_torch_compat_table has no entry")
+    logging.getLogger().addFilter(lambda record: not any(text in record.getMessage() for text in noise))
 
 
 def _tell(text: str) -> None:
