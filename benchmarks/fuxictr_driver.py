@@ -83,8 +83,7 @@ def train(checkout: Path, rows: Path, run: Path) -> None:
 def aggregate(self: Any, x: Any, y: Any) -> Any:
     """What FinalMLP's InteractionAggregation computes, equal but for rounding; for (B, X) and (B, Y) gives (B, out).
 
-    FuxiCTR's own multiplies by broadcasting, which copies the weights for every row: several seconds for a batch that
-    this takes milliseconds for.
+    FuxiCTR's own multiplies by broadcasting, which copies the weights for every row.
     """
     torch = import_module("torch")
     head_x = x.view(-1, self.num_heads, self.head_x_dim)

@@ -440,10 +440,9 @@ def _list_weights(table: pa.Table, name: str, lengths: NDArray[np.int64], what: 
             f"{what} has {int(wrong.sum())} lists whose weights (column {name!r}) are not as many: row {row} has "
             f"{lengths[row]} ids and {found[row]} weights; mend them when the shards are written"
         )
-    given = values.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)  # nulls become NaN
-    if (wrong := ~np.isfinite(given)).any():
+    weights: NDArray[np.float32] = values.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+    if (wrong := ~np.isfinite(weights)).any():  # nulls became NaN
         raise DataError(f"{what} has {count(wrong)} null, NaN or infinite among its weights (column {name!r})")
-    weights: NDArray[np.float32] = given
     return weights
 
 
