@@ -7,6 +7,7 @@ everything else is JSON, YAML or Parquet, and what DCP itself pickles (its index
 DCP's own classes alone.
 """
 
+import enum
 import json
 import pickle
 import shutil
@@ -220,6 +221,8 @@ class _Unpickler(pickle.Unpickler):
             or (module == "torch" and name.startswith(("float", "bfloat", "int", "uint", "bool", "strided")))
         ):
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _member  # Python before 3.11.4 pickles a member of an enum so
         raise pickle.UnpicklingError(f"the index names {module}.{name}, which no checkpoint of ours has")
 
 
@@ -236,3 +239,10 @@ class _Reader(FileSystemReader):
 class _TensorsOnly(DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
         raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is not a tensor; checkpoints hold nothing else")
+
+
+def _member(of: Any, name: str) -> enum.Enum:
+    """A member of an enum, and nothing else that `getattr` could reach."""
+    if not (isinstance(of, type) and issubclass(of, enum.Enum)):
+        raise pickle.UnpicklingError(f"the index takes {name} from {of!r}, which no checkpoint of ours does")
+    return of[name]
