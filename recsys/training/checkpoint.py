@@ -18,6 +18,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
@@ -195,32 +196,32 @@ def _flatten(path: str, value: Any) -> Iterator[tuple[str, Tensor | ShardedTenso
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the classes of DCP's index and nothing else, so that a checkpoint cannot run code."""
+    """Knows by name what DCP's index consists of and nothing else, so that a checkpoint cannot run code.
 
-    _ALLOWED_MODULES = (
-        "torch.distributed.checkpoint.metadata",
-        "torch.distributed.checkpoint.filesystem",
-        "torch.distributed._shard.metadata",
-    )
+    Whole modules are not enough: a name may have dots, and so reach what the module imports.
+    """
+
     _ALLOWED = frozenset(
         {
-            ("builtins", "set"),
-            ("collections", "OrderedDict"),
             ("pathlib", "PosixPath"),
             ("torch", "Size"),
-            ("torch", "device"),
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
             ("torch.serialization", "_get_layout"),
-            ("torch.distributed.remote_device", "_remote_device"),
+        }
+        | {
+            ("torch.distributed.checkpoint.metadata", name)
+            for name in (
+                *("Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata", "ChunkStorageMetadata"),
+                *("TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+            )
         }
     )
 
     def find_class(self, module: str, name: str) -> Any:
-        if (
-            module in self._ALLOWED_MODULES
-            or (module, name) in self._ALLOWED
-            or (module == "torch" and name.startswith(("float", "bfloat", "int", "uint", "bool", "strided")))
-        ):
+        if (module, name) in self._ALLOWED:
             return super().find_class(module, name)
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
         if (module, name) == ("builtins", "getattr"):
             return _member  # Python before 3.11.4 pickles a member of an enum so
         raise pickle.UnpicklingError(f"the index names {module}.{name}, which no checkpoint of ours has")
@@ -243,6 +244,6 @@ class _TensorsOnly(DefaultLoadPlanner):
 
 def _member(of: Any, name: str) -> enum.Enum:
     """A member of an enum, and nothing else that `getattr` could reach."""
-    if not (isinstance(of, type) and issubclass(of, enum.Enum)):
+    if not (isinstance(of, type) and issubclass(of, enum.Enum) and name in of.__members__):
         raise pickle.UnpicklingError(f"the index takes {name} from {of!r}, which no checkpoint of ours does")
     return of[name]

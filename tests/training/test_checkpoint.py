@@ -1,6 +1,8 @@
 """Reading checkpoints: what is no checkpoint is named, and nothing in one can run code."""
 
+import enum
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -10,7 +12,7 @@ from ranks import run_module, run_ranks
 from test_trainer import as_config, train_on
 from tiny import tiny_config, write_tiny_log
 
-from recsys.training.checkpoint import CheckpointError, read_meta
+from recsys.training.checkpoint import CheckpointError, _member, _Reader, read_meta
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +92,49 @@ def test_an_index_that_would_run_code_is_refused_without_running_it(checkpoint: 
     (checkpoint / ".metadata").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
     assert "no checkpoint of ours" in evaluation_error(checkpoint)
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("os", "system"),
+        ("torch.distributed.checkpoint.filesystem", "os.system"),
+        ("torch.distributed.checkpoint.filesystem", "FileSystemWriter"),
+        ("torch.distributed.checkpoint.metadata", "os.system"),
+        ("torch", "load"),
+        ("builtins", "getattr"),
+        ("builtins", "eval"),
+    ],
+)
+def test_an_index_reaches_nothing_through_a_module_it_may_name(
+    checkpoint: Path, module: str, name: str, tmp_path: Path
+) -> None:
+    index = _call(module, name, f"touch {tmp_path / 'sprung'}")
+    (checkpoint / ".metadata").write_bytes(index)
+    with pytest.raises(pickle.UnpicklingError, match="no checkpoint of ours"):
+        _Reader(checkpoint).read_metadata()
+    assert not (tmp_path / "sprung").exists()
+
+
+def _call(module: str, name: str, argument: str) -> bytes:
+    """A pickle that calls what it names, twice over its argument if that is `getattr`."""
+    arguments = (argument, "upper") if name == "getattr" else (argument,)
+    texts = [pickle.SHORT_BINUNICODE + bytes([len(text)]) + text.encode() for text in (module, name, *arguments)]
+    tuple_of = pickle.TUPLE2 if len(arguments) == 2 else pickle.TUPLE1
+    called = [*texts[:2], pickle.STACK_GLOBAL, *texts[2:], tuple_of, pickle.REDUCE]
+    return b"".join([pickle.PROTO, b"\x04", *called, pickle.STOP])
+
+
+class Coloured(enum.Enum):
+    RED = 1
+
+    def said(self) -> str:
+        return self.name
+
+
+def test_members_of_enums_are_all_that_getattr_reaches() -> None:
+    """As which Python before 3.11.4 pickles them."""
+    assert _member(Coloured, "RED") is Coloured.RED
+    for of, name in ((Coloured, "said"), (Coloured, "__members__"), (os, "system"), (Coloured.RED, "name")):
+        with pytest.raises(pickle.UnpicklingError, match="no checkpoint of ours"):
+            _member(of, name)
