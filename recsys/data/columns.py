@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from recsys.data.arrow import flat, is_integer, is_list, is_number, value_type, whole
+from recsys.data.arrow import filled, flat, is_integer, is_list, is_number, value_type, whole
 from recsys.data.expression import Expression, parse_expression
 from recsys.data.location import DataError
 from recsys.data.mapping import HashedIds, IdMapping, PlainIds, VocabularyIds, count
@@ -250,8 +250,11 @@ class Columns:
         table = table.combine_chunks()
         counts: dict[tuple[str, str], NDArray[np.int32]] = {}
         single = np.empty((len(layout.single), len(table)), self._id_type)
+        has_empty = False
         for target, name in zip(single, layout.single, strict=True):
-            _place(_ids(table, name, self.sparse[name], where, counts), order, target)
+            ids = _ids(table, name, self.sparse[name], where, counts)
+            has_empty |= bool(ids.min(initial=0) < 0)
+            _place(ids, order, target)
         lists = tuple(
             _id_lists(table, name, self.sparse[name], self._id_type, where, counts)
             for name in layout.keys
@@ -261,7 +264,17 @@ class Columns:
         if order is not None:
             lists = tuple(jagged.take(order) for jagged in lists)
             counts = {key: happened[order] for key, happened in counts.items()}
-        return Rows(np.empty(0, np.float32), np.empty(0), np.empty(0, np.int64), dense, single, lists, counts=counts)
+        none = np.empty(0)
+        return Rows(
+            none.astype(np.float32),
+            none,
+            none.astype(np.int64),
+            dense,
+            single,
+            lists,
+            counts=counts,
+            has_empty=has_empty,
+        )
 
     @cached_property
     def _label(self) -> Expression | None:
@@ -297,9 +310,7 @@ class Columns:
             for target, (name, spec) in zip(columns, self.dense.items(), strict=True):
                 values = _numbers(table, spec.column, spec.fill, where)
                 _place(_transformed(values, name, spec, where, counts), order, target)
-        if not np.isfinite(columns).all():
-            for (name, spec), values in zip(self.dense.items(), columns, strict=True):
-                _check_finite(values, name, spec, where, " in float32" + " after log1p" * spec.log1p)
+                _check_finite(target, name, spec, where, " in float32" + " after log1p" * spec.log1p)
         return columns
 
     @cached_property
@@ -319,7 +330,7 @@ def _numbers(table: pa.Table, name: str, fill: float | None, where: str) -> NDAr
             )
         if not _holds(column.type, fill):
             column = column.cast(pa.float64(), safe=False)  # large integers are rounded
-        column = column.fill_null(pa.scalar(fill, pa.float64()).cast(column.type))
+        return filled(column, fill)
     values: NDArray[Any] = column.to_numpy(zero_copy_only=False)  # only booleans are copied
     return values
 

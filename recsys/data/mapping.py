@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from recsys.data.arrow import is_integer, is_string, plain
+from recsys.data.arrow import filled, is_integer, is_string, plain
 from recsys.data.hashing import hash_ids
 from recsys.data.location import DataError
 from recsys.data.vocabulary import Vocabulary
@@ -89,14 +89,12 @@ class PlainIds:
     def map(self, values: pa.Array, num_rows: int, what: str) -> Mapped:
         """As `IdMapping`."""
         values = plain(values)
-        extremes = pc.min_max(values)
-        low, high = extremes["min"].as_py(), extremes["max"].as_py()
-        if low is None or (low >= 0 and high < num_rows):
+        given = filled(values, 0)
+        if given.min(initial=0) >= 0 and given.max(initial=0) < num_rows:
             if values.null_count:
-                values = pc.fill_null(values.cast(pa.int64()), -1)
-            return Mapped(values.to_numpy(zero_copy_only=False), {})
-        valid = values.is_valid().to_numpy(zero_copy_only=False)
-        given = pc.fill_null(values, 0).to_numpy(zero_copy_only=False)
+                signed = values.cast(pa.int64()) if pa.types.is_unsigned_integer(values.type) else values
+                given = filled(signed, -1)
+            return Mapped(given, {})
         wrong = (given < 0) | (given >= num_rows)
         if self.out_of_range == "error":
             raise DataError(
@@ -104,6 +102,7 @@ class PlainIds:
                 f"its table takes ids 0..{num_rows - 1}: raise num_embeddings, set the feature's out_of_range to hash "
                 "or clip_to_oov, or map the ids when the shards are written"
             )
+        valid = values.is_valid().to_numpy(zero_copy_only=False)
         ids = np.where(valid, given.astype(np.int64), -1)
         ids[wrong] = hash_ids(pa.array(given[wrong]), num_rows) if self.out_of_range == "hash" else 0
         return Mapped(ids, {self.kinds[0]: wrong})
@@ -177,7 +176,7 @@ class BucketizedIds:
         """As `IdMapping`."""
         values = plain(values)
         valid = values.is_valid().to_numpy(zero_copy_only=False)
-        given = pc.fill_null(values.cast(pa.float64(), safe=False), 0.0).to_numpy(zero_copy_only=False)
+        given = filled(values.cast(pa.float64(), safe=False), 0.0)
         if (wrong := np.isnan(given)).any():
             raise DataError(f"{what} has {count(wrong)} NaN, which is in no bucket; write nulls, which are empty bags")
         return Mapped(np.where(valid, np.searchsorted(self.boundaries, given, side="right"), -1), {})
@@ -223,7 +222,7 @@ class DatetimeIds:
         unit = values.type.unit if pa.types.is_timestamp(values.type) else "s"
         moments = values.cast(pa.int64())
         if is_integer(values.type):
-            seconds = pc.fill_null(moments, 0).to_numpy(zero_copy_only=False)
+            seconds = filled(moments, 0)
             if (wrong := np.abs(seconds) > _LAST_SECOND).any():
                 raise DataError(
                     f"{what} has {count(wrong)} that cannot be seconds since 1970, such as {seconds[wrong][0]}; "

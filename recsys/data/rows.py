@@ -1,10 +1,10 @@
 """Decoded rows: what a row group becomes, and how parts of several become one batch."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,6 +104,7 @@ class Rows:
         lists: the other features.
         weight: (N,) float32, of the rows in the loss, or (0,) where there is none.
         counts: what was cut, replaced or left out.
+        has_empty: False where all features of at most one id are known to have one in every row.
     """
 
     labels: NDArray[np.float32]
@@ -114,14 +115,10 @@ class Rows:
     lists: tuple[Jagged, ...]
     weight: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
     counts: Mapping[tuple[str, str], NDArray[np.int32]] = field(default_factory=dict)
+    has_empty: bool = True
 
     def __len__(self) -> int:
         return int(self.dense.shape[1])
-
-    @cached_property
-    def has_empty(self) -> bool:
-        """Whether a feature of at most one id has none in some row."""
-        return bool(self.single.size) and bool(self.single.min() < 0)
 
     def take(self, rows: NDArray[np.int64]) -> "Rows":
         """The given rows, in the given order."""
@@ -135,6 +132,7 @@ class Rows:
             tuple(jagged.take(rows) for jagged in self.lists),
             self.weight.take(rows, mode="clip") if len(self.weight) else self.weight,
             {key: happened.take(rows, mode="clip") for key, happened in self.counts.items()},
+            self.has_empty,
         )
 
 
@@ -174,20 +172,21 @@ def build_batch(
         counts.update({key: int(happened[start:stop].sum()) for key, happened in rows.counts.items()})
     parts = [part.labelled() for part in parts]
     size = sum(part.stop - part.start for part in parts)
+    placed = _placed(parts)
 
     def column(name: str, dtype: torch.dtype, pinned: bool, width: tuple[int, ...] = ()) -> Tensor:
         """The rows' values, none where none of the parts has any."""
         there = any(getattr(part.rows, name).shape[-1] for part in parts)
         target = torch.empty((size if there else 0, *width), dtype=dtype, pin_memory=pinned)
         values = target.numpy().T
-        for rows, taken, place in _placed(parts) if there else ():
+        for rows, taken, place in placed if there else ():
             values[..., place] = getattr(rows, name)[..., taken]
         return target
 
     weight = column("weight", torch.float32, pin_memory)
     return Batch(
         dense_features=column("dense", torch.float32, pin_memory, (num_dense,)),
-        sparse_features=_sparse(parts, layout, size, pin_memory),
+        sparse_features=_sparse(placed, layout, size, pin_memory),
         labels=column("labels", torch.float32, pin_memory),
         reference=column("reference", torch.float64, False),
         domain=column("domain", torch.int64, pin_memory),
@@ -197,47 +196,53 @@ def build_batch(
     )
 
 
-def _placed(parts: Sequence[Part]) -> Iterator[tuple[Rows, slice, slice]]:
-    """Each part's rows, which of them are taken, and where these stand in the batch."""
-    at = 0
-    for rows, start, stop in parts:
-        yield rows, slice(start, stop), slice(at, at + stop - start)
-        at += stop - start
+class _Placed(NamedTuple):
+    """A part of a batch: its rows, which of them are taken, and where these stand in the batch."""
+
+    rows: Rows
+    taken: slice
+    place: slice
 
 
-def _sparse(parts: Sequence[Part], layout: SparseLayout, size: int, pin_memory: bool) -> KeyedJaggedTensor:
-    lengths = torch.empty((len(layout.keys), size), dtype=torch.int32, pin_memory=pin_memory)
-    held = _fill_lengths(parts, layout, lengths.numpy())
-    values = torch.empty(held, dtype=torch.int64, pin_memory=pin_memory)
-    weights = torch.ones(held, pin_memory=pin_memory) if layout.weighted else None
+def _placed(parts: Sequence[Part]) -> list[_Placed]:
+    ends = list(accumulate(part.stop - part.start for part in parts))
+    return [
+        _Placed(rows, slice(start, stop), slice(end - stop + start, end))
+        for (rows, start, stop), end in zip(parts, ends, strict=True)
+    ]
+
+
+def _sparse(parts: Sequence[_Placed], layout: SparseLayout, size: int, pin_memory: bool) -> KeyedJaggedTensor:
+    if not layout.lists and not any(rows.has_empty for rows, _, _ in parts):
+        lengths = torch.ones((len(layout.keys), size), dtype=torch.int32, pin_memory=pin_memory)
+        held = [size] * len(layout.keys)
+    else:
+        lengths = torch.empty((len(layout.keys), size), dtype=torch.int32, pin_memory=pin_memory)
+        held = _fill_lengths(parts, layout, lengths.numpy())
+    values = torch.empty(sum(held), dtype=torch.int64, pin_memory=pin_memory)
+    weights = torch.ones(sum(held), pin_memory=pin_memory) if layout.weighted else None
     _fill_values(parts, layout, lengths.numpy(), values.numpy(), None if weights is None else weights.numpy())
-    return KeyedJaggedTensor(list(layout.keys), values, weights, lengths.view(-1), stride=size)
+    # Told how many ids each key has, TorchRec need not wait for the device to count them.
+    return KeyedJaggedTensor(list(layout.keys), values, weights, lengths.view(-1), stride=size, length_per_key=held)
 
 
-def _fill_lengths(parts: Sequence[Part], layout: SparseLayout, target: NDArray[np.int32]) -> int:
-    """Write how many ids each feature has in each row, (F, B); how many there are in all."""
-    held = key = 0
+def _fill_lengths(parts: Sequence[_Placed], layout: SparseLayout, target: NDArray[np.int32]) -> list[int]:
+    """Write how many ids each feature has in each row, (F, B); how many each has in all rows."""
+    held: list[int] = []
     for lists, features in layout.runs:
-        of_run = target[key : key + features.stop - features.start]
-        key += len(of_run)
-        for rows, taken, place in _placed(parts):
-            of_part = of_run[:, place]
+        of_run = target[len(held) : len(held) + features.stop - features.start]
+        for rows, taken, place in parts:
             if lists:
-                for of_feature, jagged in zip(of_part, rows.lists[features], strict=True):
+                for of_feature, jagged in zip(of_run[:, place], rows.lists[features], strict=True):
                     of_feature[:] = jagged.lengths(taken)
-                    ids = jagged.ids(taken)
-                    held += ids.stop - ids.start
-            elif rows.has_empty:
-                of_part[:] = rows.single[features, taken] >= 0
-                held += int(of_part.sum())
             else:
-                of_part.fill(1)
-                held += of_part.size
+                of_run[:, place] = rows.single[features, taken] >= 0 if rows.has_empty else 1
+        held += of_run.sum(1).tolist()
     return held
 
 
 def _fill_values(
-    parts: Sequence[Part],
+    parts: Sequence[_Placed],
     layout: SparseLayout,
     lengths: NDArray[np.int32],
     values: NDArray[np.int64],
@@ -250,7 +255,7 @@ def _fill_values(
         key += len(of_run)
         if lists:
             for feature in range(features.start, features.stop):
-                for rows, taken, _ in _placed(parts):
+                for rows, taken, _ in parts:
                     jagged = rows.lists[feature]
                     ids = jagged.ids(taken)
                     end = begin + ids.stop - ids.start
@@ -258,13 +263,13 @@ def _fill_values(
                     if weights is not None and jagged.weights is not None:
                         weights[begin:end] = jagged.weights[ids]
                     begin = end
-        elif any(part.rows.has_empty for part in parts):
-            block = np.concatenate([rows.single[features, taken] for rows, taken, _ in _placed(parts)], axis=1)
+        elif any(rows.has_empty for rows, _, _ in parts):
+            block = np.concatenate([rows.single[features, taken] for rows, taken, _ in parts], axis=1)
             found = block[of_run != 0]
             values[begin : begin + len(found)] = found
             begin += len(found)
         else:
             block = values[begin : begin + of_run.size].reshape(of_run.shape)
-            for rows, taken, place in _placed(parts):
+            for rows, taken, place in parts:
                 block[:, place] = rows.single[features, taken]
             begin += of_run.size

@@ -19,9 +19,11 @@ layout under which steps were taken, and nothing that grows with the data.
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -86,8 +88,8 @@ class Window:
             return None
         return np.random.default_rng((*self.seed, index)).permutation(self.slices[index].num_rows)
 
-    def places(self, rows: int) -> NDArray[np.int64]:
-        """How many rows of each slice are among the first `rows` of the window; shape (slices,).
+    def places(self, rows: int) -> tuple[int, ...]:
+        """How many rows of each slice are among the first `rows` of the window.
 
         Slices that are shuffled are dealt in proportion: row k of a slice of n stands in the window of N at
         (k + 1/2) N / n, rounded down, and where several stand at one place the first slice comes first. Others follow
@@ -95,22 +97,28 @@ class Window:
         """
         counts = self._counts
         if self.seed is None or len(counts) == 1:
-            one_by_one: NDArray[np.int64] = np.clip(rows - (np.cumsum(counts) - counts), 0, counts)
-            return one_by_one
+            before = accumulate(counts, initial=0)
+            return tuple(min(max(rows - first, 0), n) for first, n in zip(before, counts, strict=False))
         total = self.num_rows
-        # Of each slice those before a place: k with (2 k + 1) total < 2 count place. The sum over all slices is off
-        # from the place by half a row a slice at most, so the one looked for is near.
-        near = np.arange(max(rows - len(counts), 0), rows + len(counts) + 1)
-        before = np.minimum((2 * counts * near[:, None] + total - 1) // (2 * total), counts)
-        at = int(np.searchsorted(before.sum(1), rows, side="right")) - 1
-        found: NDArray[np.int64] = before[at]
-        if (missing := rows - int(found.sum())) > 0:
-            found[np.flatnonzero(before[at + 1] > found)[:missing]] += 1
-        return found
+
+        def standing(place: int) -> list[int]:
+            """Of each slice those before a place: k with (2 k + 1) total < 2 n place."""
+            return [min((2 * n * place + total - 1) // (2 * total), n) for n in counts]
+
+        # The sum over all slices is off from the place by half a row a slice at most, so the one looked for is near.
+        near = range(max(rows - len(counts), 0), rows + len(counts) + 1)
+        at = near[bisect_right(near, rows, key=lambda place: sum(standing(place))) - 1]
+        found, further = standing(at), standing(at + 1)
+        missing = rows - sum(found)
+        for index, (here, there) in enumerate(zip(found, further, strict=True)):
+            if missing and there > here:
+                found[index] += 1
+                missing -= 1
+        return tuple(found)
 
     @cached_property
-    def _counts(self) -> NDArray[np.int64]:
-        return np.array([part.num_rows for part in self.slices])
+    def _counts(self) -> tuple[int, ...]:
+        return tuple(part.num_rows for part in self.slices)
 
 
 class Piece(NamedTuple):
@@ -267,10 +275,10 @@ class Epoch:
         room = self.batch_size
         steps = 0
         for number, (window, start, stop) in enumerate(self.pieces(rank)):
-            first = window.places(start).tolist()
+            first = window.places(start)
             while start < stop:
                 end = min(stop, start + room)
-                last = window.places(end).tolist()
+                last = window.places(end)
                 batch += [
                     BatchPart(number, index, i, j)
                     for index, (i, j) in enumerate(zip(first, last, strict=True))

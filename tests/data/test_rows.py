@@ -23,12 +23,10 @@ def jagged(lists: Bags, weighted: bool) -> Jagged:
 
 @st.composite
 def tables(draw: st.DrawFn, lists: frozenset[str], rows: int) -> dict[str, Bags]:
-    """Ids of each row by feature; those of `KEYS` that are no lists have one or none."""
-    ids = st.integers(0, 2**40)
-    return {
-        key: draw(st.lists(st.lists(ids, max_size=4 if key in lists else 1), min_size=rows, max_size=rows))
-        for key in KEYS
-    }
+    """Ids of each row by feature; those of `KEYS` that are no lists have one or none, or one each."""
+    ids, least = st.integers(0, 2**40), draw(st.sampled_from((0, 1)))
+    of_row = {True: st.lists(ids, max_size=4), False: st.lists(ids, min_size=least, max_size=1)}
+    return {key: draw(st.lists(of_row[key in lists], min_size=rows, max_size=rows)) for key in KEYS}
 
 
 def rows_of(table: dict[str, Bags], lists: frozenset[str], first: int, weighted: frozenset[str]) -> Rows:
@@ -43,6 +41,7 @@ def rows_of(table: dict[str, Bags], lists: frozenset[str], first: int, weighted:
         dense=np.stack([numbers, -numbers]).astype(np.float32),
         single=np.array(single, np.int64).reshape(len(KEYS) - len(lists), count),
         lists=tuple(jagged(table[key], key in weighted) for key in KEYS if key in lists),
+        has_empty=any(-1 in ids for ids in single),
     )
 
 
@@ -76,6 +75,7 @@ def test_a_batch_holds_its_parts_one_after_another(data: st.DataObject, lists: f
     sparse = batch.sparse_features
     assert (sparse.keys(), sparse.stride()) == (list(KEYS), len(numbers))
     assert {key: bags_of(sparse, key) for key in KEYS} == whole
+    assert sparse.length_per_key_or_none() == [sum(map(len, whole[key])) for key in KEYS]
     wanted = [i / 2 if key in with_weights else 1.0 for key in KEYS for ids in whole[key] for i in ids]
     assert (sparse.weights().tolist() if weighted else sparse.weights_or_none()) == (
         torch.tensor(wanted).tolist() if weighted else None
