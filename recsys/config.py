@@ -320,7 +320,8 @@ class MLPTowerConfig(_Section):
 class DCNv2TowerConfig(_Section):
     """Cross layers in front of a perceptron (arXiv 2008.13535, stacked)."""
 
-    expert_linears: ClassVar = ("tower.cross.*", "tower.mlp.*")
+    expert_linears: ClassVar = ("tower.mlp.*",)
+    """In the cross layers experts cost FLOPs and gain nothing (docs/hilomoe.md)."""
 
     type: Literal["dcn_v2"]
     num_cross_layers: PositiveInt = 3

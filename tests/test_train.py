@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import yaml
 from ranks import Finished, run_module
 from tiny import tiny_config, tiny_table, write_tiny_log
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from recsys.versions import SUPPORTED
 
 WORLD_SIZE = 2
 
@@ -193,7 +196,8 @@ def test_a_mismatched_trio_is_explained_before_torch_is_imported(tmp_path: Path)
     )
     assert finished.returncode == 2
     assert "torchrec 1.5.0" in finished.stderr
-    assert "pip install --no-deps torchrec==1.8.0" in finished.stderr
+    (matching,) = (trio.torchrec for trio in SUPPORTED if metadata.version("torch").startswith(trio.torch))
+    assert f"pip install --no-deps torchrec=={matching}" in finished.stderr
     assert "Traceback" not in finished.stderr
 
 
