@@ -306,7 +306,7 @@ def _ids(rows: Sequence[Rows], layout: SparseLayout) -> dict[str, Ids]:
         found[name] = np.concatenate([part.single[index].astype(np.int64) + 1 for part in rows])[:, None]
     for index, name in enumerate(key for key in layout.keys if key in layout.lists):
         lists = [part.lists[index] for part in rows]
-        lengths = np.concatenate([np.diff(jagged.offsets) for jagged in lists])
+        lengths = np.concatenate([jagged.lengths() for jagged in lists])
         found[name] = np.zeros((len(lengths), max(1, int(lengths.max()))), np.int64)
         found[name][np.arange(found[name].shape[1]) < lengths[:, None]] = np.concatenate([j.values for j in lists]) + 1
     return found

@@ -373,7 +373,7 @@ class _Scan:
         self, path: str, name: str, spec: SparseColumn, rows: Rows, group: dict[tuple[str, str], Any]
     ) -> None:
         if rows.lists:
-            ids, lengths = rows.lists[0].values, np.diff(rows.lists[0].offsets)
+            ids, lengths = rows.lists[0].values, rows.lists[0].lengths()
         else:
             ids, lengths = rows.single[0], (rows.single[0] >= 0).astype(np.int64)
             ids = ids[ids >= 0] if rows.has_empty else ids
@@ -810,7 +810,7 @@ def _bits(rows: Rows) -> NDArray[np.uint64]:
             bits: NDArray[np.uint64] = values.view(f"u{values.itemsize}").astype(np.uint64)
             return bits
     (jagged,) = rows.lists
-    lengths = np.diff(jagged.offsets)
+    lengths = jagged.lengths()
     places = (np.arange(len(jagged.values)) - np.repeat(jagged.offsets[:-1], lengths)).view(np.uint64)
     of_values = _mixed((places + np.uint64(1)) * _ODD, jagged.values.astype(np.uint64))
     if jagged.weights is not None:
