@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import resource
-import shlex
 import subprocess
 import sys
 import time
@@ -120,10 +119,9 @@ def _benchmark(arguments: argparse.Namespace) -> None:
 
 def _command(arguments: argparse.Namespace) -> str:
     """What was run, with no path of the machine that it ran on."""
-    command = shlex.join(["python", "benchmarks/data.py", *sys.argv[1:]])
-    if arguments.fuxictr:
-        command = command.replace(shlex.join(arguments.fuxictr), '"$HILOREC_FUXICTR" "$HILOREC_FUXICTR_PYTHON"')
-    return command
+    given = [f"--{name} {getattr(arguments, name)}" for name in ("rows", "many", "rounds")]
+    fuxictr = ['--fuxictr "$HILOREC_FUXICTR" "$HILOREC_FUXICTR_PYTHON"'] if arguments.fuxictr else []
+    return " ".join(["python benchmarks/data.py", *given, *fuxictr])
 
 
 def _criteo(rows: int, rng: np.random.Generator) -> pa.Table:
