@@ -264,14 +264,13 @@ class Columns:
         if order is not None:
             lists = tuple(jagged.take(order) for jagged in lists)
             counts = {key: happened[order] for key, happened in counts.items()}
-        none = np.empty(0)
         return Rows(
-            none.astype(np.float32),
-            none,
-            none.astype(np.int64),
-            dense,
-            single,
-            lists,
+            labels=np.empty(0, np.float32),
+            reference=np.empty(0),
+            domain=np.empty(0, np.int64),
+            dense=dense,
+            single=single,
+            lists=lists,
             counts=counts,
             has_empty=has_empty,
         )
