@@ -27,7 +27,8 @@ import yaml
 from report import RESULTS, environment, number, show, write
 
 from recsys.cli import quiet_libraries, run_entry
-from recsys.config import UserError, load_config
+from recsys.config import load_config
+from recsys.errors import UserError
 
 BATCH_SIZE = 4096
 ROW_GROUP_ROWS = 1 << 16
@@ -418,9 +419,9 @@ def _raw_shuffled(config: str, threads: int) -> Iterator[int]:
 
 def _ours(config: str, threads: int, shuffle: bool) -> Iterator[int]:
     from recsys.data.loader import Loader
+    from recsys.data.order import Epoch
     from recsys.data.parquet import ParquetShards
     from recsys.data.splits import build_columns
-    from recsys.data.stream import Epoch
 
     read = load_config(config)
     yield 0
@@ -509,9 +510,9 @@ def _torch_rows(config: str, threads: int) -> Iterator[int]:
 def _start(config: str, threads: int) -> Iterator[int]:
     """After it is ready, yields when the shards are open, then at the first batch."""
     from recsys.data.loader import Loader
+    from recsys.data.order import Epoch
     from recsys.data.parquet import ParquetShards
     from recsys.data.splits import build_columns
-    from recsys.data.stream import Epoch
 
     read = load_config(config)
     yield 0

@@ -31,10 +31,11 @@ from numpy.typing import NDArray
 from report import RESULTS, environment, number, show, shown_path, write
 
 from recsys.cli import run_entry
-from recsys.config import Config, ConfigError, UserError, load_config
+from recsys.config import Config, ConfigError, load_config
+from recsys.data.order import RowSlice
 from recsys.data.rows import Rows, SparseLayout
 from recsys.data.splits import open_splits
-from recsys.data.stream import RowSlice
+from recsys.errors import UserError
 from recsys.runtime import Ranks, process_group
 from recsys.training.metrics import BinaryMetrics
 
@@ -256,7 +257,7 @@ def export_rows(config: Config, ranks: Ranks, directory: Path) -> Path:
     """
     rows: dict[str, list[Rows]] = {}
     ids: dict[str, dict[str, Ids]] = {}
-    for split, shards in open_splits(config, ranks, SPLITS).items():
+    for split, shards in open_splits(config, SPLITS).items():
         rows[split] = [shards.read(RowSlice(group, 0, count)) for group, count in enumerate(shards.row_counts)]
         ids[split] = _ids(rows[split], shards.layout)
 

@@ -23,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recsys.cli import run_entry
-from recsys.model.hilomoe import HiLoMoELinear
+from recsys.model.experts.hilomoe import HiLoMoELinear
 
 PASSES = ("forward", "forward and backward")
 FORMS = {

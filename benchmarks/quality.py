@@ -25,7 +25,7 @@ from grid import Case, Run, cases_of, load_grid
 from report import RESULTS, environment, show, shown_path, write
 
 from recsys.cli import run_entry
-from recsys.config import UserError
+from recsys.errors import UserError
 
 _LOG_LINES = 15
 _POLL_SECONDS = 0.2

@@ -32,14 +32,14 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from recsys.cli import run_entry
 from recsys.config import DEFAULT_CONFIG, Config, ConfigError, load_config
 from recsys.data.batch import Batch
+from recsys.data.order import Epoch
 from recsys.data.parquet import ParquetShards
 from recsys.data.splits import open_loader, open_splits
-from recsys.data.stream import Epoch
 from recsys.model.ranker import Ranker, build_ranker
 from recsys.runtime import Ranks, process_group
 from recsys.sharding.shard import ShardedRanker, shard
 from recsys.training.metrics import BinaryMetrics
-from recsys.training.stages import Stage, begin_stage
+from recsys.training.optimizers import PhaseOptimizers, begin_phase
 
 WARM_UP = 10
 """Steps before the clock starts: they trace the model, make the optimizers' state and use up what was read ahead."""
@@ -97,7 +97,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     with process_group(config.device) as ranks, _log_directory(config, arguments.data, ranks) as log:
         config = _load(arguments, STAGES, *log)
         plain = _load(arguments, {"joint": STAGES["joint"]}, *log, "model.hilomoe=null")
-        shards = open_splits(config, ranks, ["train"])["train"]
+        shards = open_splits(config, ["train"])["train"]
         ranker, dense_arch = build_ranker(config, seed=0), build_ranker(plain, seed=0).dense_arch.to(ranks.device)
         cases = [
             Case("dense tower", plain, "joint", dense_arch),
@@ -176,7 +176,7 @@ class _Stream:
 
 def _turn(case: Case, sharded: ShardedRanker, stream: _Stream, ranks: Ranks, steps: int) -> dict[str, float]:
     """Seconds a step of a case takes, whole and in parts, over all ranks; a collective call."""
-    stage = begin_stage(sharded, case.dense_arch, case.config, case.stage, num_steps=WARM_UP + steps)
+    stage = begin_phase(sharded, case.dense_arch, case.config, case.stage, num_steps=WARM_UP + steps)
     sharded.ranker.train()
     whole = _whole_steps(sharded.ranker, stage, stream, ranks, steps)
     parts = _parted_steps(sharded.ranker, stage, list(islice(stream.batches, 1 + steps)), ranks)
@@ -195,9 +195,9 @@ def _turn(case: Case, sharded: ShardedRanker, stream: _Stream, ranks: Ranks, ste
     }
 
 
-def _whole_steps(ranker: Ranker, stage: Stage, stream: _Stream, ranks: Ranks, steps: int) -> dict[str, float]:
+def _whole_steps(ranker: Ranker, stage: PhaseOptimizers, stream: _Stream, ranks: Ranks, steps: int) -> dict[str, float]:
     """Examples of this rank in all steps; seconds of a step, and of its wait for data, in the mean."""
-    pipeline = TrainPipelineSparseDist(ranker, stage.optimizer, ranks.device)
+    pipeline = TrainPipelineSparseDist(ranker, stage.all, ranks.device)
     metrics = BinaryMetrics(exact_examples=1 << 22, num_bins=1 << 16)
     examples, began, waited = 0, 0.0, 0.0
     for step in range(WARM_UP + steps):
@@ -216,13 +216,13 @@ def _whole_steps(ranker: Ranker, stage: Stage, stream: _Stream, ranks: Ranks, st
     }
 
 
-def _parted_steps(ranker: Ranker, stage: Stage, batches: Sequence[Batch], ranks: Ranks) -> dict[str, float]:
+def _parted_steps(ranker: Ranker, stage: PhaseOptimizers, batches: Sequence[Batch], ranks: Ranks) -> dict[str, float]:
     """Seconds of each part of a step, in the mean over all batches but the first, which is to warm up."""
     seconds = dict.fromkeys(PARTS, 0.0)
     cut = _Cut(ranks)
     handle = ranker.dense_arch.register_forward_pre_hook(cut)
     for index, batch in enumerate([batch.to(ranks.device) for batch in batches]):
-        stage.optimizer.zero_grad()
+        stage.all.zero_grad()
         dist.barrier()  # or a rank's wait for the one behind it would count as its sparse forward
         began = _clock(ranks)
         loss, _ = ranker(batch)
@@ -232,9 +232,9 @@ def _parted_steps(ranker: Ranker, stage: Stage, batches: Sequence[Batch], ranks:
         if cut.pooled.requires_grad:
             cut.pooled.backward(cut.leaf.grad)
         sparse_backward = _clock(ranks)
-        stage.dense_optimizer.step()
+        stage.dense.step()
         dense_update = _clock(ranks)
-        for name, optimizer in stage.optimizer.optimizers:
+        for name, optimizer in stage.all.optimizers:
             if name != "dense":
                 optimizer.step()
         sparse_update = _clock(ranks)
@@ -265,11 +265,11 @@ class _Cut:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
 
-    def __call__(self, _: nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        self.pooled, dense_features = inputs
+    def __call__(self, _: nn.Module, inputs: tuple[Tensor, Any, Any]) -> tuple[Tensor, Any, Any]:
+        self.pooled, *rest = inputs
         self.leaf = self.pooled.detach().requires_grad_(self.pooled.requires_grad)
         self.reached = _clock(self._ranks)
-        return self.leaf, dense_features
+        return (self.leaf, *rest)
 
 
 def _clock(ranks: Ranks) -> float:

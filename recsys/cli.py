@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from recsys.config import UserError
+from recsys.errors import UserError
 from recsys.versions import VersionError, check_versions
 
 _ERROR_KEY = "hilorec/error"

@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from recsys.terminal import say, table
 from recsys.versions import check_versions, git_commit, nvidia_driver, versions
 
 GIB = 1 << 30
 MIN_DISK = 2 * GIB
 MIN_SHM = GIB // 4
 EXCHANGE_SECONDS = 60
+_TEXTS = ("package", "version", "check", "result", "found")
 
 
 @dataclass(frozen=True)
@@ -207,14 +208,10 @@ CHECKS: tuple[Callable[[], Check], ...] = (
 
 def report(checks: list[Check], console: Console) -> None:
     """Print versions and checks as tables, and a way out for each failure."""
-    table = Table("package", "version", title="Versions", title_justify="left")
-    for name, version in {**versions(), "commit": git_commit() or "not a checkout"}.items():
-        table.add_row(name, version)
-    console.print(table)
-    table = Table("check", "result", "found", title="Checks", title_justify="left")
-    for check in checks:
-        table.add_row(check.name, Text("ok", "green") if check.ok else Text("failed", "red"), Text(check.detail))
-    console.print(table)
+    installed = {**versions(), "commit": git_commit() or "not a checkout"}
+    say(console, table([{"package": name, "version": of} for name, of in installed.items()], "Versions", left=_TEXTS))
+    found = [{"check": it.name, "result": "ok" if it.ok else "failed", "found": it.detail} for it in checks]
+    say(console, table(found, "Checks", left=_TEXTS, styles={"ok": "green", "failed": "red"}))
     for check in checks:
         if not check.ok:
             # Printed plainly: a command must not be broken over lines.

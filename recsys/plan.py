@@ -10,6 +10,7 @@ import math
 
 from recsys.cli import run_entry
 from recsys.config import DEFAULT_CONFIG, Config, load_config
+from recsys.terminal import console, say, table
 
 
 def main() -> None:
@@ -42,25 +43,25 @@ def main() -> None:
 def _print_plan(config: Config, nnodes: int, nproc: int, ids: dict[str, float], *, as_json: bool) -> None:
     import torch
 
-    from recsys.model.cost import cost_report, cost_table
+    from recsys.model.cost import cost_report
     from recsys.model.ranker import build_ranker
     from recsys.runtime import Ranks, device_type
-    from recsys.sharding.plan import plan_rows, plan_table
-    from recsys.sharding.shard import COLLECTION, plan_tables
-    from recsys.training.monitor import console
+    from recsys.sharding.plan import PLAN_TEXTS, plan_rows
+    from recsys.sharding.shard import plan_tables
 
     report = cost_report(config, ids)
     first = Ranks(0, nnodes * nproc, 0, nproc, torch.device(device_type(config.device, nproc)))
     _, plan = plan_tables(build_ranker(config, seed=0), config, first)
-    rows = plan_rows(plan, config.tables, COLLECTION)
+    rows = plan_rows(plan, config.tables)
     if as_json:
         run = {"name": config.name, "world_size": first.world_size, "device": first.device.type}
         print(json.dumps({**run, "plan": rows, "cost": report.as_dict()}, indent=2))
         return
     terminal = console()
-    terminal.print(plan_table(rows), cost_table(report))
+    say(terminal, table(rows, "Embedding plan", left=PLAN_TEXTS))
+    say(terminal, table(report.rows(), report.title()))
     for assumption in report.assumptions():
-        terminal.print(f"- {assumption}", highlight=False, markup=False, soft_wrap=True)
+        say(terminal, f"- {assumption}")
 
 
 def _count(text: str) -> int:

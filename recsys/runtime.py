@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -73,6 +73,13 @@ def process_group(device: str) -> Iterator[Ranks]:
     yield Ranks(rank, world_size, local_rank, local_world_size, chosen)
     # Not in a finally: after a failure the other ranks may never come, and the process is about to end anyway.
     dist.destroy_process_group()
+
+
+def once_on_each_machine(ranks: Ranks, action: Callable[[], object]) -> None:
+    """Have one rank of each machine do something that the others wait for; a collective call."""
+    if ranks.local_rank == 0:
+        action()
+    dist.barrier()
 
 
 def device_type(device: str, local_world_size: int) -> str:

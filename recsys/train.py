@@ -15,7 +15,7 @@ def main() -> None:
 
     def body() -> None:
         config = load_config(arguments.config, arguments.overrides)
-        from recsys.training.trainer import train
+        from recsys.training.run import train
 
         train(config)
 

@@ -18,7 +18,7 @@ from typing import Any
 from torch.distributed import TCPStore
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["recsys.training.evaluation", "recsys.training.trainer"])
+_CONTEXT.set_forkserver_preload(["recsys.training.evaluation", "recsys.training.run"])
 
 
 @dataclass(frozen=True)

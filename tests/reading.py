@@ -6,10 +6,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recsys.data.columns import Columns
+from recsys.data.features import Columns
+from recsys.data.order import RowSlice
 from recsys.data.parquet import ParquetShards
 from recsys.data.rows import Jagged, Rows
-from recsys.data.stream import RowSlice
 
 
 def open_table(directory: Path, table: pa.Table, columns: Columns, row_group_rows: int = 1000) -> ParquetShards:

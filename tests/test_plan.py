@@ -14,7 +14,7 @@ from recsys.model.cost import cost_report
 from recsys.model.ranker import build_ranker
 from recsys.runtime import Ranks
 from recsys.sharding.plan import plan_rows
-from recsys.sharding.shard import COLLECTION, shard
+from recsys.sharding.shard import shard
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,7 +32,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _rows(ranks: Ranks, config: Config) -> list[dict[str, str]]:
-    return plan_rows(shard(build_ranker(config, seed=0), config, ranks, seed=0).plan, config.tables, COLLECTION)
+    return plan_rows(shard(build_ranker(config, seed=0), config, ranks, seed=0).plan, config.tables)
 
 
 def test_the_plan_is_that_of_a_run_on_as_many_ranks(config: Path) -> None:

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from tiny import write_tiny_config, write_tiny_log
 
 from recsys.config import Config, load_config
-from recsys.training.stages import stage_lengths
+from recsys.training.optimizers import phase_lengths
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -158,7 +158,7 @@ def test_the_checkpoint_that_the_readme_evaluates_is_the_one_that_the_line_befor
     config = load_config(ROOT / "configs" / "small.yaml")
     assert config.data.synthetic is not None
     steps_per_epoch = -(-config.data.synthetic.train_rows // config.data.batch_size)
-    steps = sum(stage_lengths(config.stages, steps_per_epoch).values())
+    steps = sum(phase_lengths(config.stages, steps_per_epoch).values())
     assert f"{config.output_dir}/checkpoints/step-{steps} " in COMMANDS[index]
 
 

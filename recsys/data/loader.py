@@ -11,9 +11,9 @@ from itertools import tee
 from typing import Self
 
 from recsys.data.batch import Batch
+from recsys.data.order import Epoch, Window
 from recsys.data.parquet import ParquetShards
 from recsys.data.rows import Part, Rows, build_batch
-from recsys.data.stream import Epoch, Window
 
 
 class Loader:

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from recsys.data.columns import Columns
-from recsys.data.location import THREADS, DataError, Place, find_files, naming
+from recsys.data.features import Columns
+from recsys.data.order import RowSlice
 from recsys.data.rows import Rows
-from recsys.data.stream import RowSlice
+from recsys.data.storage import THREADS, DataError, Place, find_files, naming
 
 FOOTER_BYTES = 256 << 20
 """Memory for parsed footers, for each split on each rank. What does not fit is parsed again at each read."""

@@ -3,8 +3,6 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch.distributed as dist
-
 from recsys.config import (
     BucketizeIdsConfig,
     Config,
@@ -14,26 +12,20 @@ from recsys.config import (
     SparseFeatureConfig,
     VocabularyIdsConfig,
 )
-from recsys.data.columns import Columns, DenseColumn, DomainColumn, SparseColumn
+from recsys.data.features import Columns, DenseColumn, DomainColumn, SparseColumn
+from recsys.data.ids import BucketizedIds, DatetimeIds, HashedIds, IdMapping, PlainIds, VocabularyIds
 from recsys.data.loader import Loader
-from recsys.data.mapping import BucketizedIds, DatetimeIds, HashedIds, IdMapping, PlainIds, VocabularyIds
+from recsys.data.order import Epoch
 from recsys.data.parquet import ParquetShards
-from recsys.data.stream import Epoch
-from recsys.data.synthetic import write_synthetic
 from recsys.data.vocabulary import Vocabulary, load_vocabularies
-from recsys.runtime import Ranks
+from recsys.runtime import Ranks, derive_seed
 
 
-def open_splits(
-    config: Config, ranks: Ranks, names: Sequence[str], vocabularies: Path | None = None
-) -> dict[str, ParquetShards]:
-    """The shards of the named splits, the embedded synthetic log written first if the config asks for it.
-
-    A collective call.
+def open_splits(config: Config, names: Sequence[str], vocabularies: Path | None = None) -> dict[str, ParquetShards]:
+    """The shards of the named splits, opened and checked.
 
     Args:
         config: the run's.
-        ranks: this process among all.
         names: splits of the config.
         vocabularies: as for `build_columns`.
 
@@ -41,25 +33,8 @@ def open_splits(
         ConfigError: the config lacks one of the splits, or as `build_columns`.
         DataError: as `ParquetShards` and `build_columns`.
     """
-    if config.data.synthetic is not None:
-        if ranks.local_rank == 0:
-            write_embedded(config)
-        dist.barrier()
     columns = build_columns(config, vocabularies)
     return {name: ParquetShards(config.data.patterns(name), columns, source=f"data.{name}") for name in names}
-
-
-def write_embedded(config: Config) -> None:
-    """Write the embedded synthetic log if the config asks for it and it is not there.
-
-    Raises:
-        ConfigError: its directory cannot be written, or a figure is out of range.
-    """
-    if (spec := config.data.synthetic) is not None:
-        try:
-            write_synthetic(Path(spec.directory), **spec.model_dump(exclude={"directory"}))
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"data.synthetic: {error}") from None
 
 
 def build_columns(config: Config, vocabularies: Path | None = None) -> Columns:
@@ -133,3 +108,22 @@ def open_loader(shards: ParquetShards, epochs: Iterable[Epoch], config: Config, 
         prefetch_batches=config.data.prefetch_batches,
         pin_memory=ranks.device.type == "cuda",
     )
+
+
+def train_order(shards: ParquetShards, config: Config, world_size: int, number: int) -> Epoch:
+    """The reading order of a run's epoch, numbered over all stages, for so many ranks."""
+    data = config.data
+    return Epoch(
+        shards.row_counts,
+        world_size,
+        data.batch_size,
+        seed=derive_seed(config.seed, "order"),
+        epoch=number,
+        shuffle=data.shuffle,
+        window_row_groups=data.window_row_groups,
+    )
+
+
+def eval_order(shards: ParquetShards, config: Config, world_size: int) -> Epoch:
+    """The order in which a split is evaluated: that of the files."""
+    return Epoch(shards.row_counts, world_size, config.data.eval_batch_size or config.data.batch_size, shuffle=False)

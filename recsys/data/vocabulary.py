@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from recsys.config import Config, VocabularyIdsConfig
 from recsys.data.arrow import is_integer, is_string
 from recsys.data.hashing import hash_values, map_values
-from recsys.data.location import DataError
+from recsys.data.storage import DataError
 
 _DIGESTS = "digests.json"
 _REMEDY = "build it with python -m recsys.prepare vocabulary"

@@ -22,14 +22,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from recsys.config import Config, ConfigError, HiLoMoEConfig, ModelConfig, TowerConfig
-from recsys.model.hilomoe import HiLoMoELinear
+from recsys.model.experts import expert_layers
 from recsys.model.ranker import DenseArch, build_dense_arch
 
 PARTS = ("embedding", "projection", "tower", "interaction", "experts", "routing", "head")
@@ -173,17 +172,6 @@ def cost_report(config: Config, ids_per_example: Mapping[str, float] | None = No
     return CostReport(cost, _cost(config, dense, ids_per_example or {}), config.data.batch_size)
 
 
-def cost_table(report: CostReport) -> Table:
-    """The rows of a report for a terminal."""
-    rows = report.rows()
-    table = Table(title=report.title(), title_justify="left")
-    for column in rows[0]:
-        table.add_column(column, justify="right" if column else "left")
-    for row in rows:
-        table.add_row(*row.values())
-    return table
-
-
 def _cost(config: Config, model: ModelConfig, ids_per_example: Mapping[str, float]) -> Cost:
     features = config.features.sparse
     if unknown := set(ids_per_example) - set(features):
@@ -215,8 +203,8 @@ def _cost(config: Config, model: ModelConfig, ids_per_example: Mapping[str, floa
 def count_flops(dense_arch: DenseArch, pooled: Tensor, dense_features: Tensor) -> Counter[str]:
     """FLOPs by part of one call, (B, sum of dims) and (B, F_d) as `DenseArch.forward` takes them.
 
-    Routing is what a HiLoMoE linear does beyond its base and its experts' two projections, so that it includes all that
-    routing may do.
+    Routing is what a linear with experts does beyond its base and its experts' two projections, so that it includes all
+    that routing may do.
     """
     rows: defaultdict[nn.Linear, int] = defaultdict(int)
     spent: defaultdict[nn.Linear, int] = defaultdict(int)
@@ -238,19 +226,21 @@ def count_flops(dense_arch: DenseArch, pooled: Tensor, dense_features: Tensor) -
             for hook in hooks:
                 hook.remove()
     found: Counter[str] = Counter(interaction=counter.get_total_flops() - sum(spent.values()))
+    of_experts = {id(layer): layer.expert_multiply_adds for layer in expert_layers(dense_arch).values()}
     for linear, part in parts.items():
         base = 2 * rows[linear] * linear.in_features * linear.out_features
-        experts = 2 * rows[linear] * _num_experts(linear) * (linear.in_features + linear.out_features)
+        experts = 2 * rows[linear] * of_experts.get(id(linear), 0)
         found.update({part: base, "experts": experts, "routing": spent[linear] - base - experts})
     return found
 
 
 def count_parameters(dense_arch: DenseArch) -> Counter[str]:
-    """Parameters by part; those of routing are what a HiLoMoE linear has beyond base and experts."""
+    """Parameters by part; those of routing are what a linear with experts has beyond base and experts."""
     found: Counter[str] = Counter()
+    of_experts = {id(layer): layer.num_expert_parameters for layer in expert_layers(dense_arch).values()}
     for linear, part in _parts_of_linears(dense_arch).items():
         base = linear.weight.numel() + (0 if linear.bias is None else linear.bias.numel())
-        experts = _num_experts(linear) * (linear.in_features + linear.out_features)
+        experts = of_experts.get(id(linear), 0)
         found.update({part: base, "experts": experts, "routing": _size(linear) - base - experts})
     found["interaction"] = _size(dense_arch) - found.total()
     return found
@@ -293,11 +283,6 @@ def _parts_of_linears(dense_arch: DenseArch) -> dict[nn.Linear, str]:
     for name, child in dense_arch.named_children():
         visit(child, {"head": "head", "dense_projection": "projection"}.get(name, "tower"))
     return found
-
-
-def _num_experts(linear: nn.Linear) -> int:
-    """L K, of the experts that are computed."""
-    return linear.num_layers * linear.num_experts if isinstance(linear, HiLoMoELinear) else 0
 
 
 def _size(module: nn.Module) -> int:

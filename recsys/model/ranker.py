@@ -1,29 +1,24 @@
-"""The ranker: pooled embeddings -> tower -> click logit -> loss.
+"""The ranker: pooled embeddings -> tower -> click logit -> losses.
 
-Shapes: B rows of this rank's batch, F_d dense features, W the tower's input width, M HiLoMoE linears, L expert layers.
+Shapes: B rows of this rank's batch, F_d dense features, W the tower's input width.
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedTensor, PoolingType
 
-from recsys.config import (
-    Config,
-    ConfigError,
-    DCNv2TowerConfig,
-    FinalMLPTowerConfig,
-    HiLoMoEConfig,
-    MLPTowerConfig,
-    ModelConfig,
-    TransformerTowerConfig,
-)
+from recsys.config import Config, ConfigError, HiLoMoEConfig, ModelConfig
 from recsys.data.batch import Batch
-from recsys.model.hilomoe import attach_experts, hilomoe_layers
-from recsys.model.towers import MLP, DCNv2, FinalMLP, Transformer
+from recsys.model.experts import attach_experts, expert_layers
+from recsys.model.losses import Losses, TotalLoss, auxiliary_losses
+from recsys.model.towers import Tokens, build_tower
+
+POOLED = "embedding_bag_collection"
+"""The collection of tables that are pooled; its name begins those of its tables in a checkpoint."""
 
 
 class RankerOutput(NamedTuple):
@@ -33,20 +28,14 @@ class RankerOutput(NamedTuple):
         logits: (B,) click logits.
         labels: (B,) as in the batch.
         domain: (B,) or (0,) as in the batch.
-        bce: scalar, this rank's share of the step's mean binary cross entropy (the mean over ranks is the step's), each
-            row's multiplied by its weight.
-        balance: scalar, mean balance loss over this rank's expert layers; 0 when no expert is active.
-        z: scalar, mean router z-loss likewise.
-        diversity: scalar, mean diversity loss over the expert layers; 0 also while its weight is 0.
+        losses: scalars by name: this rank's share of the step's mean binary cross entropy (the mean over ranks is the
+            step's), each row's multiplied by its weight, and auxiliary losses; see `recsys.model.losses`.
     """
 
     logits: Tensor
     labels: Tensor
     domain: Tensor
-    bce: Tensor
-    balance: Tensor
-    z: Tensor
-    diversity: Tensor
+    losses: Losses
 
 
 class DenseArch(nn.Module):
@@ -66,33 +55,32 @@ class DenseArch(nn.Module):
         self.head = nn.Linear(out_features, 1)
 
     def forward(
-        self, pooled: Tensor, dense_features: Tensor, *, with_diversity: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pooled embeddings (B, sum of dims) and dense features (B, F_d) to logits (B,) and three auxiliary losses.
+        self, pooled: Tensor, dense_features: Tensor, loss_weights: Mapping[str, float] = MappingProxyType({})
+    ) -> tuple[Tensor, Losses]:
+        """From a batch to its logits, and what its experts' routing costs.
 
-        These are scalars: balance, z and diversity loss, means over all expert layers of this rank's batch, 0 when no
-        expert is active. The last depends on parameters alone; it is 0 unless `with_diversity` asks for it.
+        Args:
+            pooled: embeddings, (B, sum of dims).
+            dense_features: (B, F_d).
+            loss_weights: factors by name, which decide what auxiliary losses are computed.
+
+        Returns:
+            Logits (B,) and the auxiliary losses.
         """
         parts = [pooled]
         if self.dense_projection is not None:
             parts.append(self.dense_projection(dense_features))
         logits: Tensor = self.head(self.tower(torch.cat(parts, 1))).squeeze(-1)
-        layers = [layer for layer in hilomoe_layers(self).values() if layer.experts_active]
-        routings = [layer.routing for layer in layers if layer.routing is not None]
-        none = logits.new_zeros(())
-        if not routings:
-            return logits, none, none, none
-        balance = torch.stack([routing.balance_loss() for routing in routings]).mean()
-        z = torch.stack([routing.z_loss() for routing in routings]).mean()
-        diversity = torch.stack([layer.diversity_loss() for layer in layers]).mean() if with_diversity else none
-        return logits, balance, z, diversity
+        layers = [layer for layer in expert_layers(self).values() if layer.experts_active]
+        return logits, auxiliary_losses(layers, loss_weights, logits)
 
 
 class Ranker(nn.Module):
     """Embedding tables and dense arch; `forward(batch)` is what TorchRec's pipelines expect.
 
     Args:
-        embedding_bag_collection: the tables, unsharded or sharded.
+        collections: the tables, unsharded or sharded, by the name of their collection; `POOLED` is that of all that are
+            pooled.
         dense_arch: the replicated part; training wraps it in DDP.
         feature_names: order in which pooled features enter the tower. A sharded collection yields them in the order of
             the sharding plan, so they are regrouped by name on every call.
@@ -100,36 +88,35 @@ class Ranker(nn.Module):
     Attributes:
         embeddings_frozen: True pools without a graph: no backward, no gradient communication, and neither weights nor
             optimizer state of any table change.
-        balance_weight: factor of the balance loss in the total.
-        z_weight: factor of the router z-loss in the total.
-        diversity_weight: factor of the diversity loss in the total, which is computed only if this is positive.
+        loss_weights: factor of each auxiliary loss in the total, by name.
     """
 
     def __init__(
-        self, embedding_bag_collection: nn.Module, dense_arch: nn.Module, feature_names: Sequence[str]
+        self, collections: Mapping[str, nn.Module], dense_arch: nn.Module, feature_names: Sequence[str]
     ) -> None:
         super().__init__()
-        self.embedding_bag_collection = embedding_bag_collection
+        self._collections = tuple(collections)
+        for name, collection in collections.items():
+            self.add_module(name, collection)
         self.dense_arch = dense_arch
         self.feature_names = list(feature_names)
         self.embeddings_frozen = False
-        self.balance_weight = 0.0
-        self.z_weight = 0.0
-        self.diversity_weight = 0.0
+        self.total_loss = TotalLoss()
+        self.loss_weights: dict[str, float] = {}
+
+    @property
+    def collections(self) -> dict[str, nn.Module]:
+        """The collections of tables by name, each a child of that name."""
+        return {name: self.get_submodule(name) for name in self._collections}
 
     def forward(self, batch: Batch) -> tuple[Tensor, RankerOutput]:
         """Total loss (scalar, with graph) and what to log of it."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.embeddings_frozen):
-            pooled = self.embedding_bag_collection(batch.sparse_features)
+            pooled = getattr(self, POOLED)(batch.sparse_features)
             (features,) = KeyedTensor.regroup([pooled], [self.feature_names])
-        logits, balance, z, diversity = self.dense_arch(
-            features, batch.dense_features, with_diversity=self.diversity_weight > 0
-        )
-        bce = F.binary_cross_entropy_with_logits(logits, batch.labels, weight=batch.weight, reduction="sum")
-        bce = bce * batch.loss_scale
-        loss = bce + self.balance_weight * balance + self.z_weight * z + self.diversity_weight * diversity
-        losses = (value.detach() for value in (bce, balance, z, diversity))
-        return loss, RankerOutput(logits.detach(), batch.labels, batch.domain, *losses)
+        logits, auxiliary = self.dense_arch(features, batch.dense_features, self.loss_weights)
+        total, losses = self.total_loss(logits, auxiliary, batch, self.loss_weights)
+        return total, RankerOutput(logits.detach(), batch.labels, batch.domain, losses)
 
 
 def build_ranker(config: Config, *, seed: int, device: torch.device | None = None) -> Ranker:
@@ -157,7 +144,7 @@ def build_ranker(config: Config, *, seed: int, device: torch.device | None = Non
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         dense_arch = build_dense_arch(config.model, dims, num_dense_features=len(config.features.dense))
-    return Ranker(collection, dense_arch, list(dims))
+    return Ranker({POOLED: collection}, dense_arch, list(dims))
 
 
 def build_dense_arch(config: ModelConfig, embedding_dims: Mapping[str, int], *, num_dense_features: int) -> DenseArch:
@@ -171,27 +158,10 @@ def build_dense_arch(config: ModelConfig, embedding_dims: Mapping[str, int], *, 
     Raises:
         ConfigError: experts are asked for in a linear that is not there.
     """
-    tokens = [*embedding_dims.values(), *([config.dense_dim] if num_dense_features else [])]
-    tower: MLP | DCNv2 | Transformer | FinalMLP
-    match config.tower:
-        case MLPTowerConfig() as t:
-            tower = MLP(sum(tokens), t.hidden, dropout=t.dropout)
-        case DCNv2TowerConfig() as t:
-            tower = DCNv2(sum(tokens), t.num_cross_layers, t.hidden, dropout=t.dropout)
-        case TransformerTowerConfig() as t:
-            tower = Transformer(tokens, t.model_dim, t.num_blocks, t.num_heads, t.feedforward_dim, dropout=t.dropout)
-        case FinalMLPTowerConfig() as t:
-            features = list(embedding_dims)
-            tower = FinalMLP(
-                tokens,
-                t.first_hidden,
-                t.second_hidden,
-                t.num_heads,
-                first_context=[features.index(name) for name in t.first_context],
-                second_context=[features.index(name) for name in t.second_context],
-                gate_hidden=t.gate_hidden,
-                dropout=t.dropout,
-            )
+    tokens = Tokens(
+        tuple(embedding_dims), (*embedding_dims.values(), *([config.dense_dim] if num_dense_features else []))
+    )
+    tower = build_tower(config.tower, tokens)
     dense_arch = DenseArch(num_dense_features, config.dense_dim, tower, tower.out_features)
     if config.hilomoe is not None:
         _attach(dense_arch, config.hilomoe, config.hilomoe.experts_in or config.tower.expert_linears)

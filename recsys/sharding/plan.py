@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-from rich.table import Table
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
@@ -18,6 +17,9 @@ from recsys.runtime import Ranks
 
 _CPU_SHARDING = ("table_wise", "column_wise")
 _GPU_SHARDING = (*_CPU_SHARDING, "row_wise", "table_row_wise", "table_column_wise")
+PLAN_TEXTS = ("table", "rows x dim", "sharding", "kernel", "ranks", "shards")
+"""Columns of `plan_rows` that are texts; the last is a size."""
+
 _RESERVED = 0.15
 """Share of a device's memory kept from the planner, for activations, the dense arch and the allocator."""
 
@@ -35,7 +37,7 @@ def make_plan(
     Without one it plans for ranks that need not exist.
 
     Args:
-        model: holds one `EmbeddingBagCollection`, on the meta device.
+        model: holds collections of tables, on the meta device.
         sharder: says how that collection can be sharded.
         tables: the config's tables, whose constraints bind the planner.
         ranks: this process among all, or one of those to plan for.
@@ -107,13 +109,12 @@ def _constraint(table: TableConfig, *, on_cpu: bool) -> ParameterConstraints:
     )
 
 
-def plan_rows(plan: ShardingPlan, tables: Mapping[str, TableConfig], path: str) -> list[dict[str, str]]:
-    """The plan as one mapping a table: sharding, kernel, ranks, shards, size in MiB of the weights over all ranks."""
-    module_plan = plan.get_plan_for_module(path)
-    assert module_plan is not None
+def plan_rows(plan: ShardingPlan, tables: Mapping[str, TableConfig]) -> list[dict[str, str]]:
+    """One row for each table: sharding, kernel, ranks, shards, size in MiB of the weights over all ranks."""
+    shardings = {name: sharding for collection in plan.plan.values() for name, sharding in collection.items()}
     rows = []
     for name, table in tables.items():
-        sharding: ParameterSharding = module_plan[name]
+        sharding: ParameterSharding = shardings[name]
         shards = getattr(sharding.sharding_spec, "shards", None)
         replicas = 1 if shards else len(sharding.ranks or [])
         mebibytes = table.num_embeddings * table.embedding_dim * torch.float32.itemsize * replicas / 2**20
@@ -131,13 +132,3 @@ def plan_rows(plan: ShardingPlan, tables: Mapping[str, TableConfig], path: str) 
             }
         )
     return rows
-
-
-def plan_table(rows: list[dict[str, str]]) -> Table:
-    """The rows of `plan_rows` for a terminal."""
-    table = Table(title="Embedding plan", title_justify="left")
-    for column in rows[0]:
-        table.add_column(column, justify="right" if column == "MiB" else "left")
-    for row in rows:
-        table.add_row(*row.values())
-    return table

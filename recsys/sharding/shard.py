@@ -1,7 +1,7 @@
 """From a ranker with tables on the meta device to one whose tables are sharded and have their optimizers.
 
 The only module that knows how TorchRec shards. The tables are sharded alone, without DistributedModelParallel: the
-dense arch is wrapped in DDP anew for each stage (recsys.training.stages), because what requires a gradient differs
+dense arch is wrapped in DDP anew for each stage (recsys.training.optimizers), because what requires a gradient differs
 between stages and must not change once DDP has seen it.
 """
 
@@ -27,7 +27,6 @@ from recsys.model.ranker import Ranker
 from recsys.runtime import Ranks
 from recsys.sharding.plan import make_plan
 
-COLLECTION = "embedding_bag_collection"
 _FUSED = {
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     "adagrad": EmbOptimType.EXACT_ADAGRAD,
@@ -44,7 +43,7 @@ class ShardedRanker:
     """A ranker on its ranks.
 
     Attributes:
-        ranker: with a sharded collection; its dense arch is on the device and not wrapped.
+        ranker: with sharded collections; its dense arch is on the device and not wrapped.
         plan: where each table is.
         sparse_optimizer: fused into the backward of the sharded tables; its step only passes on learning rates.
         data_parallel_optimizer: of the replicated tables, or None where there are none.
@@ -65,23 +64,24 @@ def shard(ranker: Ranker, config: Config, ranks: Ranks, *, seed: int) -> Sharded
         ConfigError: an optimizer or a sharding that the device lacks, or tables that do not fit.
     """
     sharder, plan = plan_tables(ranker, config, ranks)
-    module_plan = plan.get_plan_for_module(COLLECTION)
-    assert module_plan is not None
     env = ShardingEnv.from_process_group(dist.group.WORLD)
-    collection = torchrec_shard(ranker.embedding_bag_collection, module_plan, env, ranks.device, sharder)
-    ranker.embedding_bag_collection = collection
+    fused: list[KeyedOptimizer] = []
+    replicated: dict[str, nn.Parameter] = {}
+    for name, unsharded in ranker.collections.items():
+        module_plan = plan.get_plan_for_module(name)
+        assert module_plan is not None
+        collection = torchrec_shard(unsharded, module_plan, env, ranks.device, sharder)
+        setattr(ranker, name, collection)
+        _initialise_tables(collection, config.tables, seed)
+        fused.append(collection.fused_optimizer)
+        for table, parameter in collection.named_parameters():
+            if config.tables[_table_of(table)].data_parallel:
+                replicated[table] = parameter
     ranker.dense_arch.to(ranks.device)
-    _initialise_tables(collection, config.tables, seed)
-    replicated = {
-        name: parameter
-        for name, parameter in collection.named_parameters()
-        if config.tables[_table_of(name)].data_parallel
-    }
-    fused = collection.fused_optimizer
     return ShardedRanker(
         ranker=ranker,
         plan=plan,
-        sparse_optimizer=fused,
+        sparse_optimizer=CombinedOptimizer(fused),
         data_parallel_optimizer=_data_parallel_optimizer(replicated, config.optimizers.data_parallel),
     )
 

@@ -3,35 +3,29 @@
 A checkpoint is a directory `step-<n>` with the tensors in PyTorch's distributed format (DCP), the resolved
 `config.yaml`, the features' vocabularies with their digests in `vocabularies/`, and `meta.json`. It is written beside
 its final name and renamed when complete, so a directory with a final name is whole. Only tensors go into DCP:
-everything else is JSON, YAML or Parquet, and what DCP itself pickles (its index) is read with an unpickler that knows
-DCP's own classes alone.
+everything else is JSON, YAML or Parquet.
 """
 
-import enum
 import json
-import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import ReadItem
 from torchrec.optim.keyed import KeyedOptimizer
 
-from recsys.config import Config, UserError
-from recsys.data.location import THREADS, Place, naming
+from recsys.config import Config
+from recsys.data.storage import THREADS, Place, naming
 from recsys.data.vocabulary import Vocabulary, save_vocabularies
-from recsys.sharding.shard import COLLECTION, ShardedRanker
+from recsys.errors import UserError
+from recsys.sharding.shard import ShardedRanker
+from recsys.training.dcp import UnreadableError, load_tensors
 
 FORMAT = 1
 VOCABULARIES = "vocabularies"
@@ -72,7 +66,7 @@ def save_checkpoint(
     """Write model, vocabularies and all optimizers, replacing `directory` if it exists; a collective call."""
     partial = directory.with_name(directory.name + ".partial")
     if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        delete_checkpoint(partial)
         partial.mkdir(parents=True)
     dist.barrier()
     state = {
@@ -85,9 +79,14 @@ def save_checkpoint(
         (partial / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         save_vocabularies(vocabularies, partial / VOCABULARIES)
         (partial / "meta.json").write_text(json.dumps(vars(meta), indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(directory, ignore_errors=True)
+        delete_checkpoint(directory)
         partial.rename(directory)
     dist.barrier()
+
+
+def delete_checkpoint(directory: Path) -> None:
+    """Delete a checkpoint that another replaces, or that nobody will go back to; nothing happens where none is."""
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def copy_checkpoint(directory: Path, to: Place) -> None:
@@ -155,22 +154,18 @@ def load_model_and_tables_optimizers(directory: Path, sharded: ShardedRanker, de
 
 
 def _load(directory: Path, state: dict[str, Any]) -> None:
-    # The tensors of `state` share memory with the model and are filled in place.
-    reader = _Reader(directory)
+    """Fill the tensors of `state`, which share memory with the model, in place."""
     try:
-        reader.read_metadata()  # DCP itself takes an index that it cannot read for one that is not there
-        dcp.load(state, storage_reader=reader, planner=_TensorsOnly())
-    except (dcp.CheckpointException, pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
-        # DCP wraps what went wrong on each rank.
-        failures = error.failures.values() if isinstance(error, dcp.CheckpointException) else ()
-        cause = next((failure[0] for failure in failures), error)
-        detail = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise CheckpointError(f"{directory}: cannot be loaded into the model of its config: {detail}") from error
+        load_tensors(directory, state)
+    except UnreadableError as error:
+        raise CheckpointError(f"{directory}: cannot be loaded into the model of its config: {error}") from error
 
 
 def _model_state(sharded: ShardedRanker, dense_arch: nn.Module) -> dict[str, Any]:
-    tables = sharded.ranker.embedding_bag_collection.state_dict(prefix=f"model.{COLLECTION}.")
-    return {**tables, **dense_arch.state_dict(prefix="model.dense_arch.")}
+    state = dense_arch.state_dict(prefix="model.dense_arch.")
+    for name, collection in sharded.ranker.collections.items():
+        state.update(collection.state_dict(prefix=f"model.{name}."))
+    return state
 
 
 def _table_optimizer_state(sharded: ShardedRanker) -> dict[str, Any]:
@@ -193,57 +188,3 @@ def _flatten(path: str, value: Any) -> Iterator[tuple[str, Tensor | ShardedTenso
         yield path, value
     else:
         raise TypeError(f"{path}: optimizer state of type {type(value).__name__} cannot be checkpointed")
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows by name what DCP's index consists of and nothing else, so that a checkpoint cannot run code.
-
-    Whole modules are not enough: a name may have dots, and so reach what the module imports.
-    """
-
-    _ALLOWED = frozenset(
-        {
-            ("pathlib", "PosixPath"),
-            ("torch", "Size"),
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("torch.serialization", "_get_layout"),
-        }
-        | {
-            ("torch.distributed.checkpoint.metadata", name)
-            for name in (
-                *("Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata", "ChunkStorageMetadata"),
-                *("TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
-            )
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self._ALLOWED:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
-        if (module, name) == ("builtins", "getattr"):
-            return _member  # Python before 3.11.4 pickles a member of an enum so
-        raise pickle.UnpicklingError(f"the index names {module}.{name}, which no checkpoint of ours has")
-
-
-class _Reader(FileSystemReader):
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = self._get_metadata_path(kwargs.get("rank"))
-        with self.fs.create_stream(path, "rb") as stream:
-            metadata: Metadata = _Unpickler(stream).load()
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _TensorsOnly(DefaultLoadPlanner):
-    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
-        raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is not a tensor; checkpoints hold nothing else")
-
-
-def _member(of: Any, name: str) -> enum.Enum:
-    """A member of an enum, and nothing else that `getattr` could reach."""
-    if not (isinstance(of, type) and issubclass(of, enum.Enum) and name in of.__members__):
-        raise pickle.UnpicklingError(f"the index takes {name} from {of!r}, which no checkpoint of ours does")
-    return of[name]

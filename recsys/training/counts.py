@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 Counts = Counter[tuple[str, str]]
-"""By kind and feature; those of `recsys.data.columns.Columns.counted`."""
+"""By kind and feature; those of `recsys.data.features.Columns.counted`."""
 
 
 def reduce_counts(counts: Counts, counted: Sequence[tuple[str, str]], device: torch.device) -> Counts:

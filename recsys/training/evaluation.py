@@ -3,24 +3,24 @@
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from recsys.config import Config, load_config
 from recsys.data.parquet import ParquetShards
-from recsys.data.splits import open_loader, open_splits
-from recsys.data.stream import Epoch
+from recsys.data.splits import eval_order, open_loader, open_splits
 from recsys.model.ranker import Ranker, RankerOutput, build_ranker
-from recsys.runtime import Ranks, process_group
+from recsys.prepare.synthetic import write_embedded
+from recsys.runtime import Ranks, once_on_each_machine, process_group
 from recsys.sharding.shard import shard
+from recsys.terminal import console, say, table
 from recsys.training.checkpoint import VOCABULARIES, load_model, read_meta
 from recsys.training.counts import Counts, by_kind, in_words, reduce_counts
 from recsys.training.metrics import BinaryMetrics, Metrics
-from recsys.training.monitor import console
 from recsys.training.predictions import writing_predictions
 
 
@@ -70,7 +70,8 @@ def evaluate_checkpoint(
     meta = read_meta(path)
     config = load_config(path / "config.yaml", overrides)
     with process_group(config.device) as ranks:
-        shards = open_splits(config, ranks, [split], path / VOCABULARIES)[split]
+        once_on_each_machine(ranks, partial(write_embedded, config))
+        shards = open_splits(config, [split], path / VOCABULARIES)[split]
         ranker = build_ranker(config, seed=0)
         dense_arch = ranker.dense_arch
         sharded = shard(ranker, config, ranks, seed=0)
@@ -87,18 +88,9 @@ def evaluate_checkpoint(
             about = {"checkpoint": directory, "split": split, "step": meta.step}
             print(json.dumps({**about, **figures, "data": by_kind(counts)}, indent=2))
         elif ranks.is_first:
-            table = Table(title=f"{directory}, {split}", title_justify="left")
-            table.add_column("")
-            for figure in model.as_dict():
-                table.add_column(figure.replace("_", " "), justify="right")
-            for name, metrics in results.items():
-                values = metrics.as_dict().values()
-                table.add_row(
-                    name, *("-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.6f}" for v in values)
-                )
-            console().print(table)
+            say(console(), table([_row(name, metrics) for name, metrics in results.items()], f"{directory}, {split}"))
             if counts:
-                console().print(f"warning: {split}: {in_words(counts)}", soft_wrap=True, highlight=False, markup=False)
+                say(console(), f"warning: {split}: {in_words(counts)}")
         return results
 
 
@@ -125,9 +117,7 @@ def evaluate(
         on_batch: told after each batch how many are done, and of how many.
         on_output: given what the ranker says of each of this rank's batches.
     """
-    epoch = Epoch(
-        shards.row_counts, ranks.world_size, config.data.eval_batch_size or config.data.batch_size, shuffle=False
-    )
+    epoch = eval_order(shards, config, ranks.world_size)
     limits = config.metrics.model_dump()
     model, reference = BinaryMetrics(**limits), BinaryMetrics(**limits)
     was_training = ranker.training
@@ -143,6 +133,15 @@ def evaluate(
     ranker.train(was_training)
     counts = reduce_counts(loader.counts, shards.columns.counted, ranks.device)
     return Evaluation(model.compute(), reference.compute() if config.data.reference else None, counts)
+
+
+def _row(name: str, metrics: Metrics) -> dict[str, str]:
+    """A row of the table of figures."""
+    shown = {
+        figure.replace("_", " "): "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.6f}"
+        for figure, value in metrics.as_dict().items()
+    }
+    return {"": name, **shown}
 
 
 def _logits(probabilities: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from recsys.config import UserError
+from recsys.errors import UserError
 
 _LOGIT_RANGE = 16.0
 """Bins of the AUC beyond its exact limit are even in logit space over +-this, so rare clicks are resolved as well."""

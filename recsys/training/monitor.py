@@ -6,12 +6,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summary
 
+from recsys import terminal
 from recsys.model.cost import CostReport
 from recsys.training.heatmap import cell_text, draw_heat_map
 from recsys.training.metrics import Metrics
@@ -21,12 +21,6 @@ _FIGURES = ("auc", "log_loss", "ne", "calibration")
 
 MAX_SHOWN_DOMAINS = 64
 """Rows of a heat map; of more domains those of the most inputs are shown."""
-
-
-def console(*, quiet: bool = False) -> Console:
-    """The terminal; where output is piped, as by TorchX and torchrun, one wide enough to keep tables whole."""
-    terminal = Console(quiet=quiet)
-    return terminal if terminal.is_terminal else Console(quiet=quiet, width=120)
 
 
 class Monitor:
@@ -42,7 +36,7 @@ class Monitor:
     def __init__(self, output_dir: Path, *, enabled: bool) -> None:
         self.output_dir = output_dir
         self._enabled = enabled
-        self._console = console(quiet=not enabled)
+        self._console = terminal.console(quiet=not enabled)
         self._writer: SummaryWriter | None = None
         self._progress = Progress(
             TextColumn("{task.description:<10}"),
@@ -70,8 +64,7 @@ class Monitor:
 
     def say(self, what: str | Table) -> None:
         """Print a line or a table."""
-        # A line of the log stays one line; a table is laid out for the console's width.
-        self._console.print(what, highlight=False, markup=False, soft_wrap=isinstance(what, str))
+        terminal.say(self._console, what)
 
     def text(self, tag: str, markdown: str) -> None:
         """Record a text."""
@@ -85,7 +78,7 @@ class Monitor:
         if self._writer is None:
             return
         notes = "".join(f"- {assumption}\n" for assumption in report.assumptions())
-        self.text("cost", f"{report.title()}\n\n{markdown_table(report.rows())}\n\n{notes}")
+        self.text("cost", f"{report.title()}\n\n{terminal.markdown(report.rows())}\n\n{notes}")
         for tag, value in _cost_scalars(report.as_dict()).items():
             self._writer.add_scalar(tag, value, 0)
 
@@ -167,7 +160,7 @@ class Monitor:
                 }
                 for row, of_row in zip(rows, loads, strict=True)
             ]
-            self._writer.add_text(f"routing_by_domain/{name}", markdown_table(table), step)
+            self._writer.add_text(f"routing_by_domain/{name}", terminal.markdown(table), step)
 
     def evaluating(self, split: str, done: int, num_batches: int) -> None:
         """Batches of a split are done; shown on the bar alone."""
@@ -195,14 +188,9 @@ class Monitor:
             self._writer._get_file_writer().add_summary(part)
         for tag, value in final.items():
             self._writer.add_scalar(tag, value, summary["steps"])
-        self.text("stages", markdown_table(rows))
+        self.text("stages", terminal.markdown(rows))
         self._progress.stop()
-        table = Table(title="Summary", title_justify="left")
-        for index, column in enumerate(rows[0]):
-            table.add_column(column, justify="left" if index == 0 else "right")
-        for row in rows:
-            table.add_row(*row.values())
-        self.say(table)
+        self.say(terminal.table(rows, "Summary"))
         self.say(f"Outputs in {self.output_dir}: summary.json, config.yaml, plan.txt, checkpoints/, tensorboard/")
         self.say(f"Last checkpoint: {summary['checkpoint']}")
 
@@ -246,9 +234,3 @@ def _summary_rows(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     if summary["reference"]:
         rows.append(row(f"test, {summary['reference']['column']}", None, summary["reference"]))
     return rows
-
-
-def markdown_table(rows: list[dict[str, str]]) -> str:
-    """Rows of the same keys as a Markdown table."""
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
-    return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in rows)])

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
-from recsys.data.location import DataError, locate, naming
+from recsys.data.storage import DataError, locate, naming
 from recsys.model.ranker import RankerOutput
 from recsys.runtime import Ranks
 
@@ -23,7 +23,7 @@ def writing_predictions(directory: str, ranks: Ranks, *, with_domain: bool) -> I
     `domain` (int64). The file appears, whole, when the block ends without error.
 
     Args:
-        directory: path or URL, as in `recsys.data.location.locate`; no file may be there.
+        directory: path or URL, as in `recsys.data.storage.locate`; no file may be there.
         ranks: this process among all.
         with_domain: whether the batches have a domain.
 

@@ -1,4 +1,4 @@
-"""Expert health: how the HiLoMoE linears route over many steps and all ranks.
+"""Expert health: how the linears with experts route over many steps and all ranks.
 
 Shapes: N inputs of a linear in a step (rows, or in a transformer their tokens), L layers, K experts a layer, D domains.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from recsys.model.hilomoe import HiLoMoELinear, hilomoe_layers
+from recsys.model.experts import ExpertLayer, expert_layers
 
 DEAD_LOAD = 0.01
 """An expert is dead if its load is below this share of a uniform one, 1/K.
@@ -101,7 +101,7 @@ class RoutingStatistics:
     """
 
     def __init__(self, dense_arch: nn.Module, *, num_domains: int = 0) -> None:
-        layers = {name: layer for name, layer in hilomoe_layers(dense_arch).items() if layer.experts_active}
+        layers = {name: layer for name, layer in expert_layers(dense_arch).items() if layer.experts_active}
         self._linears = {name: _Linear(layer, max(num_domains, 1)) for name, layer in layers.items()}
         devices = {linear.scores.device for linear in self._linears.values()}
         self._domains = torch.arange(num_domains, device=next(iter(devices), None))[:, None]
@@ -163,9 +163,9 @@ class RoutingStatistics:
 class _Linear:
     """One linear's sums on its device: scores (D, L K), entropy (L + 1,) with the number of inputs, paths (P,)."""
 
-    def __init__(self, layer: HiLoMoELinear, num_domains: int) -> None:
+    def __init__(self, layer: ExpertLayer, num_domains: int) -> None:
         self.layer = layer
-        device, num_layers, num_experts = layer.lora_A.device, layer.num_layers, layer.num_experts
+        device, num_layers, num_experts = layer.weight.device, layer.num_layers, layer.num_experts
         self.scores = torch.zeros(num_domains, num_layers * num_experts, device=device)
         self.entropy = torch.zeros(num_layers + 1, device=device)
         self._paths_exact = num_experts**num_layers <= EXACT_PATHS

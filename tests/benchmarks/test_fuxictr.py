@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from tiny import write_tiny_config, write_tiny_log
 
-from recsys.config import UserError
+from recsys.errors import UserError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ONE_WIDTH = "tables.tag.embedding_dim=8"

@@ -20,7 +20,8 @@ from figures import Figures
 from grid import CaseConfig, GridConfig, RivalsConfig, Run, TableConfig, cases_of, load_grid
 from tiny import write_tiny_config, write_tiny_log
 
-from recsys.config import ConfigError, UserError
+from recsys.config import ConfigError
+from recsys.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 BACKBONE = ["stages.backbone.epochs=1", "stages.experts=null", "stages.joint=null"]

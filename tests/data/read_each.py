@@ -9,11 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from recsys.cli import quiet_libraries
-from recsys.data.columns import Columns, DenseColumn, DomainColumn, SparseColumn
+from recsys.data.features import Columns, DenseColumn, DomainColumn, SparseColumn
 from recsys.data.loader import Loader
-from recsys.data.location import DataError
+from recsys.data.order import Epoch
 from recsys.data.parquet import ParquetShards
-from recsys.data.stream import Epoch
+from recsys.data.storage import DataError
 
 COLUMNS = Columns(
     label="label",

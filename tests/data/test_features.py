@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from recsys.config import ConfigError
-from recsys.data.columns import Columns, DenseColumn, SparseColumn
+from recsys.data.features import Columns, DenseColumn, SparseColumn
 from recsys.data.hashing import hash_ids
-from recsys.data.location import DataError
-from recsys.data.mapping import BucketizedIds, DatetimeIds, HashedIds, IdMapping, PlainIds, VocabularyIds
+from recsys.data.ids import BucketizedIds, DatetimeIds, HashedIds, IdMapping, PlainIds, VocabularyIds
+from recsys.data.order import RowSlice
 from recsys.data.parquet import ParquetShards
 from recsys.data.rows import Jagged, Part, Rows, build_batch
-from recsys.data.stream import RowSlice
+from recsys.data.storage import DataError
 from recsys.data.vocabulary import Vocabulary
 
 WORDS = VocabularyIds(Vocabulary(pa.array(["b", "a"], pa.large_string()), pa.array([2, 1]), "words.parquet"))

@@ -18,12 +18,12 @@ from reading import bags, open_table
 from tiny import tiny_table, write_tiny_log
 
 from recsys.data.batch import Batch
-from recsys.data.columns import Columns, DenseColumn, DomainColumn, SparseColumn
+from recsys.data.features import Columns, DenseColumn, DomainColumn, SparseColumn
 from recsys.data.loader import Loader
-from recsys.data.location import DataError
+from recsys.data.order import Epoch, Position, RowSlice
 from recsys.data.parquet import ParquetShards
 from recsys.data.rows import Jagged, Rows
-from recsys.data.stream import Epoch, Position, RowSlice
+from recsys.data.storage import DataError
 
 COLUMNS = Columns(
     label="label",

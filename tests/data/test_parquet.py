@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from reading import ids, open_table, read_first
 
-from recsys.data.columns import Columns, DenseColumn, DomainColumn, SparseColumn
-from recsys.data.location import DataError
+from recsys.data.features import Columns, DenseColumn, DomainColumn, SparseColumn
+from recsys.data.order import RowSlice
 from recsys.data.parquet import ParquetShards
-from recsys.data.stream import RowSlice
+from recsys.data.storage import DataError
 
 
 def test_features_may_share_a_column_and_be_dense_and_sparse_at_once(tmp_path: Path) -> None:

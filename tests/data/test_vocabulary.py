@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tiny import tiny_config
 
 from recsys.config import Config, ConfigError, validate
-from recsys.data.counting import _Tally, build_vocabularies
-from recsys.data.location import DataError
 from recsys.data.splits import build_columns
+from recsys.data.storage import DataError
 from recsys.data.vocabulary import Vocabulary, canonical, load_vocabularies, save_vocabularies
+from recsys.prepare.vocabularies import _Tally, build_vocabularies
 
 
 def vocabulary(values: list[Any]) -> Vocabulary:

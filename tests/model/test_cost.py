@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from recsys.config import Config, ConfigError, load_config
 from recsys.model.cost import PARTS, CostReport, cost_report, count_flops, count_parameters, model_name
-from recsys.model.hilomoe import HiLoMoELinear
+from recsys.model.experts.hilomoe import HiLoMoELinear
 from recsys.model.ranker import DenseArch, build_ranker
 
 EMBEDDINGS = {"user": 8, "item": 8, "tags": 4}

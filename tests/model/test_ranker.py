@@ -12,8 +12,9 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 
 from recsys.config import Config, ConfigError, load_config
 from recsys.data.batch import Batch
-from recsys.model.hilomoe import HiLoMoELinear, hilomoe_layers
-from recsys.model.ranker import Ranker, RankerOutput, build_dense_arch, build_ranker
+from recsys.model.experts import expert_layers
+from recsys.model.experts.hilomoe import HiLoMoELinear
+from recsys.model.ranker import POOLED, Ranker, RankerOutput, build_dense_arch, build_ranker
 
 CPU = torch.device("cpu")
 
@@ -28,7 +29,7 @@ def ranker(config: Config) -> Ranker:
     """With tables on the CPU and experts that do something."""
     torch.manual_seed(0)
     ranker = build_ranker(config, seed=1, device=CPU)
-    for layer in hilomoe_layers(ranker).values():
+    for layer in expert_layers(ranker).values():
         nn.init.normal_(layer.lora_B)
     return ranker
 
@@ -92,7 +93,8 @@ class BagSizes(nn.Module):
 def test_logits_do_not_depend_on_the_order_in_which_features_are_pooled(ranker: Ranker, order: list[str]) -> None:
     batch = make_batch(range(12), loss_scale=1 / 12)
     _, wanted = ranker(batch)
-    planned = Ranker(PlannedCollection(ranker.embedding_bag_collection, order), ranker.dense_arch, ranker.feature_names)
+    collection = PlannedCollection(ranker.collections[POOLED], order)
+    planned = Ranker({POOLED: collection}, ranker.dense_arch, ranker.feature_names)
     _, found = planned(batch)
     assert torch.equal(found.logits, wanted.logits)
     planned.feature_names = order
@@ -127,39 +129,45 @@ def test_gradients_reach_every_parameter(ranker: Ranker) -> None:
 def test_mean_over_ranks_of_scaled_losses_is_that_of_the_whole_batch(ranker: Ranker, cut: int) -> None:
     whole, whole_gradients = gradients(ranker, make_batch(range(12), loss_scale=1 / 12))
     halves = [gradients(ranker, make_batch(rows, loss_scale=2 / 12)) for rows in (range(cut), range(cut, 12))]
-    torch.testing.assert_close(sum(output.bce for output, _ in halves) / 2, whole.bce)
+    torch.testing.assert_close(sum(output.losses["bce"] for output, _ in halves) / 2, whole.losses["bce"])
     for name, gradient in whole_gradients.items():
         mean = sum(part[name] for _, part in halves) / 2
         torch.testing.assert_close(mean, gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_total_loss_is_the_weighted_sum_of_its_parts(ranker: Ranker) -> None:
-    ranker.balance_weight, ranker.z_weight, ranker.diversity_weight = 0.3, 0.7, 1.1
+    ranker.loss_weights = {"balance": 0.3, "z": 0.7, "diversity": 1.1}
     loss, output = ranker(make_batch(range(12), loss_scale=1 / 12))
-    assert output.balance > 0 and output.z > 0 and output.diversity > 0
-    wanted = output.bce + 0.3 * output.balance + 0.7 * output.z + 1.1 * output.diversity
+    assert output.losses["balance"] > 0 and output.losses["z"] > 0 and output.losses["diversity"] > 0
+    wanted = (
+        output.losses["bce"]
+        + 0.3 * output.losses["balance"]
+        + 0.7 * output.losses["z"]
+        + 1.1 * output.losses["diversity"]
+    )
     torch.testing.assert_close(loss.detach(), wanted)
-    assert not any(tensor.requires_grad for tensor in output)
+    assert not any(tensor.requires_grad for tensor in (output.logits, output.labels, output.domain))
+    assert not any(loss.requires_grad for loss in output.losses.values())
     wanted = nn.functional.binary_cross_entropy_with_logits(output.logits, output.labels)
-    torch.testing.assert_close(output.bce, wanted)
+    torch.testing.assert_close(output.losses["bce"], wanted)
 
 
 def test_auxiliary_losses_are_means_over_all_expert_layers(ranker: Ranker) -> None:
     _, output = ranker(make_batch(range(12), loss_scale=1 / 12))
-    routings = [layer.routing for layer in hilomoe_layers(ranker).values()]
+    routings = [layer.routing for layer in expert_layers(ranker).values()]
     losses = torch.cat([routing.balance_loss() for routing in routings if routing is not None])
     assert len(losses) == 4
-    torch.testing.assert_close(output.balance, losses.mean())
+    torch.testing.assert_close(output.losses["balance"], losses.mean())
 
 
 def test_diversity_is_computed_only_where_it_has_a_weight(ranker: Ranker, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, calls = make_batch(range(12), loss_scale=1 / 12), []
     loss = HiLoMoELinear.diversity_loss
     monkeypatch.setattr(HiLoMoELinear, "diversity_loss", lambda layer: calls.append(layer) or loss(layer))
-    assert ranker(batch)[1].diversity == 0
+    assert "diversity" not in ranker(batch)[1].losses
     assert not calls
-    ranker.diversity_weight = 0.5
-    diversity = ranker(batch)[1].diversity
+    ranker.loss_weights = {"diversity": 0.5}
+    diversity = ranker(batch)[1].losses["diversity"]
     assert len(calls) == 2
     torch.testing.assert_close(diversity, torch.cat([loss(layer) for layer in calls]).mean().detach())
 
@@ -169,22 +177,22 @@ def test_output_tells_each_rows_domain(ranker: Ranker) -> None:
 
 
 def test_auxiliary_losses_are_zero_while_no_expert_is_active(ranker: Ranker) -> None:
-    ranker.balance_weight = ranker.z_weight = ranker.diversity_weight = 1.0
+    ranker.loss_weights = dict.fromkeys(("balance", "z", "diversity"), 1.0)
     batch = make_batch(range(12), loss_scale=1 / 12)
     ranker(batch)  # leaves routings behind, which must not count any more
-    for layer in hilomoe_layers(ranker).values():
+    for layer in expert_layers(ranker).values():
         layer.experts_active = False
     loss, output = ranker(batch)
-    assert output.balance == output.z == output.diversity == 0
-    assert torch.equal(loss, output.bce)
+    assert output.losses["balance"] == output.losses["z"] == output.losses["diversity"] == 0
+    assert torch.equal(loss, output.losses["bce"])
 
 
 def test_empty_batch_gives_zero_loss_and_zero_gradients(ranker: Ranker) -> None:
-    ranker = Ranker(BagSizes({"user": 8, "item": 8, "tags": 4}), ranker.dense_arch, ranker.feature_names)
-    ranker.balance_weight = ranker.z_weight = 1.0
+    ranker = Ranker({POOLED: BagSizes({"user": 8, "item": 8, "tags": 4})}, ranker.dense_arch, ranker.feature_names)
+    ranker.loss_weights = {"balance": 1.0, "z": 1.0}
     loss, output = ranker(make_batch([], loss_scale=2 / 12))
     loss.backward()
-    assert loss == output.bce == output.balance == output.z == 0
+    assert loss == output.losses["bce"] == output.losses["balance"] == output.losses["z"] == 0
     assert output.logits.shape == output.labels.shape == (0,)
     for name, parameter in ranker.named_parameters():
         assert parameter.grad is not None and not parameter.grad.any(), name
@@ -201,7 +209,7 @@ def test_initial_weights_depend_on_the_seed_alone(config: Config) -> None:
 
 
 def test_tables_follow_the_config(config: Config) -> None:
-    collection = build_ranker(config, seed=1).embedding_bag_collection
+    collection = build_ranker(config, seed=1).collections[POOLED]
     assert isinstance(collection, EmbeddingBagCollection)
     found = {table.name: table for table in collection.embedding_bag_configs()}
     assert all(isinstance(table, EmbeddingBagConfig) for table in found.values())
@@ -229,10 +237,11 @@ def test_every_tower_gives_one_logit_a_row(tmp_path: Path, tower: str, num_dense
     overrides = [f"model.tower={tower}"] + ([] if experts else ["model.hilomoe=null", "stages.experts=null"])
     config = load_config(write_tiny_config(tmp_path / "tiny.yaml", tmp_path, tmp_path), overrides)
     arch = build_dense_arch(config.model, {"user": 8, "item": 4}, num_dense_features=num_dense_features)
-    logits, balance, z, diversity = arch(torch.randn(5, 12), torch.randn(5, num_dense_features), with_diversity=True)
+    logits, losses = arch(torch.randn(5, 12), torch.randn(5, num_dense_features), {"diversity": 1.0})
     assert logits.shape == (5,)
-    assert bool(hilomoe_layers(arch)) == experts
-    assert (balance > 0) == (z > 0) == (diversity > 0) == experts
+    assert bool(expert_layers(arch)) == experts
+    assert set(losses) == {"balance", "z", "diversity"}
+    assert all((loss > 0) == experts for loss in losses.values())
 
 
 @pytest.mark.parametrize("experts_in", [["head"], ["tower.linears.0"], ["tower.*", "dense_projection"]])
@@ -244,7 +253,7 @@ def test_experts_go_where_the_config_puts_them_and_base_weights_do_not_change(
     arch = build_ranker(load_config(tiny, [f"model.hilomoe.experts_in={experts_in}"]), seed=3).dense_arch
     linears = [name for name, child in dense.named_modules() if type(child) is nn.Linear]
     wanted = [name for name in linears if any(fnmatchcase(name, pattern) for pattern in experts_in)]
-    assert list(hilomoe_layers(arch)) == wanted
+    assert list(expert_layers(arch)) == wanted
     state = arch.state_dict()
     assert all(torch.equal(state[name], weight) for name, weight in dense.state_dict().items())
 

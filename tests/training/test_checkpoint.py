@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 from ranks import run_module, run_ranks
-from test_trainer import as_config, train_on
+from test_run import as_config, train_on
 from tiny import tiny_config, write_tiny_log
 
-from recsys.training.checkpoint import CheckpointError, _member, _Reader, read_meta
+from recsys.training.checkpoint import CheckpointError, read_meta
+from recsys.training.dcp import _member, _Reader
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from recsys.data.location import DataError, Place, locate
+from recsys.data.storage import DataError, Place, locate
 from recsys.training.checkpoint import copy_checkpoint
 
 pytestmark = pytest.mark.usefixtures("process_group")

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from recsys.data.location import DataError
+from recsys.data.storage import DataError
 from recsys.model.ranker import RankerOutput
 from recsys.runtime import Ranks
 from recsys.training import predictions
@@ -18,8 +18,7 @@ ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 
 
 def output(logits: list[float], labels: list[float], domain: list[int]) -> RankerOutput:
-    nothing = torch.zeros(())
-    return RankerOutput(torch.tensor(logits), torch.tensor(labels), torch.tensor(domain), *[nothing] * 4)
+    return RankerOutput(torch.tensor(logits), torch.tensor(labels), torch.tensor(domain), {})
 
 
 def test_a_file_of_each_rank_has_its_batches_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from ranks import run_module, run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_trainer import train_on
+from test_run import train_on
 from tiny import tiny_config
 
 from recsys.config import Config, SparseOptimizerConfig, validate
-from recsys.data.counting import build_vocabularies
 from recsys.data.rows import Part, build_batch
 from recsys.data.splits import build_columns
 from recsys.model.ranker import build_ranker
+from recsys.prepare.vocabularies import build_vocabularies
 from recsys.runtime import Ranks
 from recsys.sharding.shard import _local_parts, shard
 
@@ -221,13 +221,13 @@ def pooled_and_stepped(ranks: Ranks, config: Config) -> tuple[dict[str, Any], di
     """This rank's pooled features by name, and its parts of the tables by name."""
     ranker = build_ranker(config, seed=1)
     sharded = shard(ranker, config, ranks, seed=2)
-    state = ranker.embedding_bag_collection.state_dict()
+    state = ranker.collections["embedding_bag_collection"].state_dict()
     parts = {name: _local_parts(state[f"embedding_bags.{name}.weight"]) for name in set(POOLED.values())}
     before = {name: [tensor.detach().numpy().copy() for tensor, _, _ in of] for name, of in parts.items()}
     for group in sharded.sparse_optimizer.param_groups:
         group["lr"] = 0.5
     sharded.sparse_optimizer.step()  # the fused optimizer takes the rate over
-    pooled = ranker.embedding_bag_collection(lookups(config, ranks.rank).sparse_features)
+    pooled = ranker.collections["embedding_bag_collection"](lookups(config, ranks.rank).sparse_features)
     sums = {name: values.detach().numpy() for name, values in pooled.to_dict().items()}
     pooled.values().sum().backward()
     return sums, {

@@ -11,7 +11,8 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys.model.hilomoe import HiLoMoELinear, Routing, hilomoe_layers
+from recsys.model.experts import expert_layers
+from recsys.model.experts.hilomoe import HiLoMoELinear, Routing
 from recsys.runtime import Ranks
 from recsys.training.routing import RoutingStatistics, RoutingSummary, dead_experts
 
@@ -29,7 +30,7 @@ def random_scores(rows: int, seed: int = 0, num_layers: int = L, num_experts: in
 
 
 def put(module: nn.Module, scores: Sequence[Tensor]) -> None:
-    for layer, of_linear in zip(hilomoe_layers(module).values(), scores, strict=True):
+    for layer, of_linear in zip(expert_layers(module).values(), scores, strict=True):
         layer.routing = Routing(torch.zeros_like(of_linear), of_linear)
 
 
@@ -150,7 +151,7 @@ def test_the_same_paths_fall_into_the_same_bucket(process_group: None) -> None:
 
 def test_inactive_experts_leave_no_figures() -> None:
     module = linears()
-    for layer in hilomoe_layers(module).values():
+    for layer in expert_layers(module).values():
         layer.experts_active = False
     statistics = RoutingStatistics(module, num_domains=DOMAINS)
     statistics.update(torch.tensor([0, 1]))

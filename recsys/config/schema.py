@@ -1,0 +1,477 @@
+"""The schema of a config: everything that a run depends on, in one `Config`.
+
+It is read from YAML, overridden by `path=value` pairs and validated as a whole before any process group starts, so that
+a mistake costs seconds and names its path.
+"""
+
+import itertools
+import json
+import zoneinfo
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, Union
+
+import yaml
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from recsys.config.dialect import StrictDumper
+from recsys.config.faults import ConfigError
+from recsys.config.section import Name, Probability, Section, listed
+from recsys.config.towers import TowerSettings
+
+if TYPE_CHECKING:
+    TowerConfig = TowerSettings
+else:  # whichever settings there are, told apart by their type
+    TowerConfig = Annotated[Union[tuple(TowerSettings.__subclasses__())], Field(discriminator="type")]  # noqa: UP007
+
+ShardingType = Literal[
+    "table_wise",
+    "column_wise",
+    "row_wise",
+    "table_row_wise",
+    "table_column_wise",
+    "grid_shard",
+    "data_parallel",
+]
+ComputeKernel = Literal["dense", "fused", "fused_uvm", "fused_uvm_caching"]
+
+
+class TableConfig(Section):
+    """One embedding table.
+
+    `embedding_dim` must divide by 4 (fbgemm's kernels read vectors of four floats). `sharding` and `compute_kernel`
+    restrict the planner, null leaves it free; `min_partition` is the least width of a column-wise shard.
+    """
+
+    num_embeddings: PositiveInt
+    embedding_dim: Annotated[int, Field(gt=0, multiple_of=4)]
+    pooling: Literal["sum", "mean"] = "mean"
+    sharding: Annotated[tuple[ShardingType, ...], Field(min_length=1)] | None = None
+    compute_kernel: ComputeKernel | None = None
+    min_partition: Annotated[int, Field(gt=0, multiple_of=4)] | None = None
+
+    @property
+    def data_parallel(self) -> bool:
+        """Whether every rank holds a replica, trained by the data-parallel optimizer instead of a fused one."""
+        return self.sharding == ("data_parallel",)
+
+    @model_validator(mode="after")
+    def _replicated_or_sharded(self) -> Self:
+        if self.sharding and "data_parallel" in self.sharding and not self.data_parallel:
+            raise ValueError(
+                "sharding mixes data_parallel with sharded types, which have different optimizers; "
+                "write [data_parallel] alone or leave it out"
+            )
+        if (self.compute_kernel == "dense") != self.data_parallel and self.compute_kernel is not None:
+            raise ValueError("compute_kernel dense goes with sharding [data_parallel], and only with it")
+        return self
+
+
+class HashIdsConfig(Section):
+    """Strings or integers by their hash, XXH3-64 seeded with `salt`, modulo the table's rows."""
+
+    type: Literal["hash"]
+    salt: Annotated[int, Field(ge=0, lt=2**64)] = 0
+
+
+class VocabularyIdsConfig(Section):
+    """Strings or integers by the vocabulary in `file` (recsys.data.vocabulary); row 0 is for those it does not hold."""
+
+    type: Literal["vocabulary"]
+    file: str
+
+
+class BucketizeIdsConfig(Section):
+    """Numbers by the interval between `boundaries` that they fall in; a boundary belongs to the interval above it."""
+
+    type: Literal["bucketize"]
+    boundaries: Annotated[tuple[float, ...], Field(min_length=1)]
+
+    @field_validator("boundaries")
+    @classmethod
+    def _rising(cls, boundaries: tuple[float, ...]) -> tuple[float, ...]:
+        if any(low >= high for low, high in itertools.pairwise(boundaries)):
+            raise ValueError("must rise from each to the next")
+        return boundaries
+
+
+class DatetimeIdsConfig(Section):
+    """Timestamps, or seconds since 1970 in UTC, by a part of date or time in `timezone`."""
+
+    type: Literal["datetime"]
+    part: Literal["hour", "weekday", "day", "month"]
+    timezone: str = "UTC"
+
+    @field_validator("timezone")
+    @classmethod
+    def _known(cls, timezone: str) -> str:
+        try:
+            zoneinfo.ZoneInfo(timezone)
+        except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+            raise ValueError(f"this machine knows no time zone {timezone!r}; name one such as Europe/Berlin") from None
+        return timezone
+
+
+IdsConfig = Annotated[
+    HashIdsConfig | VocabularyIdsConfig | BucketizeIdsConfig | DatetimeIdsConfig, Field(discriminator="type")
+]
+
+
+class SparseFeatureConfig(Section):
+    """Values or lists of values of `column` (the feature's own name if null), looked up in `table`.
+
+    `ids` says how values become rows of the table; null takes integers as they are, and `out_of_range` says what
+    becomes of those that the table does not have: `error`, `hash` (into all its rows) or `clip_to_oov` (row 0).
+    `weights` is a column of a weight for each value of a list. Lists longer than `max_length` are cut, and `keep` says
+    which end remains.
+    """
+
+    table: Name
+    column: str | None = None
+    ids: IdsConfig | None = None
+    out_of_range: Literal["error", "hash", "clip_to_oov"] = "error"
+    weights: str | None = None
+    max_length: PositiveInt | None = None
+    keep: Literal["first", "last"] = "first"
+
+    @model_validator(mode="after")
+    def _only_plain_ids_leave_the_range(self) -> Self:
+        if self.ids is not None and self.out_of_range != "error":
+            raise ValueError(f"out_of_range is for ids as they are; ids of type {self.ids.type} are never out of range")
+        return self
+
+
+class StandardizeConfig(Section):
+    """Subtract `mean` and divide by `std`, both of the values as they are by then."""
+
+    mean: float
+    std: PositiveFloat
+
+
+class DenseFeatureConfig(Section):
+    """A numeric feature; what is set happens in this order: `fill`, `clip`, `log1p`, `standardize`.
+
+    `fill` replaces nulls, null `fill` refuses them. `not_finite` says whether NaN and infinities are refused or become
+    `fill` as well. `clip` is the least and greatest value, `log1p` takes log(1 + value).
+    """
+
+    column: str | None = None
+    fill: float | None = None
+    clip: tuple[float, float] | None = None
+    log1p: bool = False
+    standardize: StandardizeConfig | None = None
+    not_finite: Literal["error", "fill"] = "error"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.not_finite == "fill" and self.fill is None:
+            raise ValueError("not_finite is fill, but no fill is set")
+        if self.clip is not None and self.clip[0] >= self.clip[1]:
+            raise ValueError(f"clip must rise, found {list(self.clip)}")
+        return self
+
+
+class FeaturesConfig(Section):
+    """The model's inputs by feature name; their order is that of the config and part of the model."""
+
+    sparse: Annotated[dict[Name, SparseFeatureConfig], Field(min_length=1)]
+    dense: dict[Name, DenseFeatureConfig] = Field(default_factory=dict)
+
+
+class SyntheticConfig(Section):
+    """The embedded synthetic click log (recsys.prepare.synthetic), written to `directory` before training if absent."""
+
+    directory: str
+    seed: NonNegativeInt = 1
+    train_rows: PositiveInt
+    valid_rows: PositiveInt
+    test_rows: PositiveInt
+    files: PositiveInt = 8
+    row_group_rows: PositiveInt = 8192
+    num_users: PositiveInt = 2_000
+    num_items: PositiveInt = 1_000
+    hierarchy: bool = True
+
+
+class DomainConfig(Section):
+    """What parts the rows: integer column `column` of 0 .. `num_domains` - 1, and how reports call each."""
+
+    column: str
+    num_domains: PositiveInt
+    names: tuple[str, ...] | None = None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """A name for each domain, its number if it has no other."""
+        return self.names or tuple(map(str, range(self.num_domains)))
+
+    @model_validator(mode="after")
+    def _one_name_each(self) -> Self:
+        if self.names is not None and not len(self.names) == len(set(self.names)) == self.num_domains:
+            raise ValueError(f"names must be {self.num_domains} different ones, one for each of num_domains")
+        return self
+
+
+class DataConfig(Section):
+    """Where the shards are and how they are read.
+
+    `train`, `valid` and `test` are patterns, as in `recsys.data.storage.find_files`. `label` names a 0/1 column, or is
+    an expression over columns such as `rating >= 4`; `label_null` says whether a row without one is an error or left
+    out. `weight` names a column that multiplies each row's loss. `reference` is a column of probabilities whose metrics
+    are reported beside the model's (the model in production, or the true probability of a synthetic log); `domain` what
+    parts the rows in reports. `batch_size` is per rank. Rows are shuffled within windows of `window_row_groups` row
+    groups, which are themselves in random order; two windows are in memory at a time. `reader_threads` decode, on each
+    rank; their number changes nothing that is read.
+    """
+
+    train: str | tuple[str, ...]
+    valid: str | tuple[str, ...] | None = None
+    test: str | tuple[str, ...] | None = None
+    label: str = "label"
+    label_null: Literal["error", "skip"] = "error"
+    weight: str | None = None
+    reference: str | None = None
+    domain: DomainConfig | None = None
+    batch_size: PositiveInt
+    eval_batch_size: PositiveInt | None = None
+    shuffle: bool = True
+    window_row_groups: PositiveInt = 8
+    reader_threads: PositiveInt = 2
+    prefetch_batches: PositiveInt = 4
+    synthetic: SyntheticConfig | None = None
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits that are set."""
+        return tuple(split for split in ("train", "valid", "test") if getattr(self, split) is not None)
+
+    def patterns(self, split: str) -> tuple[str, ...]:
+        """The patterns of a split.
+
+        Raises:
+            ConfigError: the config has no such split.
+        """
+        if split not in self.splits:
+            raise ConfigError(f"data.{split} is not set; the config has {', '.join(self.splits)}")
+        found = getattr(self, split)
+        return (found,) if isinstance(found, str) else found
+
+
+class HiLoMoEConfig(Section):
+    """Experts attached to linears of the dense arch (arXiv 2510.10432): L layers of K rank-1 experts each.
+
+    The options are those of `HiLoMoELinear`. Two defaults differ from its own, the paper's plainest reading: queries
+    are normalised and keys start with unit variance, without which routing stays uniform (docs/hilomoe.md).
+    `experts_in` are patterns of the linears' names (`tower.linears.0`, `tower.cross.*`, `head`); each must match one.
+    Null takes the tower's own choice, its `expert_linears`.
+    """
+
+    retired: ClassVar = {
+        "query_projection": False,
+        "learned_temperature": False,
+        "detach_query": False,
+        "expert_dropout": 0.0,
+    }
+
+    num_layers: PositiveInt = 3
+    num_experts: PositiveInt = 8
+    top_k: PositiveInt | None = None
+    hierarchical: bool = True
+    normalize_query: bool = True
+    key_init: Literal["xavier_uniform", "normal"] = "normal"
+    up_init: Literal["zeros", "normal"] = "zeros"
+    experts_in: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _top_k_fits(self) -> Self:
+        if self.top_k is not None and self.top_k > self.num_experts:
+            raise ValueError(f"top_k {self.top_k} exceeds num_experts {self.num_experts}")
+        return self
+
+
+class ModelConfig(Section):
+    """The replicated part of the ranker; dense features are projected to `dense_dim`, null `hilomoe` is a baseline.
+
+    `replaces` is the dense tower that this one stands in for, with whose cost its own is compared; null is the same
+    tower without experts. It is never trained.
+    """
+
+    tower: TowerConfig
+    hilomoe: HiLoMoEConfig | None = None
+    replaces: TowerConfig | None = None
+    dense_dim: PositiveInt = 16
+
+
+class SparseOptimizerConfig(Section):
+    """The optimizer fused into the backward pass of the sharded tables; a CPU has neither adam nor weight decay.
+
+    `weight_decay` moves only the rows that a step looks up; for rowwise_adagrad it is an L2 term of the gradient.
+    """
+
+    type: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
+    weight_decay: NonNegativeFloat = 0.0
+    eps: PositiveFloat = 1e-8
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+
+    @model_validator(mode="after")
+    def _decay_is_not_ignored(self) -> Self:
+        if self.weight_decay and self.type in ("adagrad", "sgd"):
+            raise ValueError(
+                f"fbgemm's fused {self.type} ignores weight_decay; set it to 0 or take rowwise_adagrad or adam"
+            )
+        return self
+
+
+class DataParallelOptimizerConfig(Section):
+    """The optimizer of the data-parallel tables, which have dense gradients.
+
+    `weight_decay` is an L2 term of the gradient, so it moves every row at every step.
+    """
+
+    type: Literal["adam", "adagrad", "sgd"] = "adam"
+    weight_decay: NonNegativeFloat = 0.0
+
+
+class DenseOptimizerConfig(Section):
+    """AdamW for everything replicated but the tables."""
+
+    weight_decay: NonNegativeFloat = 0.0
+    eps: PositiveFloat = 1e-8
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+
+
+class OptimizersConfig(Section):
+    """The three optimizers; their learning rates belong to the stages."""
+
+    sparse: SparseOptimizerConfig = SparseOptimizerConfig()
+    data_parallel: DataParallelOptimizerConfig = DataParallelOptimizerConfig()
+    dense: DenseOptimizerConfig = DenseOptimizerConfig()
+
+
+class StageConfig(Section):
+    """One stage of training.
+
+    `trains` is `backbone` (embeddings and base weights; experts that no earlier stage trained are not even computed),
+    `experts` (backbone frozen) or `all`. The stage lasts `epochs` or `steps`. With `patience` it is evaluated on the
+    valid split after each epoch, stops after that many epochs without a better `monitor`, and goes back to its best
+    state, the one it started from included. The `_weight`s are factors of auxiliary losses. `sparse_learning_rate` is
+    for the sharded tables, `data_parallel_learning_rate` (`learning_rate` if null) for the data-parallel ones.
+    """
+
+    trains: Literal["backbone", "experts", "all"]
+    epochs: PositiveInt | None = None
+    steps: PositiveInt | None = None
+    learning_rate: PositiveFloat
+    sparse_learning_rate: PositiveFloat | None = None
+    data_parallel_learning_rate: PositiveFloat | None = None
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    balance_weight: NonNegativeFloat = 0.0
+    z_weight: NonNegativeFloat = 0.0
+    diversity_weight: NonNegativeFloat = 0.0
+    patience: PositiveInt | None = None
+    monitor: Literal["log_loss", "auc"] = "log_loss"
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The factor of each auxiliary loss of `recsys.model.losses`, by its name."""
+        fields = [name for name in type(self).model_fields if name.endswith("_weight")]
+        return {name.removesuffix("_weight"): getattr(self, name) for name in fields}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either epochs or steps")
+        if self.patience is not None and self.epochs is None:
+            raise ValueError("patience counts epochs, so the stage's length must be given in epochs")
+        return self
+
+
+class MetricsConfig(Section):
+    """AUC is exact up to `exact_examples` (over all ranks), beyond that binned with a bound on its error reported."""
+
+    exact_examples: PositiveInt = 1 << 22
+    num_bins: Annotated[int, Field(ge=2)] = 1 << 16
+
+
+class LoggingConfig(Section):
+    """Steps between two lines of the log, which are also the points of TensorBoard and the train windows' length."""
+
+    every_steps: PositiveInt = 50
+    eval_every_steps: PositiveInt | None = None
+
+
+class CheckpointsConfig(Section):
+    """What happens to a stage's checkpoint beside being written: `copy_to` is a directory or URL to copy it below."""
+
+    copy_to: str | None = None
+
+
+class Config(Section):
+    """A whole run. See docs/config.md for every key."""
+
+    name: str
+    output_dir: str
+    seed: NonNegativeInt = 17
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    data: DataConfig
+    tables: Annotated[dict[Name, TableConfig], Field(min_length=1)]
+    features: FeaturesConfig
+    model: ModelConfig
+    optimizers: OptimizersConfig = OptimizersConfig()
+    stages: Annotated[dict[Name, StageConfig], Field(min_length=1)]
+    metrics: MetricsConfig = MetricsConfig()
+    logging: LoggingConfig = LoggingConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+
+    @model_validator(mode="after")
+    def _references_resolve(self) -> Self:
+        used = {feature.table for feature in self.features.sparse.values()}
+        for name, feature in self.features.sparse.items():
+            if feature.table not in self.tables:
+                raise ValueError(
+                    f"features.sparse.{name}.table: no table {feature.table!r}; there are {listed(self.tables)}"
+                )
+            table = self.tables[feature.table]
+            if feature.weights is not None and table.pooling != "sum":
+                raise ValueError(
+                    f"features.sparse.{name}.weights: table {feature.table} pools by {table.pooling}, which no weights "
+                    f"go with; set tables.{feature.table}.pooling to sum"
+                )
+        if unused := set(self.tables) - used:
+            raise ValueError(f"tables.{min(unused)}: no feature in features.sparse uses this table; remove it")
+        for key, tower in (("tower", self.model.tower), ("replaces", self.model.replaces)):
+            if tower is not None:
+                try:
+                    tower.check_features(list(self.features.sparse))
+                except ValueError as error:
+                    raise ValueError(f"model.{key}.{error}") from None
+        if both := set(self.features.sparse) & set(self.features.dense):
+            raise ValueError(f"features: {min(both)!r} is both a sparse and a dense feature; rename one")
+        any_sharded = not all(table.data_parallel for table in self.tables.values())
+        for name, stage in self.stages.items():
+            if stage.trains != "experts" and stage.sparse_learning_rate is None and any_sharded:
+                raise ValueError(
+                    f"stages.{name}.sparse_learning_rate: a stage that trains {stage.trains} needs it, for its tables"
+                )
+            if stage.trains == "experts" and self.model.hilomoe is None:
+                raise ValueError(
+                    f"stages.{name} trains experts but model.hilomoe is null; "
+                    f"leave the stage out with stages.{name}=null"
+                )
+            if stage.patience is not None and self.data.valid is None:
+                raise ValueError(f"stages.{name}.patience needs a valid split; set data.valid")
+        if self.logging.eval_every_steps is not None and self.data.valid is None:
+            raise ValueError("logging.eval_every_steps needs a valid split; set data.valid")
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved config as YAML which `load_config` reads back to an equal config."""
+        content = json.loads(self.model_dump_json())
+        return yaml.dump(content, Dumper=StrictDumper, sort_keys=False, allow_unicode=True)

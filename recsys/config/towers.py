@@ -1,0 +1,99 @@
+"""Settings of the towers: each is a class here and a file in `recsys.model.towers`, and named nowhere else."""
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from recsys.config.section import Name, Probability, Section, listed
+
+
+class TowerSettings(Section):
+    """What all towers have.
+
+    Attributes:
+        type: names the tower.
+        dropout: probability, after activations.
+        expert_linears: patterns of the linears that carry experts unless the config says which.
+    """
+
+    expert_linears: ClassVar[tuple[str, ...]]
+
+    type: str
+    dropout: Probability = 0.0
+
+    def check_features(self, sparse: Sequence[str]) -> None:
+        """Refuse settings that name features which are not among the sparse ones.
+
+        Raises:
+            ValueError: one does; the message begins with the setting.
+        """
+
+
+class MLPTowerConfig(TowerSettings):
+    """A multi-layer perceptron; no hidden layers make the ranker a logistic regression on its embeddings."""
+
+    expert_linears = ("tower.linears.*",)
+
+    type: Literal["mlp"]
+    hidden: tuple[PositiveInt, ...] = (256, 128, 64)
+
+
+class DCNv2TowerConfig(TowerSettings):
+    """Cross layers in front of a perceptron (arXiv 2008.13535, stacked)."""
+
+    expert_linears = ("tower.mlp.*",)
+    """In the cross layers experts cost FLOPs and gain nothing (docs/hilomoe.md)."""
+
+    type: Literal["dcn_v2"]
+    num_cross_layers: PositiveInt = 3
+    hidden: tuple[PositiveInt, ...] = (256, 128)
+
+
+class TransformerTowerConfig(TowerSettings):
+    """Pre-norm encoder blocks over one token per feature (plus one for the dense features)."""
+
+    expert_linears = ("tower.blocks.*",)
+
+    type: Literal["transformer"]
+    model_dim: PositiveInt = 32
+    num_blocks: PositiveInt = 2
+    num_heads: PositiveInt = 4
+    feedforward_dim: PositiveInt = 64
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.model_dim % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide model_dim {self.model_dim}")
+        return self
+
+
+class FinalMLPTowerConfig(TowerSettings):
+    """Two perceptrons on differently gated features, fused bilinearly (arXiv 2304.00902).
+
+    `first_context` and `second_context` name the sparse features that gate each stream; none gates by a learned vector.
+    Null `gate_hidden` leaves the gates out.
+    """
+
+    expert_linears = ("tower.first.*", "tower.second.*")
+
+    type: Literal["final_mlp"]
+    first_hidden: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (256, 128)
+    second_hidden: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (256, 128)
+    num_heads: PositiveInt = 4
+    first_context: tuple[Name, ...] = ()
+    second_context: tuple[Name, ...] = ()
+    gate_hidden: PositiveInt | None = 64
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        for stream, hidden in (("first_hidden", self.first_hidden), ("second_hidden", self.second_hidden)):
+            if hidden[-1] % self.num_heads:
+                raise ValueError(f"num_heads {self.num_heads} does not divide {stream}'s last width {hidden[-1]}")
+        return self
+
+    def check_features(self, sparse: Sequence[str]) -> None:
+        """As `TowerSettings`."""
+        for context in ("first_context", "second_context"):
+            if unknown := set(getattr(self, context)) - set(sparse):
+                raise ValueError(f"{context}: no sparse feature {min(unknown)!r}; there are {listed(sparse)}")

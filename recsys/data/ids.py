@@ -1,0 +1,241 @@
+"""From the values of a sparse feature's column to rows of its table.
+
+A mapping knows which types it takes, how many rows of a table it needs, and what it had to put aside: each kind of
+that is a mask over the values, which the reader counts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from recsys.data.arrow import filled, is_integer, is_string, plain
+from recsys.data.hashing import hash_ids
+from recsys.data.storage import DataError
+from recsys.data.vocabulary import Vocabulary
+
+OutOfRange = Literal["error", "hash", "clip_to_oov"]
+DatetimePart = Literal["hour", "weekday", "day", "month"]
+
+
+class Mapped(NamedTuple):
+    """Rows of a table.
+
+    Attributes:
+        ids: (N,) integers, -1 for nulls.
+        counted: masks, (N,) each, of what is counted, by kind; only those that are true somewhere.
+    """
+
+    ids: NDArray[np.int32 | np.int64]
+    counted: Mapping[str, NDArray[np.bool_]]
+
+
+class IdMapping(Protocol):
+    """How values become rows of a table of a given size."""
+
+    @property
+    def wanted(self) -> str:
+        """Types that are taken, for messages."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """All that may be counted."""
+
+    @property
+    def least_rows(self) -> int:
+        """Rows that a table must have."""
+
+    def accepts(self, kind: pa.DataType) -> bool:
+        """Whether values of a type (of a dictionary's values) are taken."""
+
+    def map(self, values: pa.Array, num_rows: int, what: str) -> Mapped:
+        """The rows of (N,) values in a table of `num_rows`.
+
+        Args:
+            values: of a type that is accepted, or a dictionary of it.
+            num_rows: at least `least_rows`.
+            what: feature, column, file and row group, for messages.
+
+        Raises:
+            DataError: a value that the mapping refuses.
+        """
+
+
+@dataclass(frozen=True)
+class PlainIds:
+    """Integers that are rows already.
+
+    Attributes:
+        out_of_range: what becomes of the others: `error`; `hash`, into all rows; `clip_to_oov`, row 0.
+    """
+
+    out_of_range: OutOfRange = "error"
+    wanted: ClassVar = "integers or lists of integers"
+    least_rows: ClassVar = 1
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """As `IdMapping`."""
+        return {"error": (), "hash": ("hashed",), "clip_to_oov": ("clipped",)}[self.out_of_range]
+
+    def accepts(self, kind: pa.DataType) -> bool:
+        """As `IdMapping`."""
+        return is_integer(kind)
+
+    def map(self, values: pa.Array, num_rows: int, what: str) -> Mapped:
+        """As `IdMapping`."""
+        values = plain(values)
+        given = filled(values, 0)
+        if given.min(initial=0) >= 0 and given.max(initial=0) < num_rows:
+            if values.null_count:
+                signed = values.cast(pa.int64()) if pa.types.is_unsigned_integer(values.type) else values
+                given = filled(signed, -1)
+            return Mapped(given, {})
+        wrong = (given < 0) | (given >= num_rows)
+        if self.out_of_range == "error":
+            raise DataError(
+                f"{what} has {count(wrong)} out of range, such as {given[wrong][0]}; "
+                f"its table takes ids 0..{num_rows - 1}: raise num_embeddings, set the feature's out_of_range to hash "
+                "or clip_to_oov, or map the ids when the shards are written"
+            )
+        valid = values.is_valid().to_numpy(zero_copy_only=False)
+        ids = np.where(valid, given.astype(np.int64), -1)
+        ids[wrong] = hash_ids(pa.array(given[wrong]), num_rows) if self.out_of_range == "hash" else 0
+        return Mapped(ids, {self.kinds[0]: wrong})
+
+
+@dataclass(frozen=True)
+class HashedIds:
+    """Strings or integers by their hash, see `recsys.data.hashing`; nothing is out of vocabulary, some values meet."""
+
+    salt: int = 0
+    wanted: ClassVar = "integers, strings or lists of them"
+    kinds: ClassVar[tuple[str, ...]] = ()
+    least_rows: ClassVar = 1
+
+    def accepts(self, kind: pa.DataType) -> bool:
+        """As `IdMapping`."""
+        return is_string(kind) or is_integer(kind)
+
+    def map(self, values: pa.Array, num_rows: int, what: str) -> Mapped:
+        """As `IdMapping`."""
+        return Mapped(hash_ids(values, num_rows, self.salt), {})
+
+
+@dataclass(frozen=True)
+class VocabularyIds:
+    """Strings or integers by a vocabulary; row 0 is for those that it does not hold."""
+
+    vocabulary: Vocabulary
+    kinds: ClassVar = ("out_of_vocabulary",)
+
+    @property
+    def wanted(self) -> str:
+        """As `IdMapping`."""
+        of = "strings" if is_string(self.vocabulary.values.type) else "integers"
+        return f"{of} or lists of {of}, as in {self.vocabulary.source},"
+
+    @property
+    def least_rows(self) -> int:
+        """As `IdMapping`."""
+        return len(self.vocabulary) + 1
+
+    def accepts(self, kind: pa.DataType) -> bool:
+        """As `IdMapping`."""
+        return is_string(kind) if is_string(self.vocabulary.values.type) else is_integer(kind)
+
+    def map(self, values: pa.Array, num_rows: int, what: str) -> Mapped:
+        """As `IdMapping`."""
+        ids = self.vocabulary.lookup(values)
+        unknown = ids == 0
+        return Mapped(ids, {"out_of_vocabulary": unknown} if unknown.any() else {})
+
+
+@dataclass(frozen=True)
+class BucketizedIds:
+    """Numbers by the interval they fall in: row n has `boundaries[n - 1]` <= value < `boundaries[n]`."""
+
+    boundaries: tuple[float, ...]
+    wanted: ClassVar = "numbers or lists of numbers"
+    kinds: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def least_rows(self) -> int:
+        """As `IdMapping`."""
+        return len(self.boundaries) + 1
+
+    def accepts(self, kind: pa.DataType) -> bool:
+        """As `IdMapping`."""
+        return bool(is_integer(kind) or pa.types.is_floating(kind))
+
+    def map(self, values: pa.Array, num_rows: int, what: str) -> Mapped:
+        """As `IdMapping`."""
+        values = plain(values)
+        valid = values.is_valid().to_numpy(zero_copy_only=False)
+        given = filled(values.cast(pa.float64(), safe=False), 0.0)
+        if (wrong := np.isnan(given)).any():
+            raise DataError(f"{what} has {count(wrong)} NaN, which is in no bucket; write nulls, which are empty bags")
+        return Mapped(np.where(valid, np.searchsorted(self.boundaries, given, side="right"), -1), {})
+
+
+_PARTS: Mapping[DatetimePart, tuple[str, int, int]] = {
+    "hour": ("hour", 0, 24),
+    "weekday": ("day_of_week", 0, 7),
+    "day": ("day", 1, 31),
+    "month": ("month", 1, 12),
+}
+"""Arrow's function, the number of the first, and how many there are."""
+
+_LAST_SECOND = 2**35  # in the year 3058; the same moment in milliseconds is far beyond
+
+
+@dataclass(frozen=True)
+class DatetimeIds:
+    """Timestamps, or seconds since 1970 in UTC, by a part of their date and time in a time zone.
+
+    Attributes:
+        part: `hour` 0..23, `weekday` from Monday 0..6, `day` of the month 0..30, `month` 0..11.
+        timezone: `UTC`, or a name of the time zone database; a timestamp without a zone is in UTC.
+    """
+
+    part: DatetimePart
+    timezone: str = "UTC"
+    wanted: ClassVar = "timestamps or integers (seconds since 1970), or lists of them,"
+    kinds: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def least_rows(self) -> int:
+        """As `IdMapping`."""
+        return _PARTS[self.part][2]
+
+    def accepts(self, kind: pa.DataType) -> bool:
+        """As `IdMapping`."""
+        return bool(pa.types.is_timestamp(kind) or is_integer(kind))
+
+    def map(self, values: pa.Array, num_rows: int, what: str) -> Mapped:
+        """As `IdMapping`."""
+        values = plain(values)
+        unit = values.type.unit if pa.types.is_timestamp(values.type) else "s"
+        moments = values.cast(pa.int64())
+        if is_integer(values.type):
+            seconds = filled(moments, 0)
+            if (wrong := np.abs(seconds) > _LAST_SECOND).any():
+                raise DataError(
+                    f"{what} has {count(wrong)} that cannot be seconds since 1970, such as {seconds[wrong][0]}; "
+                    "write timestamps"
+                )
+        # In UTC without naming it, so that no time zone database is needed.
+        zone = None if self.timezone == "UTC" else self.timezone
+        function, first, _ = _PARTS[self.part]
+        found = pc.call_function(function, [moments.cast(pa.timestamp(unit)).cast(pa.timestamp(unit, zone))])
+        return Mapped(pc.fill_null(pc.subtract(found, first), -1).to_numpy(zero_copy_only=False), {})
+
+
+def count(mask: NDArray[np.bool_]) -> str:
+    """How many are true, in words."""
+    found = int(mask.sum())
+    return f"{found} value{'s' * (found > 1)}"

@@ -1,0 +1,532 @@
+"""Any CSV or JSON Lines to a data set: a schema says what the columns are, and files of any size are read in blocks.
+
+The files are read up to three times: for the borders of the splits, for the vocabularies, and to write.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+
+from recsys.config import DenseFeatureConfig, DomainConfig, Name, read_yaml, validate
+from recsys.data.storage import DataError
+from recsys.prepare import writing
+from recsys.prepare.encoding import HashedIds, Ids, KeptIds, ValueCounts, VocabularyIds
+from recsys.prepare.sources import check_free, new_data_set
+from recsys.prepare.text import BLOCK_BYTES, Block, Malformed, Progress, TextFiles, TextFormat, quietly
+
+MAX_VALUES = 50_000_000
+"""Different values that are counted for all vocabularies together, unless the caller says otherwise."""
+
+SPLITS = ("train", "valid", "test")
+_ROW_GROUP_ROWS = 16_384
+_FILE_ROWS = 64 * _ROW_GROUP_ROWS
+_SAMPLE_ROWS = 1 << 20
+
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+_TYPES = {
+    "bool": pa.bool_(),
+    "int": pa.int64(),
+    "float": pa.float64(),
+    "string": pa.string(),
+    "timestamp": pa.timestamp("us"),
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def _refuse_idle(self, choice: str, taken: set[str]) -> None:
+        """Refuse settings that mean nothing with what `choice` says."""
+        if idle := self.model_fields_set - taken - {choice}:
+            raise ValueError(f"{min(idle)} has no meaning with {choice} {getattr(self, choice)}; remove it")
+
+
+class TableSchema(_Section):
+    """How values become rows of one embedding table.
+
+    `ids`: `keep` (whole numbers from 0), `vocabulary` (from 1 by descending count in the train split, ties by value, of
+    the values that occur `min_count` times; all others are row 0) or `hash` (XXH3-64 under `seed`, modulo `buckets`).
+    """
+
+    ids: Literal["keep", "vocabulary", "hash"]
+    min_count: PositiveInt = 1
+    buckets: PositiveInt | None = None
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _settings_matter(self) -> Self:
+        if (self.ids == "hash") != (self.buckets is not None):
+            raise ValueError("ids hash needs buckets, and nothing else takes them")
+        self._refuse_idle("ids", {"vocabulary": {"min_count"}, "hash": {"buckets", "seed"}}.get(self.ids, set()))
+        return self
+
+
+class ColumnSchema(_Section):
+    """One column.
+
+    `type`: `ints` and `strings` are lists, in CSV as a text with `separator` between the items, in JSON Lines an array.
+    `source` is the name in the files, by default its own. A column with a `table` becomes ids and a sparse feature, one
+    with `dense` a dense feature of these settings; one with neither is only carried along. Values below `minimum` are
+    raised to it.
+    """
+
+    type: Literal["bool", "int", "float", "string", "timestamp", "ints", "strings"]
+    source: str | None = None
+    separator: Annotated[str, Field(min_length=1)] = "|"
+    table: Name | None = None
+    dense: DenseFeatureConfig | None = None
+    minimum: float | None = None
+
+    @property
+    def is_list(self) -> bool:
+        """Whether a row has any number of values."""
+        return self.type in ("ints", "strings")
+
+    @model_validator(mode="after")
+    def _role_fits_type(self) -> Self:
+        if self.table is not None and (self.dense is not None or self.type not in ("int", "string", "ints", "strings")):
+            raise ValueError(f"a column of type {self.type}{' with dense' if self.dense else ''} cannot have a table")
+        if self.is_list and self.table is None:
+            raise ValueError("a list needs a table; only ids are lists")
+        if self.dense is not None and (self.type not in ("bool", "int", "float") or self.dense.column is not None):
+            raise ValueError("dense is for bool, int and float, and takes no column of its own; use source")
+        if self.minimum is not None and self.type not in ("int", "float"):
+            raise ValueError(f"minimum is for int and float, not for {self.type}")
+        if self.type == "int" and self.minimum is not None and not self.minimum.is_integer():
+            raise ValueError(f"minimum of an int must be whole, not {self.minimum}")
+        return self
+
+
+class SplitSchema(_Section):
+    """Which rows are train, valid and test.
+
+    `by`: `random` draws each row under `seed`; `order` takes the last lines of all files, in the order in which they
+    are given; `time` the rows of the last times of `column`, or those from `boundaries` on: the first moment of valid
+    and that of test. `valid` and `test` are shares. `file` goes by the files' names, as the patterns `valid_files` and
+    `test_files` have them; of a file that both name, the first half is valid.
+    """
+
+    by: Literal["random", "order", "time", "file"] = "random"
+    valid: Share = 0.1
+    test: Share = 0.1
+    seed: NonNegativeInt = 17
+    column: Name | None = None
+    boundaries: tuple[str | int, str | int] | None = None
+    valid_files: tuple[str, ...] = ()
+    test_files: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _settings_matter(self) -> Self:
+        shares = {"valid", "test"}
+        taken = {
+            "random": {*shares, "seed"},
+            "order": shares,
+            "time": {"column", "boundaries"} if self.boundaries else {"column", "boundaries", *shares},
+            "file": {"valid_files", "test_files"},
+        }
+        self._refuse_idle("by", taken[self.by])
+        if self.valid + self.test >= 1:
+            raise ValueError(f"valid {self.valid} and test {self.test} leave nothing to train on")
+        if self.by == "time" and self.column is None:
+            raise ValueError("a split by time needs the column that says the time")
+        if self.by == "file" and not (self.valid_files or self.test_files):
+            raise ValueError("a split by file needs valid_files or test_files")
+        return self
+
+
+class Schema(_Section):
+    """What is in the files, and what becomes of it.
+
+    `columns` are by the names they get. Without a `header` they stand in the files' order and `null` passes one over;
+    with one, and in JSON Lines, columns that are not named are passed over.
+    """
+
+    name: str
+    format: Literal["csv", "jsonl"] = "csv"
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    quote: Annotated[str, Field(min_length=1, max_length=1)] | None = '"'
+    header: bool = True
+    nulls: tuple[str, ...] = ("",)
+    timestamp_format: str | None = None
+    label: Name
+    domain: DomainConfig | None = None
+    tables: dict[Name, TableSchema] = {}
+    columns: Annotated[dict[Name, ColumnSchema | None], Field(min_length=1)]
+    split: SplitSchema = SplitSchema()
+    embedding_dim: Annotated[int, Field(gt=0, multiple_of=4)] = writing.EMBEDDING_DIM
+
+    @property
+    def read(self) -> dict[str, ColumnSchema]:
+        """The columns that are not passed over."""
+        return {name: column for name, column in self.columns.items() if column is not None}
+
+    @property
+    def sparse(self) -> dict[str, str]:
+        """The table of each column of ids."""
+        return {name: column.table for name, column in self.read.items() if column.table is not None}
+
+    @property
+    def boundaries(self) -> tuple[int, int] | None:
+        """The first time of valid and that of test as numbers in the unit of their column.
+
+        Raises:
+            ValueError: one is not of the column's type.
+        """
+        if self.split.boundaries is None or self.split.column is None:
+            return None
+        kind = _TYPES[self.read[self.split.column].type]
+        times = []
+        for boundary in self.split.boundaries:
+            if isinstance(boundary, int) != pa.types.is_integer(kind):
+                raise ValueError(f"split.boundaries: {boundary!r} is not of the type of {self.split.column!r}")
+            times.append(pa.scalar(boundary).cast(kind).cast(pa.int64()).as_py())
+        return times[0], times[1]
+
+    @model_validator(mode="after")
+    def _references_resolve(self) -> Self:
+        kinds = {name: column.type for name, column in self.read.items()}
+        for path, name, allowed in (
+            ("label", self.label, ("bool", "int")),
+            ("split.column", self.split.column, ("int", "timestamp")),
+            ("domain.column", self.domain.column if self.domain else None, ("int",)),
+        ):
+            ids = self.tables.get(self.sparse.get(name or "", ""))
+            if name is not None and (kinds.get(name) not in allowed or (ids is not None and ids.ids != "keep")):
+                raise ValueError(f"{path}: {name!r} is no column of type {' or '.join(allowed)}, or its values change")
+        if self.boundaries and self.boundaries[0] > self.boundaries[1]:
+            raise ValueError("split.boundaries: test begins before valid")
+        if not self.sparse:
+            raise ValueError("columns: none has a table, and a model needs one")
+        for name, table in self.sparse.items():
+            if table not in self.tables:
+                raise ValueError(f"columns.{name}.table: no table {table!r}; tables has {', '.join(self.tables)}")
+            if self.tables[table].ids == "keep" and not kinds[name].startswith("int"):
+                raise ValueError(f"columns.{name}: ids of {kinds[name]} cannot be kept; hash them or use a vocabulary")
+        if unused := set(self.tables) - set(self.sparse.values()):
+            raise ValueError(f"tables.{min(unused)}: no column uses this table; remove it")
+        if self.format == "jsonl" and (
+            idle := {"delimiter", "quote", "header", "nulls", "timestamp_format"} & (self.model_fields_set)
+        ):
+            raise ValueError(f"{min(idle)}: JSON Lines have none; remove it")
+        if not self.header and any(column.source for column in self.read.values()):
+            raise ValueError("columns: without a header, columns have no source; their order is that of the files")
+        return self
+
+
+def load_schema(path: Path) -> Schema:
+    """Reads a schema from YAML; `name` defaults to the file's stem.
+
+    Raises:
+        ConfigError: the file cannot be read, or says something that is not allowed; every fault is listed.
+    """
+    raw = read_yaml(path, "schema", remedy="give one with --schema")
+    return validate(Schema, {"name": path.stem, **raw}, source=str(path))
+
+
+def convert_text(
+    sources: Sequence[Path],
+    output: Path,
+    schema: Schema,
+    *,
+    skip_malformed: bool = False,
+    overwrite: bool = False,
+    max_values: int = MAX_VALUES,
+    progress: Progress = quietly,
+    block_bytes: int = BLOCK_BYTES,
+) -> None:
+    """Converts text files to Parquet shards, in memory that does not grow with the rows.
+
+    It grows with the vocabularies alone, which `max_values` bounds.
+
+    Args:
+        sources: the files, in the order that a split by order goes by; `.gz` ones are unpacked on the way.
+        output: becomes the data set. Each vocabulary is in `vocabularies/<table>.parquet`, from id 1.
+        schema: what is in the files.
+        skip_malformed: leave out rows that are wrong and count them in `dataset.json`, instead of refusing them.
+        overwrite: replace the data set that is at `output`.
+        max_values: different values to count for all vocabularies together.
+        progress: told after each block.
+        block_bytes: text that is parsed at once.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        FileExistsError: `output` is not empty, and `overwrite` is not set or it holds no data set.
+        DataError: a file, line or column does not say what it should, or there are more values than `max_values`.
+    """
+    check_free(output, overwrite)
+    files = TextFiles(
+        sources,
+        _text_format(schema),
+        lambda table: _typed(table, schema),
+        skip_malformed=skip_malformed,
+        block_bytes=block_bytes,
+        progress=progress,
+    )
+    start = _split_rule(schema, files)
+    counted = {name: table for name, table in schema.tables.items() if table.ids == "vocabulary"}
+    vocabularies = _count(files, schema, counted, start(), max_values) if counted else {}
+    with new_data_set(output, overwrite=overwrite) as stage:
+        ids: dict[str, Ids] = {}
+        for name, table in schema.tables.items():
+            if table.ids == "vocabulary":
+                ids[name] = VocabularyIds(vocabularies[name]["value"].combine_chunks())
+                (stage / "vocabularies").mkdir(exist_ok=True)
+                pq.write_table(vocabularies[name], stage / f"vocabularies/{name}.parquet", compression="zstd")
+            else:
+                ids[name] = HashedIds(table.buckets, table.seed) if table.buckets else KeptIds()
+        told, unknown = _write(files, schema, ids, start(), stage)
+        if not told["train"]["rows"]:
+            raise DataError(f"no row is in the train split, of {sum(one['rows'] for one in told.values())} in all")
+        summary = {
+            "name": schema.name,
+            "columns": _meanings(pq.read_schema(writing.part_path(stage, "train", 0)), schema, ids, unknown),
+            "vocabularies": {name: f"vocabularies/{name}.parquet" for name in vocabularies},
+            "splits": told,
+            "skipped": {str(path): count for path, count in zip(sources, files.skipped, strict=True) if count},
+        }
+        writing.write_summary(stage, summary)
+        dense = {name: column.dense for name, column in schema.read.items() if column.dense is not None}
+        writing.write_config(
+            stage,
+            summary,
+            sparse=schema.sparse,
+            dense={name: one.model_dump(mode="json", exclude_defaults=True) for name, one in dense.items()},
+            data={
+                "label": schema.label,
+                **({"domain": schema.domain.model_dump(mode="json", exclude_none=True)} if schema.domain else {}),
+            },
+            embedding_dim=schema.embedding_dim,
+        )
+
+
+_Assign = Callable[[Block], NDArray[np.int64]]
+"""Tells the split of each row of a block, as its place in SPLITS."""
+
+
+def _split_rule(schema: Schema, files: TextFiles) -> Callable[[], _Assign]:
+    """What begins a pass over the files, in which the same rows get the same splits each time."""
+    split = schema.split
+    if split.by == "random":
+        edges = np.array([1 - split.valid - split.test, 1 - split.test])
+
+        def draw() -> _Assign:
+            rng = np.random.default_rng(split.seed)
+            return lambda block: np.searchsorted(edges, rng.random(len(block.table)), side="right")
+
+        return draw
+    if split.by == "time":
+        assert split.column is not None
+        column, moments = split.column, schema.boundaries or _quantiles(split, split.column, files)
+        return lambda: lambda block: np.searchsorted(moments, _times(block, column), side="right")
+    ends = _ends_by_order(split, files) if split.by == "order" else _ends_by_file(split, files)
+    return lambda: lambda block: np.searchsorted(ends[block.file], block.lines, side="left")
+
+
+def _ends_by_order(split: SplitSchema, files: TextFiles) -> list[tuple[float, float]]:
+    """The last line of train and that of valid, for each file and counted in it."""
+    rows = [last + 1 - files.first_line for last in files.last_lines("counting rows")]
+    test, valid = round(sum(rows) * split.test), round(sum(rows) * split.valid)
+    ends: list[tuple[float, float]] = []
+    before = 0
+    for count in rows:
+        end = sum(rows) - test - before + files.first_line - 1
+        ends.append((end - valid, end))
+        before += count
+    return ends
+
+
+def _ends_by_file(split: SplitSchema, files: TextFiles) -> list[tuple[float, float]]:
+    """As `_ends_by_order`."""
+    held_out = []
+    for key, patterns in (("valid_files", split.valid_files), ("test_files", split.test_files)):
+        for pattern in patterns:
+            if not any(fnmatch(path.name, pattern) for path in files.paths):
+                raise DataError(f"split.{key}: no source is named {pattern!r}")
+        held_out.append([any(fnmatch(path.name, pattern) for pattern in patterns) for path in files.paths])
+    ends = []
+    for path, valid, test in zip(files.paths, *held_out, strict=True):
+        if valid and test:
+            (last,) = replace(files, paths=[path]).last_lines(f"counting rows of {path.name}")
+            ends.append((0.0, (files.first_line + last) / 2))
+        else:
+            ends.append((0.0, np.inf) if valid else (0.0, 0.0) if test else (np.inf, np.inf))
+    return ends
+
+
+def _times(block: Block, column: str) -> NDArray[np.int64]:
+    times: NDArray[np.int64] = block.table[column].cast(pa.int64()).to_numpy()
+    return times
+
+
+def _quantiles(split: SplitSchema, column: str, files: TextFiles) -> tuple[int, int]:
+    """The first time of valid and that of test, so that the splits have their shares of the rows."""
+    # Every row's time up to a million rows, then every second one's, every fourth one's and so on.
+    sample, stride, seen = np.empty(0, np.int64), 1, 0
+    for block in files.blocks("reading times"):
+        times = _times(block, column)
+        sample = np.concatenate([sample, times[-seen % stride :: stride]])
+        seen += len(times)
+        while len(sample) > _SAMPLE_ROWS:
+            sample, stride = sample[::2], stride * 2
+    if not len(sample):
+        raise DataError(f"{', '.join(map(str, files.paths))}: no rows")
+    sample.sort()
+    sample = np.append(sample, sample[-1] + 1)  # where a share of 0 begins
+    valid, test = (round((len(sample) - 1) * share) for share in (1 - split.valid - split.test, 1 - split.test))
+    return int(sample[valid]), int(sample[test])
+
+
+def _count(
+    files: TextFiles, schema: Schema, counted: Mapping[str, TableSchema], assign: _Assign, limit: int
+) -> dict[str, pa.Table]:
+    """The vocabulary of each table that has one, counted in the train split."""
+    counts = ValueCounts(set(counted), limit)
+    for block in files.blocks("counting values"):
+        train = _rows(block.table, assign(block) == 0)
+        for name, table in schema.sparse.items():
+            if table in counted:
+                counts.add(table, _items(train[name].combine_chunks()))
+    return {name: counts.vocabulary(name, table.min_count) for name, table in counted.items()}
+
+
+def _write(
+    files: TextFiles, schema: Schema, ids: Mapping[str, Ids], assign: _Assign, stage: Path
+) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
+    """Writes the shards.
+
+    Returns:
+        What `dataset.json` tells of each split, and how many values of each column with a vocabulary are not in it.
+    """
+    unknown = {
+        name: dict.fromkeys(SPLITS, 0)
+        for name, table in schema.sparse.items()
+        if schema.tables[table].ids == "vocabulary"
+    }
+    with ExitStack() as stack:
+        writers = {split: stack.enter_context(writing.SplitWriter(stage, split, schema.label)) for split in SPLITS}
+        for block in files.blocks("writing shards"):
+            table, place = block.table, assign(block)
+            for name, of in schema.sparse.items():
+                values = _mapped(table[name].combine_chunks(), ids[of])
+                table = table.set_column(table.schema.get_field_index(name), name, values)
+            for number, split in enumerate(SPLITS):
+                part = _rows(table, place == number)
+                writers[split].write(part)
+                for name, counts in unknown.items():
+                    zeros = pc.sum(pc.equal(_items(part[name].combine_chunks()), 0)).as_py()
+                    counts[split] += zeros or 0
+    return {split: writer.told for split, writer in writers.items()}, unknown
+
+
+def _rows(table: pa.Table, chosen: NDArray[np.bool_]) -> pa.Table:
+    return table if chosen.all() else table.filter(pa.array(chosen))
+
+
+def _items(values: pa.Array) -> pa.Array:
+    """The values of all rows end to end."""
+    return values.flatten() if pa.types.is_list(values.type) else values
+
+
+def _mapped(values: pa.Array, ids: Ids) -> pa.Array:
+    """Ids in the place of values, in lists of the same lengths where there are lists."""
+    if not pa.types.is_list(values.type):
+        return ids.of(values)
+    lengths = pc.list_value_length(values).fill_null(0).to_numpy()
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    return pa.ListArray.from_arrays(offsets, ids.of(values.flatten()), mask=values.is_null())
+
+
+def _meanings(
+    types: pa.Schema, schema: Schema, ids: Mapping[str, Ids], unknown: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """What `dataset.json` says of each column."""
+    told: dict[str, dict[str, Any]] = {}
+    for name, column in schema.read.items():
+        told[name] = {"type": str(types.field(name).type)}
+        if column.table is not None:
+            table = schema.tables[column.table]
+            how = {
+                "keep": "as in the files",
+                "hash": f"XXH3-64 with seed {table.seed}, modulo {table.buckets}",
+                "vocabulary": f"place from 1 in vocabularies/{column.table}.parquet; 0: not there",
+            }
+            told[name] |= {"size": ids[column.table].size, "meaning": how[table.ids]}
+        if name in unknown:
+            told[name]["out_of_vocabulary"] = unknown[name]
+    return told
+
+
+def _text_format(schema: Schema) -> TextFormat:
+    types = {}
+    for name, column in schema.read.items():
+        kind = _TYPES.get(column.type, pa.string())  # a list is a text until it is parted
+        if schema.format == "jsonl" and column.is_list:
+            kind = pa.list_(_TYPES[column.type.removesuffix("s")])
+        types[column.source or name] = kind
+    return TextFormat(
+        types,
+        names=None if schema.header else list(schema.columns),
+        json=schema.format == "jsonl",
+        delimiter=schema.delimiter,
+        quote=schema.quote,
+        nulls=schema.nulls,
+        timestamp_format=schema.timestamp_format,
+    )
+
+
+def _typed(table: pa.Table, schema: Schema) -> pa.Table:
+    """The columns of the schema, of its types and under its names.
+
+    Raises:
+        Malformed: a value is not what the schema says.
+    """
+    needed = {schema.label, schema.split.column, schema.domain.column if schema.domain else None}
+    columns = {}
+    for name, column in schema.read.items():
+        values = table[column.source or name].combine_chunks()
+        try:
+            columns[name] = _checked(values, column, schema, name in needed)
+        except (pa.ArrowInvalid, Malformed) as error:
+            raise Malformed(f"column {name!r}: {error}") from None
+    label = columns[schema.label]
+    if not pc.all(pc.is_in(label, pa.array([0, 1], label.type)), min_count=0).as_py():
+        raise Malformed(f"column {schema.label!r}: the label is neither 0 nor 1")
+    return pa.table({**columns, schema.label: label.cast(pa.int8())})
+
+
+def _checked(values: pa.Array, column: ColumnSchema, schema: Schema, needed: bool) -> pa.Array:
+    if needed and values.null_count:
+        raise Malformed("no value")
+    if column.is_list and not pa.types.is_list(values.type):
+        values = pc.split_pattern(values, column.separator)
+        if pc.any(pc.is_in(values.flatten(), pa.array(schema.nulls, pa.string()))).as_py():
+            raise Malformed("an item of the list has no value")
+        if column.type == "ints":
+            values = values.cast(pa.list_(pa.int64()))
+    if column.is_list and values.flatten().null_count:
+        raise Malformed("an item of the list has no value")
+    if column.table is not None:
+        items = values.flatten() if column.is_list else values
+        if schema.tables[column.table].ids != "keep":
+            return values.cast(pa.list_(pa.string()) if column.is_list else pa.string())
+        if (pc.min(items).as_py() or 0) < 0:
+            raise Malformed(f"the id {pc.min(items)} is negative; ids that are kept count from 0")
+    if column.type == "float":
+        values = values.cast(pa.float32())
+        if not pc.all(pc.is_finite(values), min_count=0).as_py():
+            raise Malformed("the value is not finite in float32")
+    if column.type == "bool":
+        values = values.cast(pa.int8())
+    if column.minimum is not None:
+        values = pc.max_element_wise(values, pa.scalar(column.minimum).cast(values.type), skip_nulls=False)
+    return values

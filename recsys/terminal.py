@@ -1,0 +1,65 @@
+"""What a person reads: consoles, tables on them and in Markdown. The only module that draws tables."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+Rows = Sequence[Mapping[str, str]]
+"""A table: one mapping for each row, all of the same columns in the same order."""
+
+PIPED_WIDTH = 120
+
+
+def console(*, quiet: bool = False) -> Console:
+    """The terminal; where output is piped, as by TorchX and torchrun, one wide enough to keep tables whole."""
+    terminal = Console(quiet=quiet)
+    return terminal if terminal.is_terminal else Console(quiet=quiet, width=PIPED_WIDTH)
+
+
+def say(terminal: Console, what: str | Table) -> None:
+    """Print a table, or a line that stays one line however narrow the terminal is."""
+    # A table is laid out for the console's width.
+    terminal.print(what, highlight=False, markup=False, soft_wrap=isinstance(what, str))
+
+
+def table(
+    rows: Rows,
+    title: str | None = None,
+    *,
+    left: Collection[str] | None = None,
+    styles: Mapping[str, str] | None = None,
+) -> Table:
+    """Rows as a table for a console.
+
+    Args:
+        rows: at least one.
+        title: above the table.
+        left: columns that are set flush left, as texts are; by default the first.
+        styles: of cells that say just this, such as `{"failed": "red"}`.
+    """
+    columns = list(rows[0])
+    drawn = Table(title=title, title_justify="left")
+    for column in columns:
+        is_left = column in left if left is not None else column == columns[0]
+        drawn.add_column(column, justify="left" if is_left else "right", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(Text(cell, (styles or {}).get(cell, "")) for cell in row.values()))
+    return drawn
+
+
+def without_empty(rows: Rows) -> list[dict[str, str]]:
+    """Rows without the columns in which all say `-`; the first stays."""
+    columns = [
+        name for place, name in enumerate(rows[0] if rows else ()) if not place or any(r[name] != "-" for r in rows)
+    ]
+    return [{name: row[name] for name in columns} for row in rows]
+
+
+def markdown(rows: Rows) -> str:
+    """Rows, at least one, as a table in Markdown, numbers flush right."""
+    columns = list(rows[0])
+    aligned = " | ".join(["---", *["---:"] * (len(columns) - 1)])
+    lines = [f"| {' | '.join(columns)} |", f"| {aligned} |", *(f"| {' | '.join(row.values())} |" for row in rows)]
+    return "\n".join(lines)

@@ -1,0 +1,149 @@
+"""What the phases of a stage train, with which optimizers and learning rates."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import cos, pi
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
+
+from recsys.config import Config, ConfigError, StageConfig
+from recsys.model.experts import expert_layers, parameter_groups
+from recsys.sharding.shard import ShardedRanker
+
+TABLES = "tables"
+"""The group of parameters that are the embedding tables; those of the dense arch are named by its experts."""
+
+_TRAINED: Mapping[str, tuple[frozenset[str], ...]] = {
+    "backbone": (frozenset({TABLES, "backbone"}),),
+    "experts": (frozenset({"experts"}),),
+    "all": (frozenset({TABLES, "backbone", "experts"}),),
+}
+"""By what a stage's `trains` says, the groups of parameters that each of its phases trains."""
+
+
+class Phase(NamedTuple):
+    """A part of a stage in which the same parameters train.
+
+    Attributes:
+        number: within its stage, from 0.
+        trains: names of groups of parameters, `TABLES` or those of `recsys.model.experts.parameter_groups`.
+    """
+
+    number: int
+    trains: frozenset[str]
+
+    @property
+    def trains_experts(self) -> bool:
+        """Whether it trains anything that experts have."""
+        return bool(self.trains - {TABLES, "backbone"})
+
+
+def phases(stage: StageConfig) -> tuple[Phase, ...]:
+    """The phases of a stage in order; each lasts as long as the stage's settings say."""
+    return tuple(Phase(number, trains) for number, trains in enumerate(_TRAINED[stage.trains]))
+
+
+def schedule_factor(stage: StageConfig, step: int, num_steps: int) -> float:
+    """Factor of all learning rates at a step of the stage: linear warm-up, then constant or cosine to 0 at its end."""
+    if step < stage.warmup_steps:
+        return (step + 1) / stage.warmup_steps
+    if stage.schedule == "constant":
+        return 1.0
+    after = num_steps - stage.warmup_steps
+    return 0.5 * (1 + cos(pi * (step - stage.warmup_steps) / max(after, 1)))
+
+
+def phase_lengths(stages: Mapping[str, StageConfig], steps_per_epoch: int) -> dict[str, int]:
+    """Optimizer steps that each phase of a stage lasts at most, by stage.
+
+    Raises:
+        ConfigError: a warm-up is longer than its phase.
+    """
+    lengths = {name: stage.steps or (stage.epochs or 0) * steps_per_epoch for name, stage in stages.items()}
+    for name, stage in stages.items():
+        if stage.warmup_steps > lengths[name]:
+            raise ConfigError(
+                f"stages.{name}.warmup_steps is {stage.warmup_steps}, but the stage has {lengths[name]} steps"
+            )
+    return lengths
+
+
+@dataclass
+class PhaseOptimizers:
+    """The optimizers of a phase under way.
+
+    Attributes:
+        all: everything that a step updates.
+        dense: AdamW of what the phase trains in the dense arch; made anew with the phase.
+        stage: settings.
+        num_steps: optimizer steps the phase lasts at most.
+    """
+
+    all: CombinedOptimizer
+    dense: KeyedOptimizer
+    stage: StageConfig
+    num_steps: int
+    _rates: dict[str, tuple[Optimizer, float]]
+
+    def set_learning_rates(self, step: int) -> dict[str, float]:
+        """Set every learning rate for a step of the phase (from 0), and tell them by optimizer."""
+        factor = schedule_factor(self.stage, step, self.num_steps)
+        for optimizer, peak in self._rates.values():
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor
+        return {name: peak * factor for name, (_, peak) in self._rates.items()}
+
+
+def begin_phase(
+    sharded: ShardedRanker, dense_arch: nn.Module, config: Config, stage: str, number: int = 0, *, num_steps: int
+) -> PhaseOptimizers:
+    """Freeze and free parameters for a phase of a stage, wrap the dense arch in a fresh DDP, make the optimizers.
+
+    Experts are computed from the first phase on that trains them. Attaching them does not change the model: their
+    up-projections start at zero.
+    """
+    settings, ranker = config.stages[stage], sharded.ranker
+    phase = phases(settings)[number]
+    names = list(config.stages)
+    so_far = [phase for name in names[: names.index(stage)] for phase in phases(config.stages[name])]
+    so_far += phases(settings)[: number + 1]
+    for layer in expert_layers(dense_arch).values():
+        layer.experts_active = any(phase.trains_experts for phase in so_far)
+        layer.forget_routing()
+    for group, parameters in parameter_groups(dense_arch).items():
+        for parameter in parameters:
+            parameter.requires_grad_(group in phase.trains)
+            parameter.grad = None
+    ranker.embeddings_frozen = TABLES not in phase.trains
+    ranker.loss_weights = settings.loss_weights
+    ranker.dense_arch = DistributedDataParallel(dense_arch, gradient_as_bucket_view=True)
+    return _optimizers(sharded, dense_arch, config, settings, num_steps)
+
+
+def _optimizers(
+    sharded: ShardedRanker, dense_arch: nn.Module, config: Config, stage: StageConfig, num_steps: int
+) -> PhaseOptimizers:
+    trained = {name: parameter for name, parameter in dense_arch.named_parameters() if parameter.requires_grad}
+    adamw = config.optimizers.dense
+    dense = KeyedOptimizerWrapper(
+        trained,
+        lambda parameters: torch.optim.AdamW(
+            parameters, lr=0.0, betas=adamw.betas, eps=adamw.eps, weight_decay=adamw.weight_decay
+        ),
+    )
+    optimizers: list[tuple[str, KeyedOptimizer]] = [("dense", dense)]
+    rates: dict[str, tuple[Optimizer, float]] = {"dense": (dense, stage.learning_rate)}
+    if not sharded.ranker.embeddings_frozen:
+        if stage.sparse_learning_rate is not None:  # else there are no sharded tables: the config sees to it
+            optimizers.append(("sparse", sharded.sparse_optimizer))
+            rates["sparse"] = (sharded.sparse_optimizer, stage.sparse_learning_rate)
+        if sharded.data_parallel_optimizer is not None:
+            optimizers.append(("data_parallel", sharded.data_parallel_optimizer))
+            rate = stage.data_parallel_learning_rate or stage.learning_rate
+            rates["data_parallel"] = (sharded.data_parallel_optimizer, rate)
+    return PhaseOptimizers(CombinedOptimizer(optimizers), dense, stage, num_steps, rates)

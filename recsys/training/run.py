@@ -1,0 +1,287 @@
+"""A run from config to summary: data, model, stages in order, evaluation, checkpoints."""
+
+import math
+from collections import Counter
+from datetime import datetime
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from recsys.config import Config, StageConfig
+from recsys.data.loader import Loader
+from recsys.data.order import Epoch
+from recsys.data.parquet import ParquetShards
+from recsys.data.splits import open_loader, open_splits, train_order
+from recsys.data.storage import locate
+from recsys.model.cost import cost_report
+from recsys.model.ranker import build_ranker
+from recsys.prepare.synthetic import write_embedded
+from recsys.runtime import Ranks, derive_seed, once_on_each_machine, process_group
+from recsys.sharding.plan import PLAN_TEXTS, plan_rows
+from recsys.sharding.shard import shard
+from recsys.terminal import markdown, table
+from recsys.training.checkpoint import (
+    CheckpointMeta,
+    copy_checkpoint,
+    delete_checkpoint,
+    load_model_and_tables_optimizers,
+    save_checkpoint,
+)
+from recsys.training.counts import by_kind, in_words
+from recsys.training.evaluation import evaluate
+from recsys.training.metrics import Metrics
+from recsys.training.monitor import Monitor
+from recsys.training.optimizers import PhaseOptimizers, phase_lengths, phases
+from recsys.training.progress import Best, Progress, StageTotals
+from recsys.training.stage import PhaseTrainer
+from recsys.versions import git_commit, versions
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Run all stages of a config on all ranks and return the summary; what is written is in `config.output_dir`.
+
+    Raises:
+        ConfigError: a setting that the device or the data cannot meet.
+        DataError: shards that cannot be trained on.
+    """
+    with process_group(config.device) as ranks:
+        once_on_each_machine(ranks, partial(write_embedded, config))
+        splits = open_splits(config, config.data.splits)
+        output_dir = Path(config.output_dir)
+        monitor = Monitor(output_dir, enabled=ranks.is_first)
+        trainer = Trainer(config, ranks, splits, monitor)
+        # Only now, when whatever could be refused has been.
+        if ranks.is_first:
+            _make_way(output_dir)
+        with monitor:
+            return trainer.run()
+
+
+class Trainer:
+    """Trains one config's ranker; see `train`.
+
+    Args:
+        config: the run.
+        ranks: this process among all.
+        splits: opened shards, `train` at least.
+        monitor: where the run is shown and recorded.
+
+    Raises:
+        ConfigError: a setting that the device or the data cannot meet.
+        DataError: the storage that checkpoints are copied to refuses or does not answer.
+
+    Attributes:
+        sharded: the ranker on its ranks, with the tables' optimizers.
+        dense_arch: its replicated part, never wrapped.
+        progress: how far the run has come.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, splits: dict[str, ParquetShards], monitor: Monitor) -> None:
+        self.config, self.ranks, self.splits, self.monitor = config, ranks, splits, monitor
+        ranker = build_ranker(config, seed=derive_seed(config.seed, "dense arch"))
+        self.dense_arch = ranker.dense_arch
+        self.sharded = shard(ranker, config, ranks, seed=derive_seed(config.seed, "tables"))
+        self.progress = Progress(counts={split: Counter() for split in splits})
+        self._phase_lengths = phase_lengths(config.stages, self._epoch(0).num_steps)
+        self._cost = cost_report(config)
+        self._best_directory = Path(config.output_dir) / "checkpoints" / "best"
+        copy_to = config.checkpoints.copy_to
+        self._copies = copy_to and locate(copy_to, source="checkpoints.copy_to").checked("checkpoints.copy_to")
+
+    def run(self) -> dict[str, Any]:
+        """All stages, then the held-out splits."""
+        self._announce()
+        # Dropout must differ between ranks; nothing else draws from the global generator from here on.
+        torch.manual_seed(derive_seed(self.config.seed, f"dropout {self.ranks.rank}"))
+        for name in self.config.stages:
+            self._run_stage(name)
+        # The last stage has just evaluated the valid split, so only the test split is new.
+        test, reference = self._evaluate("final", "test") if "test" in self.splits else (None, None)
+        summary = self._summary(test, reference)
+        self.monitor.close_run(summary, _hyperparameters(self.config))
+        return summary
+
+    def _summary(self, test: Metrics | None, reference: Metrics | None) -> dict[str, Any]:
+        config, progress = self.config, self.progress
+        stages = {name: _stage_summary(config.stages[name], totals) for name, totals in progress.totals.items()}
+        seconds = sum(stage["seconds"] for stage in stages.values())
+        return {
+            "name": config.name,
+            "steps": progress.step,
+            "stages": stages,
+            "valid": progress.valid.as_dict() if progress.valid else None,
+            "test": test.as_dict() if test else None,
+            "reference": {"column": config.data.reference, **reference.as_dict()} if reference else None,
+            "examples_per_second": sum(stage["examples"] for stage in stages.values()) / seconds,
+            "data": {split: by_kind(counts) for split, counts in progress.counts.items()},
+            "cost": self._cost.as_dict(),
+            "checkpoint": str(progress.of_stage.checkpoint),
+            "world_size": self.ranks.world_size,
+            "device": str(self.ranks.device.type),
+            "seed": config.seed,
+            "versions": versions(),
+            "commit": git_commit(),
+        }
+
+    def _announce(self) -> None:
+        config, ranks, monitor = self.config, self.ranks, self.monitor
+        parameters = sum(parameter.numel() for parameter in self.dense_arch.parameters())
+        rows = plan_rows(self.sharded.plan, config.tables)
+        plan = table(rows, "Embedding plan", left=PLAN_TEXTS)
+        count = "1 rank" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
+        sizes = ", ".join(f"{sum(shards.row_counts):,} {split} rows" for split, shards in self.splits.items())
+        monitor.say(f"{config.name}: {count} on {ranks.device.type}, {parameters:,} dense parameters, {sizes}")
+        monitor.say(plan)
+        monitor.cost(self._cost)
+        if not ranks.is_first:
+            return
+        output_dir = Path(config.output_dir)
+        (output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        with (output_dir / "plan.txt").open("w", encoding="utf-8") as file:
+            Console(file=file, width=160).print(plan)
+        monitor.text("config", f"```yaml\n{config.to_yaml()}```")
+        monitor.text("plan", markdown(rows))
+
+    def _run_stage(self, name: str) -> None:
+        """Train the phases of one stage, evaluate what it leads to and save it."""
+        progress, settings = self.progress, self.config.stages[name]
+        progress.begin_stage(name)
+        for phase in phases(settings):
+            progress.begin_phase(phase.number)
+            self.monitor.begin_stage(name, settings.trains, self._phase_lengths[name])
+            trainer = PhaseTrainer(
+                self.config,
+                self.ranks,
+                self.sharded,
+                self.dense_arch,
+                progress,
+                self.monitor,
+                counted=self.splits["train"].columns.counted,
+                num_steps=self._phase_lengths[name],
+                evaluate=lambda: self._evaluate(name, "valid"),
+            )
+            orders = map(self._epoch, count(progress.epoch))
+            with open_loader(self.splits["train"], orders, self.config, self.ranks) as loader:
+                if settings.patience is not None:
+                    self._train_to_best(trainer, loader)
+                else:
+                    while not trainer.is_over:
+                        trainer.train_epoch(self._epoch(progress.epoch), loader)
+                    trainer.detach()
+                    progress.valid = self._evaluate(name, "valid")[0] if "valid" in self.splits else None
+        totals = progress.of_stage
+        totals.valid = progress.valid
+        totals.checkpoint = self._best_directory.with_name(f"step-{progress.step}")
+        self._save(totals.checkpoint, trainer.optimizers)
+        if self._copies:
+            copy = self._copies / totals.checkpoint.name
+            copy_checkpoint(totals.checkpoint, copy)
+            self.monitor.say(f"{name:<10} checkpoint copied to {copy}")
+
+    def _train_to_best(self, trainer: PhaseTrainer, loader: Loader) -> None:
+        """Train until patience ends and go back to the best state, that in which the phase began included."""
+        progress, name = self.progress, self.progress.stage
+        settings = self.config.stages[name]
+        assert settings.patience is not None
+        if progress.valid is None:
+            self.monitor.say(f"{name:<10} valid before the first step:")
+            progress.valid, _ = self._evaluate(name, "valid")
+        best = progress.best = Best(0, progress.valid)
+        self._save(self._best_directory, trainer.optimizers)
+        while not trainer.is_over and progress.phase_epochs - best.epoch < settings.patience:
+            trainer.train_epoch(self._epoch(progress.epoch), loader)
+            trainer.detach()
+            metrics, _ = self._evaluate(name, "valid")
+            if _better(metrics, best.metrics, settings):
+                best = progress.best = Best(progress.phase_epochs, metrics)
+                self._save(self._best_directory, trainer.optimizers)
+        if best.epoch != progress.phase_epochs:
+            load_model_and_tables_optimizers(self._best_directory, self.sharded, self.dense_arch)
+            of = f"epoch {best.epoch}" if best.epoch else "the state it began with"
+            self.monitor.say(f"{name:<10} back to its best, {of}")
+        if self.ranks.is_first:
+            delete_checkpoint(self._best_directory)
+        progress.valid, progress.of_stage.best_epoch = best.metrics, best.epoch
+
+    def _epoch(self, number: int) -> Epoch:
+        """The order of an epoch."""
+        return train_order(self.splits["train"], self.config, self.ranks.world_size, number)
+
+    def _evaluate(self, source: str, split: str) -> tuple[Metrics, Metrics | None]:
+        """Figures of a split and of its reference column, shown and recorded under a stage's name or `final`."""
+        progress = self.progress
+        model, reference, counts = evaluate(
+            self.sharded.ranker,
+            self.splits[split],
+            self.config,
+            self.ranks,
+            on_batch=partial(self.monitor.evaluating, split),
+        )
+        self.monitor.evaluation(source, split, progress.step, model)
+        if counts != progress.counts[split]:  # they are the same each time
+            progress.counts[split] = counts
+            self.monitor.say(f"warning: {split}: {in_words(counts)}")
+        if reference is not None and split == "test":
+            self.monitor.evaluation("reference", split, progress.step, reference)
+        return model, reference
+
+    def _save(self, directory: Path, optimizers: PhaseOptimizers) -> None:
+        progress = self.progress
+        meta = CheckpointMeta(progress.stage, progress.step, progress.of_stage.steps, self.ranks.world_size)
+        vocabularies = self.splits["train"].columns.vocabularies
+        save_checkpoint(directory, self.config, meta, self.sharded, self.dense_arch, optimizers.dense, vocabularies)
+
+
+def _stage_summary(settings: StageConfig, totals: StageTotals) -> dict[str, Any]:
+    """What summary.json tells of a stage."""
+    return {
+        "trains": settings.trains,
+        "steps": totals.steps,
+        "epochs": totals.epochs,
+        "best_epoch": totals.best_epoch,
+        "examples": totals.examples,
+        "seconds": totals.seconds,
+        "examples_per_second": totals.examples / totals.seconds,
+        "data_wait": totals.waited / totals.seconds,
+        "losses": totals.losses,
+        "valid": totals.valid.as_dict() if totals.valid else None,
+        "routing": {linear: routing.as_dict() for linear, routing in totals.routing.items()},
+        "checkpoint": str(totals.checkpoint),
+    }
+
+
+def _better(metrics: Metrics, best: Metrics, stage: StageConfig) -> bool:
+    new, old = getattr(metrics, stage.monitor), getattr(best, stage.monitor)
+    if new is None or math.isnan(new):
+        return False
+    return bool(old is None or (new > old if stage.monitor == "auc" else new < old))
+
+
+def _make_way(output_dir: Path) -> None:
+    """Keep an earlier run of the same name under the time at which it ended."""
+    if (output_dir / "config.yaml").exists():
+        stamp = datetime.fromtimestamp(output_dir.stat().st_mtime).strftime("%Y%m%d-%H%M%S")
+        kept = output_dir.with_name(f"{output_dir.name}-{stamp}")
+        output_dir.rename(kept)
+        print(f"An earlier run was in {output_dir}; it is kept as {kept}", flush=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+
+def _hyperparameters(config: Config) -> dict[str, str | int | float | bool]:
+    """Scalars of the config that one compares runs by, by path."""
+    found: dict[str, str | int | float | bool] = {"seed": config.seed, "data.batch_size": config.data.batch_size}
+
+    def add(path: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                add(f"{path}.{key}", item)
+        elif value is not None:
+            found[path] = value if isinstance(value, str | int | float | bool) else str(value)
+
+    for section in ("model", "optimizers", "stages"):
+        add(section, config.model_dump()[section])
+    return found
