@@ -387,6 +387,7 @@ def _raw_shuffled(config: str, threads: int) -> Iterator[int]:
     import torch
 
     from recsys.data.rows import Jagged
+    from recsys.data.shuffling import Shuffle
 
     read = load_config(config)
     files, columns = _files(config)
@@ -409,7 +410,7 @@ def _raw_shuffled(config: str, threads: int) -> Iterator[int]:
             ids[index] = arrays[name].to_numpy().take(order, mode="clip")
         for name in read.features.sparse.keys() - set(singles):
             lists = arrays[name]
-            taken = Jagged(lists.values.to_numpy(), lists.offsets.to_numpy().astype(np.int64)).take(order)
+            taken = Shuffle(order).lists(Jagged(lists.values.to_numpy(), lists.offsets.to_numpy().astype(np.int64)))
             torch.from_numpy(taken.values.astype(np.int64))
         return len(order)
 

@@ -5,8 +5,8 @@
 COMMIT is checked out under outputs/same_bits/ and trained there, once; then the working tree is. Both train
 configs/default.yaml and configs/small.yaml, and configs/movielens_1m.yaml where HILOREC_DATA leads to ml-1m, on two
 ranks and a CPU. What is compared: every scalar of TensorBoard but throughput, every figure of summary.json but speed,
-a SHA-256 of each tensor of each checkpoint, and one of each Parquet shard that was written. What is there before and differs
-after makes it exit with 1; what is there only after is counted.
+a SHA-256 of each tensor of each checkpoint, and one of each Parquet shard that was written. What was there before and
+differs after makes it exit with 1; what is there only after is counted.
 """
 
 import argparse

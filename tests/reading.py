@@ -2,14 +2,42 @@
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recsys.data.features import Columns
+from recsys.config import DenseFeatureConfig, DomainConfig, SparseFeatureConfig, StandardizeConfig
+from recsys.data.features import Columns, SparseColumn
+from recsys.data.ids import IdMapping, PlainIds
 from recsys.data.order import RowSlice
 from recsys.data.parquet import ParquetShards
 from recsys.data.rows import Jagged, Rows
+
+
+def sparse_column(column: str, num_rows: int, ids: IdMapping | None = None, **settings: Any) -> SparseColumn:
+    """A sparse feature of a table of its own, of plain ids unless others are given."""
+    return SparseColumn(SparseFeatureConfig(table="of_it", column=column, **settings), ids or PlainIds(num_rows))
+
+
+def dense_column(
+    column: str,
+    fill: float | None,
+    log1p: bool = False,
+    clip: tuple[float, float] | None = None,
+    standardize: tuple[float, float] | None = None,
+    not_finite: Any = "error",
+) -> DenseFeatureConfig:
+    """A dense feature."""
+    scaled = standardize and StandardizeConfig(mean=standardize[0], std=standardize[1])
+    return DenseFeatureConfig(
+        column=column, fill=fill, log1p=log1p, clip=clip, standardize=scaled, not_finite=not_finite
+    )
+
+
+def domain_column(column: str, num_domains: int) -> DomainConfig:
+    """A domain column."""
+    return DomainConfig(column=column, num_domains=num_domains)
 
 
 def open_table(directory: Path, table: pa.Table, columns: Columns, row_group_rows: int = 1000) -> ParquetShards:

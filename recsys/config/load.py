@@ -19,8 +19,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config and apply `dotted.path=value` overrides; values are YAML too.
 
     What `include` names, one file or a list, relative to the file that names it, is merged beneath that file's own
-    keys, section by section; of a list, a later file lies above an earlier one. `${here}` in a glob of `data` is the
-    folder of the file that it stands in. A table, a feature or a stage that is null in the end is left out. `name`
+    keys, section by section; of a list, a later file lies above an earlier one. `${here}` in a glob of `data` or
+    in the file of a feature's ids is the folder of the file that it stands in. A table, a feature or a stage that is
+    null in the end is left out. `name`
     defaults to the file's stem and `output_dir` to `outputs/<name>`.
 
     Raises:
@@ -44,7 +45,7 @@ def _read_including(path: Path, includers: tuple[Path, ...]) -> dict[str, Any]:
     includers = (*includers, path)
     remedy = f"{includers[-2]} includes it" if len(includers) > 1 else "give one with --config"
     raw = read_yaml(path, "config", remedy=remedy)
-    _fill_in_folder(raw.get("data"), os.path.normpath(path.parent))
+    _fill_in_folder(raw, os.path.normpath(path.parent))
     names = raw.pop("include", [])
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -75,14 +76,22 @@ def _leave_out_nulls(section: Any, key: str) -> None:
         section[key] = {name: entry for name, entry in section[key].items() if entry is not None}
 
 
-def _fill_in_folder(data: Any, folder: str) -> None:
-    """Put `folder` in the place of `${here}` in the globs of a config's `data`, as far as they are texts."""
-    for split in {"train", "valid", "test"} & set(data if isinstance(data, dict) else ()):
-        globs = data[split]
-        if isinstance(globs, str):
-            data[split] = globs.replace("${here}", folder)
-        elif isinstance(globs, list):
-            data[split] = [glob.replace("${here}", folder) if isinstance(glob, str) else glob for glob in globs]
+def _fill_in_folder(raw: dict[str, Any], folder: str) -> None:
+    """Put `folder` in the place of `${here}` in the globs of `data` and in the files of features' ids."""
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, list):
+            return [filled(item) for item in value]
+        return value.replace("${here}", folder) if isinstance(value, str) else value
+
+    data, features = raw.get("data"), raw.get("features")
+    if isinstance(data, dict):
+        data.update({split: filled(data[split]) for split in ("train", "valid", "test") if split in data})
+    sparse = features.get("sparse") if isinstance(features, dict) else None
+    for feature in sparse.values() if isinstance(sparse, dict) else ():
+        ids = feature.get("ids") if isinstance(feature, dict) else None
+        if isinstance(ids, dict) and "file" in ids:
+            ids["file"] = filled(ids["file"])
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

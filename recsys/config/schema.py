@@ -39,6 +39,7 @@ ShardingType = Literal[
     "grid_shard",
     "data_parallel",
 ]
+Salt = Annotated[int, Field(ge=0, lt=2**64)]
 ComputeKernel = Literal["dense", "fused", "fused_uvm", "fused_uvm_caching"]
 
 
@@ -73,21 +74,37 @@ class TableConfig(Section):
         return self
 
 
-class HashIdsConfig(Section):
-    """Strings or integers by their hash, XXH3-64 seeded with `salt`, modulo the table's rows."""
+class _Ids(Section):
+    """How values become rows of a table.
+
+    `applied` says that the shards hold the rows already, as a converter that maps with these settings leaves them:
+    training reads them as they are, and whatever meets raw values maps them.
+    """
+
+    applied: bool = False
+
+
+class HashIdsConfig(_Ids):
+    """Strings or integers by their hash, XXH3-64 seeded with `salt`, modulo `buckets`, null being the table's rows."""
 
     type: Literal["hash"]
-    salt: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    salt: Salt = 0
+    buckets: PositiveInt | None = None
 
 
-class VocabularyIdsConfig(Section):
-    """Strings or integers by the vocabulary in `file` (recsys.data.vocabulary); row 0 is for those it does not hold."""
+class VocabularyIdsConfig(_Ids):
+    """Strings or integers by the vocabulary in `file` (recsys.data.vocabulary).
+
+    With `out_of_vocabulary` `row_0` that row is for values that it does not hold, and its own have rows from 1; with
+    `empty` they count as none, and its own have rows from 0.
+    """
 
     type: Literal["vocabulary"]
     file: str
+    out_of_vocabulary: Literal["row_0", "empty"] = "row_0"
 
 
-class BucketizeIdsConfig(Section):
+class BucketizeIdsConfig(_Ids):
     """Numbers by the interval between `boundaries` that they fall in; a boundary belongs to the interval above it."""
 
     type: Literal["bucketize"]
@@ -101,7 +118,7 @@ class BucketizeIdsConfig(Section):
         return boundaries
 
 
-class DatetimeIdsConfig(Section):
+class DatetimeIdsConfig(_Ids):
     """Timestamps, or seconds since 1970 in UTC, by a part of date or time in `timezone`."""
 
     type: Literal["datetime"]
@@ -123,22 +140,39 @@ IdsConfig = Annotated[
 ]
 
 
+class ListTextConfig(Section):
+    """A text that holds a list of `items`, strings or integers, parted by `separator`; an empty one holds none."""
+
+    separator: Annotated[str, Field(min_length=1)]
+    items: Literal["strings", "ints"] = "strings"
+
+
 class SparseFeatureConfig(Section):
     """Values or lists of values of `column` (the feature's own name if null), looked up in `table`.
 
     `ids` says how values become rows of the table; null takes integers as they are, and `out_of_range` says what
     becomes of those that the table does not have: `error`, `hash` (into all its rows) or `clip_to_oov` (row 0).
+    Before that, a text becomes the list that `list_text` says it holds, and integers below `minimum` are raised to it.
     `weights` is a column of a weight for each value of a list. Lists longer than `max_length` are cut, and `keep` says
     which end remains.
     """
 
     table: Name
     column: str | None = None
+    list_text: ListTextConfig | None = None
+    minimum: int | None = None
     ids: IdsConfig | None = None
     out_of_range: Literal["error", "hash", "clip_to_oov"] = "error"
     weights: str | None = None
     max_length: PositiveInt | None = None
     keep: Literal["first", "last"] = "first"
+
+    @property
+    def stored(self) -> Self:
+        """The feature as shards hold it: where its ids are applied already, integers that are rows of the table."""
+        if self.ids is None or not self.ids.applied:
+            return self
+        return self.model_copy(update={"ids": None, "list_text": None, "minimum": None})
 
     @model_validator(mode="after")
     def _only_plain_ids_leave_the_range(self) -> Self:
@@ -155,13 +189,15 @@ class StandardizeConfig(Section):
 
 
 class DenseFeatureConfig(Section):
-    """A numeric feature; what is set happens in this order: `fill`, `clip`, `log1p`, `standardize`.
+    """A numeric feature; what is set happens in this order: `minimum`, `fill`, `clip`, `log1p`, `standardize`.
 
-    `fill` replaces nulls, null `fill` refuses them. `not_finite` says whether NaN and infinities are refused or become
+    Values below `minimum` are raised to it, nulls aside. `fill` replaces nulls, null `fill` refuses them. `not_finite`
+    says whether NaN and infinities are refused or become
     `fill` as well. `clip` is the least and greatest value, `log1p` takes log(1 + value).
     """
 
     column: str | None = None
+    minimum: float | None = None
     fill: float | None = None
     clip: tuple[float, float] | None = None
     log1p: bool = False

@@ -1,12 +1,13 @@
 """From the columns of a table to checked rows: what each feature reads, of which types, and what becomes of it.
 
 Training, evaluation and serving go through `Columns.decode_features`, so that a row has the same features in each.
+Neither torch nor TorchRec is needed.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -14,63 +15,33 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from recsys.data.arrow import filled, flat, is_integer, is_list, is_number, value_type, whole
+from recsys.config import DenseFeatureConfig, DomainConfig, SparseFeatureConfig
+from recsys.data.arrow import filled, flat, is_integer, is_list, is_number, is_string, value_type
 from recsys.data.ids import HashedIds, IdMapping, PlainIds, VocabularyIds, count
 from recsys.data.labels import Expression, parse_expression
 from recsys.data.rows import Counts, Jagged, Rows, SparseLayout, offsets_of
 from recsys.data.storage import DataError
 from recsys.data.vocabulary import Vocabulary
 
-
-class DenseColumn(NamedTuple):
-    """A numeric column, transformed in the order of the attributes.
-
-    Attributes:
-        column: its name.
-        fill: what nulls become; None refuses them.
-        log1p: take log(1 + value), after `clip`.
-        clip: least and greatest value.
-        standardize: mean to subtract and deviation to divide by, last of all.
-        not_finite: whether NaN and infinities are refused or become `fill`, as nulls do.
-    """
-
-    column: str
-    fill: float | None
-    log1p: bool = False
-    clip: tuple[float, float] | None = None
-    standardize: tuple[float, float] | None = None
-    not_finite: Literal["error", "fill"] = "error"
+LABEL = "label"
+"""What the label is called where things are counted by feature."""
 
 
 class SparseColumn(NamedTuple):
-    """A column of values, or lists of values, that become rows of a table.
+    """A sparse feature: its settings, and how its values become rows of its table."""
 
-    Attributes:
-        column: its name.
-        num_embeddings: rows of the table.
-        ids: how values become rows.
-        weights: a column of a weight for each value, in lists of the same lengths; None has none.
-        max_length: longer lists are cut to so many values.
-        keep: which end of a list that is cut remains.
-    """
-
-    column: str
-    num_embeddings: int
-    ids: IdMapping = PlainIds()
-    weights: str | None = None
-    max_length: int | None = None
-    keep: Literal["first", "last"] = "first"
+    settings: SparseFeatureConfig
+    ids: IdMapping
 
 
-class DomainColumn(NamedTuple):
-    """A column of integers without nulls, each in 0 .. num_domains - 1."""
+class RowOrder(Protocol):
+    """An order to put rows into while they are decoded."""
 
-    column: str
-    num_domains: int
+    def place(self, values: NDArray[Any], target: NDArray[Any]) -> None:
+        """Write one value for each row, in this order, into an array of a type that holds them."""
 
-
-LABEL = "label"
-"""What the label is called where things are counted by feature."""
+    def lists(self, jagged: Jagged) -> Jagged:
+        """The rows' lists in this order."""
 
 
 @dataclass(frozen=True)
@@ -83,32 +54,36 @@ class Columns:
         reference: a column of probabilities without nulls, or None.
         dense: by feature name.
         sparse: by feature name.
-        domain: what parts the rows in reports, or None.
+        domain: an integer column of each row's domain, or None.
         label_null: whether rows of no label are refused, or left out of the batch.
         weight: a column of weights of the rows in the loss, finite and not negative, or None.
+        vocabularies: of each feature that has one, whether or not what is read is mapped by it.
     """
 
     label: str | None
     reference: str | None
-    dense: Mapping[str, DenseColumn]
+    dense: Mapping[str, DenseFeatureConfig]
     sparse: Mapping[str, SparseColumn]
-    domain: DomainColumn | None = None
+    domain: DomainConfig | None = None
     label_null: Literal["error", "skip"] = "error"
     weight: str | None = None
+    vocabularies: Mapping[str, Vocabulary] = field(default_factory=dict)
 
-    @property
-    def names(self) -> list[str]:
+    @cached_property
+    def names(self) -> tuple[str, ...]:
         """Every column once."""
-        names = [*(self._label.columns if self._label else []), *([self.reference] if self.reference else [])]
+        names = [*(self._label.columns if self._label else ()), *([self.reference] if self.reference else ())]
         names += [self.domain.column] if self.domain else []
         names += [self.weight] if self.weight else []
-        return list(dict.fromkeys(names + self.feature_names))
+        return tuple(dict.fromkeys((*names, *self.feature_names)))
 
-    @property
-    def feature_names(self) -> list[str]:
+    @cached_property
+    def feature_names(self) -> tuple[str, ...]:
         """Every column that a feature reads, once."""
-        names = [spec.column for spec in self.dense.values()] + [spec.column for spec in self.sparse.values()]
-        return list(dict.fromkeys(names + [spec.weights for spec in self.sparse.values() if spec.weights]))
+        names = [dense.column or name for name, dense in self.dense.items()]
+        names += [sparse.settings.column or name for name, sparse in self.sparse.items()]
+        weights = [sparse.settings.weights for sparse in self.sparse.values() if sparse.settings.weights]
+        return tuple(dict.fromkeys(names + weights))
 
     @property
     def parts(self) -> dict[str, "Columns"]:
@@ -124,15 +99,14 @@ class Columns:
         parts |= {f"features.sparse.{name}": replace(nothing, sparse={name: it}) for name, it in self.sparse.items()}
         return parts | {f"features.dense.{name}": replace(nothing, dense={name: it}) for name, it in self.dense.items()}
 
-    @property
-    def vocabularies(self) -> dict[str, Vocabulary]:
-        """The vocabulary of each sparse feature that has one."""
-        return {name: spec.ids.vocabulary for name, spec in self.sparse.items() if isinstance(spec.ids, VocabularyIds)}
-
     def dictionary_paths(self, schema: pq.ParquetSchema) -> list[str]:
         """The columns of a file's that are best read as dictionaries: strings of which each distinct one is mapped."""
-        names = [spec.column for spec in self.sparse.values() if isinstance(spec.ids, HashedIds | VocabularyIds)]
-        leaves = [schema.column(index) for index in range(len(schema))]
+        names = [
+            sparse.settings.column or name
+            for name, sparse in self.sparse.items()
+            if isinstance(sparse.ids, HashedIds | VocabularyIds) and sparse.settings.list_text is None
+        ]
+        leaves = [schema.column(index) for index in range(len(schema))] if names else []
         return [
             leaf.path
             for leaf in leaves
@@ -142,14 +116,15 @@ class Columns:
     @property
     def counted(self) -> tuple[tuple[str, str], ...]:
         """Kind and feature of all that may be counted; empty where every value is taken as it is, or refused."""
-        counted = [(kind, name) for name, spec in self.sparse.items() for kind in spec.ids.kinds]
-        counted += [("cut", name) for name, spec in self.sparse.items() if spec.max_length is not None]
-        counted += [("not_finite", name) for name, spec in self.dense.items() if spec.not_finite == "fill"]
+        counted = [(kind, name) for name, sparse in self.sparse.items() for kind in sparse.ids.kinds]
+        counted += [("cut", name) for name, sparse in self.sparse.items() if sparse.settings.max_length is not None]
+        counted += [("not_finite", name) for name, dense in self.dense.items() if dense.not_finite == "fill"]
         return (*counted, *([("skipped", LABEL)] if self.label_null == "skip" else []))
 
     def layout(self, lists: frozenset[str]) -> SparseLayout:
         """The layout of rows in which the named features have lists."""
-        return SparseLayout(tuple(self.sparse), lists, any(spec.weights for spec in self.sparse.values()))
+        weighted = any(sparse.settings.weights for sparse in self.sparse.values())
+        return SparseLayout(tuple(self.sparse), lists, weighted)
 
     def check_schema(self, schema: pa.Schema, file: str) -> frozenset[str]:
         """Refuse a file whose columns cannot be read as what they are for; the sparse features that it has lists of.
@@ -177,93 +152,116 @@ class Columns:
         """As `check_schema`, of the features' columns alone; `source` is what has the schema, for messages."""
         _check_names(schema, self.feature_names, source, "table")
         for name, dense in self.dense.items():
-            if not is_number(kind := schema.field(dense.column).type):
-                raise _wrong_type(source, dense.column, f"dense feature {name}", kind, "numbers")
-        for name, spec in self.sparse.items():
-            kind = schema.field(spec.column).type
-            if not spec.ids.accepts(value_type(kind)):
-                hashed = isinstance(spec.ids, PlainIds) and HashedIds().accepts(value_type(kind))
-                hint = (
-                    f", which needs features.sparse.{name}.ids: {{type: hash}} or a vocabulary; without,"
-                    if hashed
-                    else ";"
-                )
-                raise _wrong_type(source, spec.column, f"sparse feature {name}", kind, spec.ids.wanted, hint)
-            if spec.weights is None:
-                continue
-            weights = schema.field(spec.weights).type
-            if not (is_list(weights) and is_list(kind) and is_number(weights.value_type)):
-                raise DataError(
-                    f"{source}: sparse feature {name} has ids of type {kind} (column {spec.column!r}) and weights of "
-                    f"type {weights} (column {spec.weights!r}); lists of ids and lists of numbers are needed"
-                )
-        return frozenset(name for name, spec in self.sparse.items() if is_list(schema.field(spec.column).type))
+            column = dense.column or name
+            if not is_number(kind := schema.field(column).type):
+                raise _wrong_type(source, column, f"dense feature {name}", kind, "numbers")
+        return frozenset(name for name in self.sparse if self._has_lists(name, schema, source))
 
-    def decode(self, table: pa.Table, layout: SparseLayout, where: str, order: NDArray[np.int64] | None = None) -> Rows:
+    def _has_lists(self, name: str, schema: pa.Schema, source: str) -> bool:
+        """Whether a sparse feature's column, which must be of a type that it takes, has lists."""
+        settings, ids = self.sparse[name]
+        column = settings.column or name
+        kind = schema.field(column).type
+        text = settings.list_text if is_string(value_type(kind)) and not is_list(kind) else None
+        items = (pa.string() if text.items == "strings" else pa.int64()) if text else value_type(kind)
+        if not ids.accepts(items):
+            hint = (
+                f", which needs features.sparse.{name}.ids: {{type: hash}} or a vocabulary; without,"
+                if isinstance(ids, PlainIds) and HashedIds(1).accepts(items)
+                else ";"
+            )
+            raise _wrong_type(source, column, f"sparse feature {name}", kind, ids.wanted, hint)
+        if settings.weights is not None:
+            weights = schema.field(settings.weights).type
+            if not (is_list(weights) and (is_list(kind) or text) and is_number(weights.value_type)):
+                raise DataError(
+                    f"{source}: sparse feature {name} has ids of type {kind} (column {column!r}) and weights of "
+                    f"type {weights} (column {settings.weights!r}); lists of ids and lists of numbers are needed"
+                )
+        return is_list(kind) or text is not None
+
+    def decode(self, table: pa.Table, layout: SparseLayout, where: str, order: RowOrder | None = None) -> Rows:
         """Check every value of a table and lay the rows out for batches.
 
         Args:
             table: of a schema that `check_schema` accepts.
             layout: which features have lists.
             where: file and row group, for messages.
-            order: the rows to take, in this order; all as they stand if it is None. Each column is put into order right
-                after it was checked, while it is in the cache.
+            order: in which to put the rows, as they stand if it is None. Each column is put into order right after it
+                was checked, while it is in the cache.
 
         Raises:
             DataError: a label other than 0 or 1, a null where none may be, an id or domain out of range, a dense value
                 or weight that is not finite, a negative weight.
         """
-        table = table.combine_chunks()
-        rows = self.decode_features(table, layout, where, order)
-        labels = self._labels(self._label, table, where) if self._label else np.empty(0, np.float32)
-        reference = np.empty(0)
-        if self.reference:
-            reference = _numbers(table, self.reference, None, where).astype(np.float64)
-            if not ((reference >= 0) & (reference <= 1)).all():
-                raise DataError(f"{where}: reference column {self.reference!r} has values outside 0..1")
-        domain = _domains(table, self.domain, where) if self.domain else np.empty(0, np.int64)
-        weight = _weights(table, self.weight, where) if self.weight else np.empty(0, np.float32)
-        counts = dict(rows.counts)
-        if order is not None:
-            labels = labels[order] if self._label else labels
-            reference = reference[order] if self.reference else reference
-            domain = domain[order] if self.domain else domain
-            weight = weight[order] if self.weight else weight
-        if self.label_null == "skip" and (missing := np.isnan(labels)).any():
-            counts["skipped", LABEL] = missing.astype(np.int32)
-        return replace(rows, labels=labels, reference=reference, domain=domain, weight=weight, counts=counts)
+        decoding = _Decoding(self, table, layout, where, order)
+        rows = decoding.features()
+        return replace(
+            rows,
+            labels=decoding.labels(self._label, self.label_null) if self._label else rows.labels,
+            reference=decoding.reference(self.reference) if self.reference else rows.reference,
+            domain=decoding.domains(self.domain) if self.domain else rows.domain,
+            weight=decoding.weights(self.weight) if self.weight else rows.weight,
+            counts=decoding.counts,
+        )
 
-    def decode_features(
-        self, table: pa.Table, layout: SparseLayout, where: str, order: NDArray[np.int64] | None = None
-    ) -> Rows:
+    def decode_features(self, table: pa.Table, layout: SparseLayout, where: str) -> Rows:
         """As `decode`, of the features alone: rows without label, reference, domain and weight.
 
         Args:
             table: of a schema that `check_features` accepts; need not come from a file.
             layout: which features have lists.
             where: what the table is, for messages.
-            order: as for `decode`.
 
         Raises:
             DataError: a null where none may be, an id out of range, a dense value that is not finite.
         """
-        table = table.combine_chunks()
-        counts: dict[tuple[str, str], NDArray[np.int32]] = {}
-        single = np.empty((len(layout.single), len(table)), self._id_type)
+        return _Decoding(self, table, layout, where, None).features()
+
+    @cached_property
+    def id_type(self) -> type[np.int32 | np.int64]:
+        """Narrow where it can be: ids are shuffled in memory, and half the bytes fit the cache twice as well."""
+        largest = max((sparse.ids.num_rows for sparse in self.sparse.values()), default=0)
+        return np.int32 if largest <= np.iinfo(np.int32).max else np.int64
+
+    @cached_property
+    def _label(self) -> Expression | None:
+        return parse_expression(self.label, source="data.label") if self.label else None
+
+
+class _Decoding:
+    """One slice of a row group on its way from Arrow to arrays.
+
+    Args:
+        columns: what is read.
+        table: the slice.
+        layout: which features have lists.
+        where: file and row group, for messages.
+        order: in which to put the rows.
+
+    Attributes:
+        counts: what was cut, replaced or left out so far, in order.
+    """
+
+    def __init__(
+        self, columns: Columns, table: pa.Table, layout: SparseLayout, where: str, order: RowOrder | None
+    ) -> None:
+        self.columns, self.layout, self.where, self.order = columns, layout, where, order
+        self.table = table.combine_chunks()
+        self.counts: Counts = {}
+
+    def features(self) -> Rows:
+        """The rows, with features alone."""
+        columns, layout = self.columns, self.layout
+        single = np.empty((len(layout.single), len(self.table)), columns.id_type)
         has_empty = False
         for target, name in zip(single, layout.single, strict=True):
-            ids = _ids(table, name, self.sparse[name], where, counts)
-            has_empty |= bool(ids.min(initial=0) < 0)
-            _place(ids, order, target)
-        lists = tuple(
-            _id_lists(table, name, self.sparse[name], self._id_type, where, counts)
-            for name in layout.keys
-            if name in layout.lists
-        )
-        dense = self._dense(table, where, order, counts)
-        if order is not None:
-            lists = tuple(jagged.take(order) for jagged in lists)
-            counts = {key: happened[order] for key, happened in counts.items()}
+            has_empty |= self.ids(name, target)
+        lists = tuple(self.id_lists(name) for name in layout.keys if name in layout.lists)
+        dense = np.empty((len(columns.dense), len(self.table)), np.float32)
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):  # what is not finite is refused below
+            for row, (name, settings) in zip(dense, columns.dense.items(), strict=True):
+                self.dense(name, settings, row)
         return Rows(
             labels=np.empty(0, np.float32),
             reference=np.empty(0),
@@ -271,196 +269,236 @@ class Columns:
             dense=dense,
             single=single,
             lists=lists,
-            counts=counts,
+            counts=self.counts,
             has_empty=has_empty,
         )
 
-    @cached_property
-    def _label(self) -> Expression | None:
-        return parse_expression(self.label, source="data.label") if self.label else None
+    def ids(self, name: str, target: NDArray[Any]) -> bool:
+        """Write the ids of a column of single values, -1 for nulls; whether there are any of those."""
+        settings, mapping = self.columns.sparse[name]
+        values = self.column(settings.column or name)
+        if settings.minimum is not None:
+            values = _raised(values, settings.minimum)
+        ids, counted = mapping.map(values, f"{self.where}: sparse feature {name} (column {settings.column or name!r})")
+        for kind, mask in counted.items():
+            self.count(kind, name, mask)
+        self.place(ids, target)
+        return bool(ids.min(initial=0) < 0)
 
-    def _labels(self, label: Expression, table: pa.Table, where: str) -> NDArray[np.float32]:
+    def id_lists(self, name: str) -> Jagged:
+        """Ids of a column of lists, or of single ones in a file of its own kind; a null is an empty list."""
+        settings, mapping = self.columns.sparse[name]
+        column = settings.column or name
+        array, what = self.column(column), f"{self.where}: sparse feature {name} (column {column!r})"
+        if settings.list_text is not None and not is_list(array.type):
+            array = _parted(array, settings, what)
+        if is_list(array.type):
+            lengths, values = flat(array)
+        else:
+            lengths, values = array.is_valid().to_numpy(zero_copy_only=False).astype(np.int64), array.drop_null()
+        weights = self.list_weights(settings.weights, lengths, what) if settings.weights else None
+        counts: Counts = {}
+        if settings.max_length is not None and (lengths > settings.max_length).any():
+            kept = np.minimum(lengths, settings.max_length)
+            counts["cut", name] = (lengths - kept).astype(np.int32)
+            starts = offsets_of(lengths)[:-1] + (lengths - kept if settings.keep == "last" else 0)
+            index = np.arange(kept.sum()) + np.repeat(starts - offsets_of(kept)[:-1], kept)
+            lengths, values, weights = kept, values.take(pa.array(index)), None if weights is None else weights[index]
+        if values.null_count:
+            raise DataError(
+                f"{what} has {values.null_count} nulls inside lists; leave them out when the shards are written"
+            )
+        if settings.minimum is not None:
+            values = _raised(values, settings.minimum)
+        ids, counted = mapping.map(values, what)
+        offsets = offsets_of(lengths)
+        for kind, mask in counted.items():
+            counts[kind, name] = np.diff(offsets_of(mask)[offsets]).astype(np.int32)
+        for (kind, _), happened in counts.items():
+            self.count(kind, name, happened)
+        if ids.min(initial=0) < 0:  # of values that have no row
+            present = ids >= 0
+            offsets, ids = offsets_of(present)[offsets], ids[present]
+            weights = None if weights is None else weights[present]
+        jagged = Jagged(ids.astype(self.columns.id_type, copy=False), offsets, weights)
+        return jagged if self.order is None else self.order.lists(jagged)
+
+    def dense(self, name: str, settings: DenseFeatureConfig, target: NDArray[np.float32]) -> None:
+        """Write a dense feature's values, transformed."""
+        column = settings.column or name
+        what = f"{self.where}: dense feature {name} (column {column!r})"
+        values = self.numbers(column, settings.fill, settings.minimum)
+        if settings.not_finite == "fill":
+            wrong = ~np.isfinite(values.astype(np.float32, copy=False))
+            if wrong.any():
+                self.count("not_finite", name, wrong)
+                values = np.where(wrong, np.float64(settings.fill), values)  # the config asks for a fill
+        if settings.clip is not None:
+            _check_finite(values, what, "")  # which clipping would hide
+            values = np.clip(values.astype(np.float64), *settings.clip)
+        if settings.log1p:
+            values = np.log1p(values, dtype=np.float64)
+        if settings.standardize is not None:
+            values = (values.astype(np.float64) - settings.standardize.mean) / settings.standardize.std
+        self.place(values, target)
+        _check_finite(target, what, " in float32" + " after log1p" * settings.log1p)
+
+    def labels(self, label: Expression, label_null: Literal["error", "skip"]) -> NDArray[np.float32]:
         """(N,) of 0 and 1, and NaN for rows to skip."""
-        column = label.evaluate(table)
+        column = label.evaluate(self.table)
         if column.null_count:
-            if self.label_null == "error":
+            if label_null == "error":
                 raise DataError(
-                    f"{where}: label column {self.label!r} has {column.null_count} nulls; set data.label_null to skip, "
-                    "or leave such rows out when the shards are written"
+                    f"{self.where}: label column {label.text!r} has {column.null_count} nulls; set data.label_null to "
+                    "skip, or leave such rows out when the shards are written"
                 )
             column = pc.fill_null(column.cast(pa.float64(), safe=False), np.nan)
-        labels: NDArray[Any] = column.to_numpy()
-        wrong = (labels != 0) & (labels != 1)
-        if self.label_null == "skip" and labels.dtype.kind == "f":
-            wrong &= ~np.isnan(labels)
+        found: NDArray[Any] = column.to_numpy()
+        wrong = (found != 0) & (found != 1)
+        missing = np.isnan(found) if label_null == "skip" and found.dtype.kind == "f" else None
+        if missing is not None:
+            wrong &= ~missing
         if wrong.any():
             raise DataError(
-                f"{where}: label column {self.label!r} has {count(wrong)} other than 0 and 1, "
-                f"such as {labels[wrong][0]}; make it binary by an expression, such as `{self.label} >= 4`, "
+                f"{self.where}: label column {label.text!r} has {count(wrong)} other than 0 and 1, "
+                f"such as {found[wrong][0]}; make it binary by an expression, such as `{label.text} >= 4`, "
                 "or when the shards are written"
             )
-        return labels.astype(np.float32)
+        if missing is not None and missing.any():
+            self.count("skipped", LABEL, missing)
+        return self.ordered(found, np.float32)
 
-    def _dense(
-        self, table: pa.Table, where: str, order: NDArray[np.int64] | None, counts: Counts
-    ) -> NDArray[np.float32]:
-        columns = np.empty((len(self.dense), len(table)), np.float32)
-        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):  # what is not finite is refused below
-            for target, (name, spec) in zip(columns, self.dense.items(), strict=True):
-                values = _numbers(table, spec.column, spec.fill, where)
-                _place(_transformed(values, name, spec, where, counts), order, target)
-                _check_finite(target, name, spec, where, " in float32" + " after log1p" * spec.log1p)
-        return columns
+    def reference(self, name: str) -> NDArray[np.float64]:
+        """(N,) probabilities."""
+        values = self.numbers(name, None).astype(np.float64)
+        if not ((values >= 0) & (values <= 1)).all():
+            raise DataError(f"{self.where}: reference column {name!r} has values outside 0..1")
+        return self.ordered(values, np.float64)
 
-    @cached_property
-    def _id_type(self) -> type[np.int32 | np.int64]:
-        """Narrow where it can be: ids are shuffled in memory, and half the bytes fit the cache twice as well."""
-        largest = max((spec.num_embeddings for spec in self.sparse.values()), default=0)
-        return np.int32 if largest <= np.iinfo(np.int32).max else np.int64
-
-
-def _numbers(table: pa.Table, name: str, fill: float | None, where: str) -> NDArray[Any]:
-    column = whole(table, name)
-    if column.null_count:
-        if fill is None:
+    def domains(self, domain: DomainConfig) -> NDArray[np.int64]:
+        """(N,) numbers of domains."""
+        column = self.column(domain.column)
+        if column.null_count:
             raise DataError(
-                f"{where}: column {name!r} has {column.null_count} nulls; "
-                "give a dense feature a fill, or leave such rows out when the shards are written"
+                f"{self.where}: domain column {domain.column!r} has {column.null_count} nulls; "
+                "give rows of no known domain a number of their own when the shards are written"
             )
-        if not _holds(column.type, fill):
-            column = column.cast(pa.float64(), safe=False)  # large integers are rounded
-        return filled(column, fill)
-    values: NDArray[Any] = column.to_numpy(zero_copy_only=False)  # only booleans are copied
-    return values
+        values: NDArray[Any] = column.to_numpy()
+        if (wrong := (values < 0) | (values >= domain.num_domains)).any():
+            raise DataError(
+                f"{self.where}: domain column {domain.column!r} has {count(wrong)} out of range, such as "
+                f"{values[wrong][0]}; there are domains 0..{domain.num_domains - 1}: raise data.domain.num_domains or "
+                "map them when the shards are written"
+            )
+        return self.ordered(values, np.int64)
+
+    def weights(self, name: str) -> NDArray[np.float32]:
+        """(N,) weights of the rows in the loss."""
+        given = self.numbers(name, None)
+        with np.errstate(over="ignore"):
+            weights = given.astype(np.float32)
+        if (wrong := ~(np.isfinite(weights) & (weights >= 0))).any():
+            raise DataError(
+                f"{self.where}: weight column {name!r} has {count(wrong)} negative or not finite, such as "
+                f"{given[wrong][0]}"
+            )
+        return self.ordered(weights, np.float32)
+
+    def list_weights(self, name: str, lengths: NDArray[np.int64], what: str) -> NDArray[np.float32]:
+        """A weight for each id of lists of the given lengths."""
+        found, values = flat(self.column(name))
+        if (wrong := found != lengths).any():
+            row = int(np.flatnonzero(wrong)[0])
+            raise DataError(
+                f"{what} has {int(wrong.sum())} lists whose weights (column {name!r}) are not as many: row {row} has "
+                f"{lengths[row]} ids and {found[row]} weights; mend them when the shards are written"
+            )
+        weights: NDArray[np.float32] = values.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+        if (wrong := ~np.isfinite(weights)).any():  # nulls became NaN
+            raise DataError(f"{what} has {count(wrong)} null, NaN or infinite among its weights (column {name!r})")
+        return weights
+
+    def column(self, name: str) -> pa.Array:
+        """A column in one piece."""
+        chunks = self.table.column(name)
+        return chunks.chunk(0) if chunks.num_chunks else pa.array([], chunks.type)
+
+    def numbers(self, name: str, fill: float | None, minimum: float | None = None) -> NDArray[Any]:
+        """A column of numbers, those below a minimum raised to it, nulls filled."""
+        column = self.column(name)
+        if minimum is not None:
+            column = _raised(column, minimum)
+        if column.null_count:
+            if fill is None:
+                raise DataError(
+                    f"{self.where}: column {name!r} has {column.null_count} nulls; "
+                    "give a dense feature a fill, or leave such rows out when the shards are written"
+                )
+            if not _holds(column.type, fill):
+                column = column.cast(pa.float64(), safe=False)  # large integers are rounded
+            return filled(column, fill)
+        values: NDArray[Any] = column.to_numpy(zero_copy_only=False)  # only booleans are copied
+        return values
+
+    def place(self, values: NDArray[Any], target: NDArray[Any]) -> None:
+        """Write one value for each row, in order, into an array of a type that holds them."""
+        if self.order is None:
+            target[:] = values
+        else:
+            self.order.place(values, target)
+
+    def ordered(self, values: NDArray[Any], kind: type[Any]) -> NDArray[Any]:
+        """One value for each row, in order, of a type that holds them."""
+        if self.order is None:
+            return values.astype(kind, copy=False)
+        target = np.empty(len(values), kind)
+        self.order.place(values, target)
+        return target
+
+    def count(self, kind: str, name: str, happened: NDArray[Any]) -> None:
+        """Note how often something happened in each row."""
+        self.counts[kind, name] = self.ordered(happened, np.int32)
+
+
+def _raised(values: pa.Array, minimum: float) -> pa.Array:
+    """Numbers, those below a minimum raised to it, nulls as they are."""
+    kind = values.type if _holds(values.type, minimum) else pa.float64()
+    return pc.max_element_wise(values.cast(kind, safe=False), pa.scalar(minimum).cast(kind), skip_nulls=False)
+
+
+def _parted(texts: pa.Array, settings: SparseFeatureConfig, what: str) -> pa.Array:
+    """The lists that texts hold; an empty one holds none."""
+    assert settings.list_text is not None
+    texts = pc.if_else(pc.equal(texts, ""), pa.scalar(None, texts.type), texts)
+    lists = pc.split_pattern(texts, settings.list_text.separator)
+    if settings.list_text.items == "strings":
+        return lists
+    try:
+        return lists.cast(pa.list_(pa.int64()))
+    except pa.ArrowInvalid as error:
+        cause = str(error).splitlines()[0]
+        raise DataError(f"{what} has a text that holds no list of integers: {cause}") from None
 
 
 def _holds(kind: pa.DataType, value: float) -> bool:
     """Whether a value of a type can be just this number."""
-    if pa.types.is_float32(kind):
-        return bool(np.float32(value) == value)
+    if pa.types.is_floating(kind):
+        return bool(pa.types.is_float64(kind) or (pa.types.is_float32(kind) and np.float32(value) == value))
     if not is_integer(kind):
         return False
     limits = np.iinfo(kind.to_pandas_dtype())
-    return value.is_integer() and bool(limits.min <= value <= limits.max)
+    return float(value).is_integer() and bool(limits.min <= value <= limits.max)
 
 
-def _transformed(values: NDArray[Any], name: str, spec: DenseColumn, where: str, counts: Counts) -> NDArray[Any]:
-    """A dense feature from its column's values, nulls filled."""
-    if spec.not_finite == "fill":
-        wrong = ~np.isfinite(values.astype(np.float32, copy=False))
-        if wrong.any():
-            counts["not_finite", name] = wrong.astype(np.int32)
-            values = np.where(wrong, np.float64(spec.fill), values)  # the config asks for a fill
-    if spec.clip is not None:
-        _check_finite(values, name, spec, where, "")  # which clipping would hide
-        values = np.clip(values.astype(np.float64), *spec.clip)
-    if spec.log1p:
-        values = np.log1p(values, dtype=np.float64)
-    if spec.standardize is not None:
-        mean, deviation = spec.standardize
-        values = (values.astype(np.float64) - mean) / deviation
-    return values
-
-
-def _check_finite(values: NDArray[Any], name: str, spec: DenseColumn, where: str, how: str) -> None:
+def _check_finite(values: NDArray[Any], what: str, how: str) -> None:
     if (wrong := ~np.isfinite(values)).any():
         raise DataError(
-            f"{where}: dense feature {name} (column {spec.column!r}) has {count(wrong)} NaN or infinite{how}; "
-            "write nulls and give the feature a fill, or set its not_finite to fill"
+            f"{what} has {count(wrong)} NaN or infinite{how}; write nulls and give the feature a fill, or set its "
+            "not_finite to fill"
         )
 
 
-def _domains(table: pa.Table, spec: DomainColumn, where: str) -> NDArray[np.int64]:
-    column = whole(table, spec.column)
-    if column.null_count:
-        raise DataError(
-            f"{where}: domain column {spec.column!r} has {column.null_count} nulls; "
-            "give rows of no known domain a number of their own when the shards are written"
-        )
-    values: NDArray[Any] = column.to_numpy()
-    if (wrong := (values < 0) | (values >= spec.num_domains)).any():
-        raise DataError(
-            f"{where}: domain column {spec.column!r} has {count(wrong)} out of range, such as {values[wrong][0]}; "
-            f"there are domains 0..{spec.num_domains - 1}: raise data.domain.num_domains or map them when the shards "
-            "are written"
-        )
-    return values.astype(np.int64, copy=False)
-
-
-def _weights(table: pa.Table, name: str, where: str) -> NDArray[np.float32]:
-    given = _numbers(table, name, None, where)
-    with np.errstate(over="ignore"):
-        weights = given.astype(np.float32)
-    if (wrong := ~(np.isfinite(weights) & (weights >= 0))).any():
-        raise DataError(
-            f"{where}: weight column {name!r} has {count(wrong)} negative or not finite, such as {given[wrong][0]}"
-        )
-    return weights
-
-
-def _ids(table: pa.Table, name: str, spec: SparseColumn, where: str, counts: Counts) -> NDArray[Any]:
-    """Ids of a column of single ones, -1 for nulls."""
-    ids, counted = spec.ids.map(whole(table, spec.column), spec.num_embeddings, _what(name, spec, where))
-    for kind, mask in counted.items():
-        counts[kind, name] = mask.astype(np.int32)
-    return ids
-
-
-def _id_lists(
-    table: pa.Table, name: str, spec: SparseColumn, id_type: type[np.int32 | np.int64], where: str, counts: Counts
-) -> Jagged:
-    """Ids of a column of lists, or of single ones in a file of its own kind; a null is an empty list."""
-    array, what = whole(table, spec.column), _what(name, spec, where)
-    if is_list(array.type):
-        lengths, values = flat(array)
-    else:
-        lengths, values = array.is_valid().to_numpy(zero_copy_only=False).astype(np.int64), array.drop_null()
-    weights = _list_weights(table, spec.weights, lengths, what) if spec.weights else None
-    if spec.max_length is not None and (lengths > spec.max_length).any():
-        kept = np.minimum(lengths, spec.max_length)
-        counts["cut", name] = (lengths - kept).astype(np.int32)
-        starts = offsets_of(lengths)[:-1] + (lengths - kept if spec.keep == "last" else 0)
-        index = np.arange(kept.sum()) + np.repeat(starts - offsets_of(kept)[:-1], kept)
-        lengths, values, weights = kept, values.take(pa.array(index)), None if weights is None else weights[index]
-    if values.null_count:
-        raise DataError(
-            f"{what} has {values.null_count} nulls inside lists; leave them out when the shards are written"
-        )
-    ids, counted = spec.ids.map(values, spec.num_embeddings, what)
-    offsets = offsets_of(lengths)
-    for kind, mask in counted.items():
-        counts[kind, name] = np.diff(offsets_of(mask)[offsets]).astype(np.int32)
-    return Jagged(ids.astype(id_type, copy=False), offsets, weights)
-
-
-def _place(values: NDArray[Any], order: NDArray[np.int64] | None, target: NDArray[Any]) -> None:
-    """Write values, in an order, into an array of a type that holds them."""
-    if order is None:
-        target[:] = values
-    else:
-        # All of `order` is in range; "clip" spares the copy that the check of it would make of `out`.
-        np.take(values.astype(target.dtype, copy=False), order, out=target, mode="clip")
-
-
-def _list_weights(table: pa.Table, name: str, lengths: NDArray[np.int64], what: str) -> NDArray[np.float32]:
-    found, values = flat(whole(table, name))
-    if (wrong := found != lengths).any():
-        row = int(np.flatnonzero(wrong)[0])
-        raise DataError(
-            f"{what} has {int(wrong.sum())} lists whose weights (column {name!r}) are not as many: row {row} has "
-            f"{lengths[row]} ids and {found[row]} weights; mend them when the shards are written"
-        )
-    weights: NDArray[np.float32] = values.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
-    if (wrong := ~np.isfinite(weights)).any():  # nulls became NaN
-        raise DataError(f"{what} has {count(wrong)} null, NaN or infinite among its weights (column {name!r})")
-    return weights
-
-
-def _what(name: str, spec: SparseColumn, where: str) -> str:
-    return f"{where}: sparse feature {name} (column {spec.column!r})"
-
-
-def _check_names(schema: pa.Schema, names: list[str], source: str, holder: str) -> None:
+def _check_names(schema: pa.Schema, names: Iterable[str], source: str, holder: str) -> None:
     for name in names:
         found = schema.names.count(name)
         if found == 0:

@@ -1,7 +1,7 @@
-"""From the values of a sparse feature's column to rows of its table.
+"""From raw values of a sparse feature to rows of its table: every way that there is.
 
-A mapping knows which types it takes, how many rows of a table it needs, and what it had to put aside: each kind of
-that is a mask over the values, which the reader counts.
+Converters, training, evaluation and serving all map by these. A mapping knows which types it takes, how many rows of a
+table it needs, and what it had to put aside: each kind of that is a mask over the values, which the reader counts.
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from recsys.config import (
+    BucketizeIdsConfig,
+    DatetimeIdsConfig,
+    HashIdsConfig,
+    SparseFeatureConfig,
+    VocabularyIdsConfig,
+)
 from recsys.data.arrow import filled, is_integer, is_string, plain
 from recsys.data.hashing import hash_ids
 from recsys.data.storage import DataError
@@ -35,7 +42,7 @@ class Mapped(NamedTuple):
 
 
 class IdMapping(Protocol):
-    """How values become rows of a table of a given size."""
+    """How values become rows of a table."""
 
     @property
     def wanted(self) -> str:
@@ -46,18 +53,17 @@ class IdMapping(Protocol):
         """All that may be counted."""
 
     @property
-    def least_rows(self) -> int:
-        """Rows that a table must have."""
+    def num_rows(self) -> int:
+        """Rows that a table must have; all ids are below it."""
 
     def accepts(self, kind: pa.DataType) -> bool:
         """Whether values of a type (of a dictionary's values) are taken."""
 
-    def map(self, values: pa.Array, num_rows: int, what: str) -> Mapped:
-        """The rows of (N,) values in a table of `num_rows`.
+    def map(self, values: pa.Array, what: str) -> Mapped:
+        """The rows of (N,) values.
 
         Args:
             values: of a type that is accepted, or a dictionary of it.
-            num_rows: at least `least_rows`.
             what: feature, column, file and row group, for messages.
 
         Raises:
@@ -70,12 +76,13 @@ class PlainIds:
     """Integers that are rows already.
 
     Attributes:
+        num_rows: of the table.
         out_of_range: what becomes of the others: `error`; `hash`, into all rows; `clip_to_oov`, row 0.
     """
 
+    num_rows: int
     out_of_range: OutOfRange = "error"
     wanted: ClassVar = "integers or lists of integers"
-    least_rows: ClassVar = 1
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -86,10 +93,10 @@ class PlainIds:
         """As `IdMapping`."""
         return is_integer(kind)
 
-    def map(self, values: pa.Array, num_rows: int, what: str) -> Mapped:
+    def map(self, values: pa.Array, what: str) -> Mapped:
         """As `IdMapping`."""
         values = plain(values)
-        given = filled(values, 0)
+        given, num_rows = filled(values, 0), self.num_rows
         if given.min(initial=0) >= 0 and given.max(initial=0) < num_rows:
             if values.null_count:
                 signed = values.cast(pa.int64()) if pa.types.is_unsigned_integer(values.type) else values
@@ -110,27 +117,39 @@ class PlainIds:
 
 @dataclass(frozen=True)
 class HashedIds:
-    """Strings or integers by their hash, see `recsys.data.hashing`; nothing is out of vocabulary, some values meet."""
+    """Strings or integers by their hash, see `recsys.data.hashing`; nothing is out of vocabulary, some values meet.
 
+    Attributes:
+        num_rows: buckets.
+        salt: two salts give independent buckets.
+    """
+
+    num_rows: int
     salt: int = 0
     wanted: ClassVar = "integers, strings or lists of them"
     kinds: ClassVar[tuple[str, ...]] = ()
-    least_rows: ClassVar = 1
 
     def accepts(self, kind: pa.DataType) -> bool:
         """As `IdMapping`."""
         return is_string(kind) or is_integer(kind)
 
-    def map(self, values: pa.Array, num_rows: int, what: str) -> Mapped:
+    def map(self, values: pa.Array, what: str) -> Mapped:
         """As `IdMapping`."""
-        return Mapped(hash_ids(values, num_rows, self.salt), {})
+        return Mapped(hash_ids(values, self.num_rows, self.salt), {})
 
 
 @dataclass(frozen=True)
 class VocabularyIds:
-    """Strings or integers by a vocabulary; row 0 is for those that it does not hold."""
+    """Strings or integers by a vocabulary.
+
+    Attributes:
+        vocabulary: its values in the order of their rows.
+        unknown_is_row_0: whether row 0 is for values that it does not hold, and its own begin at 1; if not, unknown
+            values become -1, as nulls do, and its own begin at 0.
+    """
 
     vocabulary: Vocabulary
+    unknown_is_row_0: bool = True
     kinds: ClassVar = ("out_of_vocabulary",)
 
     @property
@@ -140,18 +159,20 @@ class VocabularyIds:
         return f"{of} or lists of {of}, as in {self.vocabulary.source},"
 
     @property
-    def least_rows(self) -> int:
+    def num_rows(self) -> int:
         """As `IdMapping`."""
-        return len(self.vocabulary) + 1
+        return max(1, len(self.vocabulary) + self.unknown_is_row_0)
 
     def accepts(self, kind: pa.DataType) -> bool:
         """As `IdMapping`."""
         return is_string(kind) if is_string(self.vocabulary.values.type) else is_integer(kind)
 
-    def map(self, values: pa.Array, num_rows: int, what: str) -> Mapped:
+    def map(self, values: pa.Array, what: str) -> Mapped:
         """As `IdMapping`."""
         ids = self.vocabulary.lookup(values)
         unknown = ids == 0
+        if not self.unknown_is_row_0:
+            ids = np.where(ids < 0, ids, ids - 1)
         return Mapped(ids, {"out_of_vocabulary": unknown} if unknown.any() else {})
 
 
@@ -164,7 +185,7 @@ class BucketizedIds:
     kinds: ClassVar[tuple[str, ...]] = ()
 
     @property
-    def least_rows(self) -> int:
+    def num_rows(self) -> int:
         """As `IdMapping`."""
         return len(self.boundaries) + 1
 
@@ -172,7 +193,7 @@ class BucketizedIds:
         """As `IdMapping`."""
         return bool(is_integer(kind) or pa.types.is_floating(kind))
 
-    def map(self, values: pa.Array, num_rows: int, what: str) -> Mapped:
+    def map(self, values: pa.Array, what: str) -> Mapped:
         """As `IdMapping`."""
         values = plain(values)
         valid = values.is_valid().to_numpy(zero_copy_only=False)
@@ -208,7 +229,7 @@ class DatetimeIds:
     kinds: ClassVar[tuple[str, ...]] = ()
 
     @property
-    def least_rows(self) -> int:
+    def num_rows(self) -> int:
         """As `IdMapping`."""
         return _PARTS[self.part][2]
 
@@ -216,7 +237,7 @@ class DatetimeIds:
         """As `IdMapping`."""
         return bool(pa.types.is_timestamp(kind) or is_integer(kind))
 
-    def map(self, values: pa.Array, num_rows: int, what: str) -> Mapped:
+    def map(self, values: pa.Array, what: str) -> Mapped:
         """As `IdMapping`."""
         values = plain(values)
         unit = values.type.unit if pa.types.is_timestamp(values.type) else "s"
@@ -233,6 +254,28 @@ class DatetimeIds:
         function, first, _ = _PARTS[self.part]
         found = pc.call_function(function, [moments.cast(pa.timestamp(unit)).cast(pa.timestamp(unit, zone))])
         return Mapped(pc.fill_null(pc.subtract(found, first), -1).to_numpy(zero_copy_only=False), {})
+
+
+def build_ids(feature: SparseFeatureConfig, num_embeddings: int, vocabulary: Vocabulary | None) -> IdMapping:
+    """The mapping that a feature's settings describe.
+
+    Args:
+        feature: `stored` of it for what shards hold, itself for raw values.
+        num_embeddings: rows of its table.
+        vocabulary: where its ids are by one.
+    """
+    match feature.ids:
+        case None:
+            return PlainIds(num_embeddings, feature.out_of_range)
+        case HashIdsConfig(salt=salt, buckets=buckets):
+            return HashedIds(buckets or num_embeddings, salt)
+        case BucketizeIdsConfig(boundaries=boundaries):
+            return BucketizedIds(boundaries)
+        case DatetimeIdsConfig(part=part, timezone=timezone):
+            return DatetimeIds(part, timezone)
+        case VocabularyIdsConfig(out_of_vocabulary=unknown):
+            assert vocabulary is not None
+            return VocabularyIds(vocabulary, unknown_is_row_0=unknown == "row_0")
 
 
 def count(mask: NDArray[np.bool_]) -> str:

@@ -10,10 +10,11 @@ from contextlib import closing, suppress
 from itertools import tee
 from typing import Self
 
-from recsys.data.batch import Batch
+from recsys.data.batch import Batch, Part, build_batch
 from recsys.data.order import Epoch, Window
 from recsys.data.parquet import ParquetShards
-from recsys.data.rows import Part, Rows, build_batch
+from recsys.data.rows import Rows
+from recsys.data.shuffling import Shuffle
 
 
 class Loader:
@@ -153,4 +154,5 @@ class Loader:
             yield [slice_.result() for slice_ in ahead.popleft()]
 
     def _decode(self, window: Window, index: int) -> Rows:
-        return self._shards.read(window.slices[index], window.permutation(index))
+        permutation = window.permutation(index)
+        return self._shards.read(window.slices[index], None if permutation is None else Shuffle(permutation))

@@ -4,12 +4,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from recsys.data.features import Columns
+from recsys.data.features import Columns, RowOrder
 from recsys.data.order import RowSlice
 from recsys.data.rows import Rows
 from recsys.data.storage import THREADS, DataError, Place, find_files, naming
@@ -195,7 +193,7 @@ class ParquetShards(ShardTables):
                 checked[id(schema)] = columns.check_schema(schema, file)
         self.layout = columns.layout(frozenset[str]().union(*checked.values()))
 
-    def read(self, part: RowSlice, order: NDArray[np.int64] | None = None) -> Rows:
+    def read(self, part: RowSlice, order: RowOrder | None = None) -> Rows:
         """Decode and check the rows of a slice, and put them into an order; safe to call from several threads.
 
         Raises:

@@ -3,21 +3,13 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from recsys.config import (
-    BucketizeIdsConfig,
-    Config,
-    ConfigError,
-    DatetimeIdsConfig,
-    HashIdsConfig,
-    SparseFeatureConfig,
-    VocabularyIdsConfig,
-)
-from recsys.data.features import Columns, DenseColumn, DomainColumn, SparseColumn
-from recsys.data.ids import BucketizedIds, DatetimeIds, HashedIds, IdMapping, PlainIds, VocabularyIds
+from recsys.config import Config, ConfigError
+from recsys.data.features import Columns, SparseColumn
+from recsys.data.ids import build_ids
 from recsys.data.loader import Loader
 from recsys.data.order import Epoch
 from recsys.data.parquet import ParquetShards
-from recsys.data.vocabulary import Vocabulary, load_vocabularies
+from recsys.data.vocabulary import load_vocabularies
 from recsys.runtime import Ranks, derive_seed
 
 
@@ -37,13 +29,15 @@ def open_splits(config: Config, names: Sequence[str], vocabularies: Path | None 
     return {name: ParquetShards(config.data.patterns(name), columns, source=f"data.{name}") for name in names}
 
 
-def build_columns(config: Config, vocabularies: Path | None = None) -> Columns:
+def build_columns(config: Config, vocabularies: Path | None = None, *, raw: bool = False) -> Columns:
     """What a config reads of each row.
 
     Args:
         config: the run's.
         vocabularies: a folder that `save_vocabularies` wrote, such as that of a checkpoint; None takes the files that
             the config names.
+        raw: whether rows hold raw values, as those that a model is asked about do, even where the shards hold rows of
+            tables already (`ids.applied`).
 
     Raises:
         ConfigError: the label is no expression, or a table has fewer rows than its ids need.
@@ -52,50 +46,27 @@ def build_columns(config: Config, vocabularies: Path | None = None) -> Columns:
     read = load_vocabularies(config, vocabularies)
     sparse = {}
     for name, feature in config.features.sparse.items():
-        ids, num_rows = _id_mapping(feature, read.get(name)), config.tables[feature.table].num_embeddings
-        if num_rows < ids.least_rows:
+        num_embeddings = config.tables[feature.table].num_embeddings
+        of_raw = build_ids(feature, num_embeddings, read.get(name))
+        if num_embeddings < of_raw.num_rows:
             raise ConfigError(
-                f"tables.{feature.table}.num_embeddings: {num_rows} rows are too few for the ids of "
-                f"features.sparse.{name}, which need {ids.least_rows}"
+                f"tables.{feature.table}.num_embeddings: {num_embeddings} rows are too few for the ids of "
+                f"features.sparse.{name}, which need {of_raw.num_rows}"
             )
-        column = feature.column or name
-        sparse[name] = SparseColumn(column, num_rows, ids, feature.weights, feature.max_length, feature.keep)
-    dense = {
-        name: DenseColumn(
-            feature.column or name,
-            feature.fill,
-            feature.log1p,
-            feature.clip,
-            (feature.standardize.mean, feature.standardize.std) if feature.standardize else None,
-            feature.not_finite,
-        )
-        for name, feature in config.features.dense.items()
-    }
+        settings = feature if raw else feature.stored
+        ids = of_raw if settings is feature else build_ids(settings, num_embeddings, None)
+        sparse[name] = SparseColumn(settings, ids)
     data = config.data
     return Columns(
         label=data.label,
         reference=data.reference,
-        dense=dense,
+        dense=config.features.dense,
         sparse=sparse,
-        domain=DomainColumn(data.domain.column, data.domain.num_domains) if data.domain else None,
+        domain=data.domain,
         label_null=data.label_null,
         weight=data.weight,
+        vocabularies=read,
     )
-
-
-def _id_mapping(feature: SparseFeatureConfig, vocabulary: Vocabulary | None) -> IdMapping:
-    match feature.ids:
-        case None:
-            return PlainIds(feature.out_of_range)
-        case HashIdsConfig(salt=salt):
-            return HashedIds(salt)
-        case BucketizeIdsConfig(boundaries=boundaries):
-            return BucketizedIds(boundaries)
-        case DatetimeIdsConfig(part=part, timezone=timezone):
-            return DatetimeIds(part, timezone)
-        case VocabularyIdsConfig():
-            assert vocabulary is not None
-            return VocabularyIds(vocabulary)
 
 
 def open_loader(shards: ParquetShards, epochs: Iterable[Epoch], config: Config, ranks: Ranks) -> Loader:

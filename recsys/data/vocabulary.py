@@ -58,8 +58,8 @@ class Vocabulary:
         if table.schema.names != ["value", "count"] or not is_value(table.schema.field("value").type):
             raise DataError(f"{file} is no vocabulary: it has columns {table.schema.to_string()!r}; {_REMEDY}")
         values = canonical(table["value"].combine_chunks())
-        if not len(values) or values.null_count or pc.count_distinct(values).as_py() != len(values):
-            raise DataError(f"vocabulary {file} holds nothing, or a null, or a value twice; {_REMEDY}")
+        if values.null_count or pc.count_distinct(values).as_py() != len(values):
+            raise DataError(f"vocabulary {file} holds a null, or a value twice; {_REMEDY}")
         vocabulary = cls(values, table["count"].combine_chunks().cast(pa.int64()), str(file))
         _ = vocabulary._sorted  # now, and not by each of the threads that look values up
         return vocabulary
@@ -95,6 +95,8 @@ class Vocabulary:
 
     def _find(self, values: pa.Array) -> NDArray[np.int64]:
         keys, places = self._sorted
+        if not len(keys):
+            return np.zeros(len(values), np.int64)
         values = canonical(values)
         wanted = _keys(values)
         near = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)

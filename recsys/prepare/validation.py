@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from recsys.config import Config
-from recsys.data.features import Columns, DenseColumn, SparseColumn
+from recsys.config import Config, DenseFeatureConfig
+from recsys.data.features import Columns, SparseColumn
 from recsys.data.hashing import hash_values
 from recsys.data.parquet import ShardTables
 from recsys.data.rows import Rows
@@ -380,7 +380,7 @@ class _Scan:
             ids = ids[ids >= 0] if rows.has_empty else ids
         counted: NDArray[np.int64] | None = None
         distinct: NDArray[Any] = ids
-        if spec.num_embeddings <= 4 * len(ids):  # hashing each once is less work
+        if spec.ids.num_rows <= 4 * len(ids):  # hashing each once is less work
             counted = np.bincount(ids)
             distinct = np.flatnonzero(counted)
             counted = counted[distinct]
@@ -407,7 +407,7 @@ class _Scan:
         self,
         path: str,
         name: str,
-        spec: DenseColumn,
+        spec: DenseFeatureConfig,
         rows: Rows,
         column: pa.ChunkedArray,
         bounds: NDArray[np.float32] | None,
@@ -476,8 +476,8 @@ class _Split:
             if not self.tables.row_counts[row_group]:
                 continue
             for path, rows, table in self._decoded(row_group, None, names, _Scan()):
-                (spec,) = self.parts[path].dense.values()
-                found.setdefault(path, []).append(_present(rows.dense[0], table.column(spec.column)))
+                ((name, spec),) = self.parts[path].dense.items()
+                found.setdefault(path, []).append(_present(rows.dense[0], table.column(spec.column or name)))
         joined = {path: np.concatenate(values) for path, values in found.items()}
         return {
             path: np.unique(np.quantile(values, np.arange(1, 10) / 10)).astype(np.float32)
@@ -527,7 +527,7 @@ class _Split:
             for name, spec in part.sparse.items():
                 scan.take_sparse(path, name, spec, rows, group)
             for name, dense in part.dense.items():
-                scan.take_dense(path, name, dense, rows, table.column(dense.column), bounds.get(path), group)
+                scan.take_dense(path, name, dense, rows, table.column(dense.column or name), bounds.get(path), group)
             hashes = _mixed(hashes, _bits(rows))
         if decoded == len(self.parts):
             scan.sample.add(hash_values(pa.array(hashes.view(np.int64))))
@@ -753,7 +753,7 @@ def _sparse_figures(
         least=None if low is None else int(low),
         greatest=None if high is None else int(high),
         values=values,
-        distinct=min(spec.num_embeddings, round(scan.distinct[path].estimate())),
+        distinct=min(spec.ids.num_rows, round(scan.distinct[path].estimate())),
         mean_length=float(scan.counts[path, "length"] / rows),
         longest=int(scan.extremes[path, "length"][1]),
         cut_rate=float(scan.counts[path, "cut"] / rows),

@@ -9,7 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from recsys.cli import quiet_libraries
-from recsys.data.features import Columns, DenseColumn, DomainColumn, SparseColumn
+from recsys.config import DenseFeatureConfig, DomainConfig, SparseFeatureConfig
+from recsys.data.features import Columns, SparseColumn
+from recsys.data.ids import PlainIds
 from recsys.data.loader import Loader
 from recsys.data.order import Epoch
 from recsys.data.parquet import ParquetShards
@@ -18,9 +20,12 @@ from recsys.data.storage import DataError
 COLUMNS = Columns(
     label="label",
     reference="truth",
-    dense={"x": DenseColumn("x", 0.5)},
-    sparse={"user": SparseColumn("user", 1000), "tags": SparseColumn("tags", 50)},
-    domain=DomainColumn("domain", 3),
+    dense={"x": DenseFeatureConfig(fill=0.5)},
+    sparse={
+        name: SparseColumn(SparseFeatureConfig(table=name), PlainIds(rows))
+        for name, rows in (("user", 1000), ("tags", 50))
+    },
+    domain=DomainConfig(column="domain", num_domains=3),
 )
 
 

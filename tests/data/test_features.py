@@ -10,14 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from reading import dense_column, sparse_column
 
 from recsys.config import ConfigError
-from recsys.data.features import Columns, DenseColumn, SparseColumn
+from recsys.data.batch import Part, build_batch
+from recsys.data.features import Columns
 from recsys.data.hashing import hash_ids
 from recsys.data.ids import BucketizedIds, DatetimeIds, HashedIds, IdMapping, PlainIds, VocabularyIds
 from recsys.data.order import RowSlice
 from recsys.data.parquet import ParquetShards
-from recsys.data.rows import Jagged, Part, Rows, build_batch
+from recsys.data.rows import Jagged, Rows
+from recsys.data.shuffling import take
 from recsys.data.storage import DataError
 from recsys.data.vocabulary import Vocabulary
 
@@ -44,15 +47,19 @@ def counts(rows: Rows) -> dict[tuple[str, str], list[int]]:
 
 
 def ids_of(ids: IdMapping, values: pa.Array, rows: int = 10, **options: Any) -> Rows:
-    return decode(columns(sparse={"f": SparseColumn("c", rows, ids, **options)}), {"c": values})
+    return decode(columns(sparse={"f": sparse_column("c", rows, ids, **options)}), {"c": values})
 
 
 @pytest.mark.parametrize(
     ("ids", "values", "expected"),
     [
-        (PlainIds(), [3, None, 9], [3, -1, 9]),
-        (HashedIds(7), ["x", None, "ü"], [*hash_ids(pa.array(["x"]), 10, 7), -1, *hash_ids(pa.array(["ü"]), 10, 7)]),
-        (HashedIds(7), [-5, None, 5], [*hash_ids(pa.array([-5]), 10, 7), -1, *hash_ids(pa.array([5]), 10, 7)]),
+        (PlainIds(10), [3, None, 9], [3, -1, 9]),
+        (
+            HashedIds(10, 7),
+            ["x", None, "ü"],
+            [*hash_ids(pa.array(["x"]), 10, 7), -1, *hash_ids(pa.array(["ü"]), 10, 7)],
+        ),
+        (HashedIds(10, 7), [-5, None, 5], [*hash_ids(pa.array([-5]), 10, 7), -1, *hash_ids(pa.array([5]), 10, 7)]),
         (WORDS, ["a", None, "z"], [2, -1, 0]),
         (NUMBERS, [7, None, 8], [2, -1, 0]),
         (BucketizedIds((1.0, 5.0)), [0.5, None, 5.0], [0, -1, 2]),
@@ -93,10 +100,10 @@ def test_dates_are_taken_apart_in_their_time_zone(timezone: str) -> None:
 @pytest.mark.parametrize(
     ("ids", "values", "message"),
     [
-        (PlainIds(), [1, 10, 11], "has 2 values out of range, such as 10; its table takes ids 0..9: raise num_emb"),
+        (PlainIds(10), [1, 10, 11], "has 2 values out of range, such as 10; its table takes ids 0..9: raise num_emb"),
         (BucketizedIds((1.0,)), [0.0, float("nan"), 1.0], "has 1 value NaN, which is in no bucket"),
         (DatetimeIds("hour"), [0, 1_700_000_000_000, 0], "has 1 value that cannot be seconds since 1970, such as 17"),
-        (HashedIds(), [["a"], ["b", None], None], "has 1 nulls inside lists"),
+        (HashedIds(10), [["a"], ["b", None], None], "has 1 nulls inside lists"),
     ],
 )
 def test_refused_values_name_file_feature_column_and_value(ids: IdMapping, values: list[Any], message: str) -> None:
@@ -109,8 +116,8 @@ def test_refused_values_name_file_feature_column_and_value(ids: IdMapping, value
 @pytest.mark.parametrize(
     ("ids", "values", "message"),
     [
-        (PlainIds(), list("abc"), "type string, which needs features.sparse.f.ids: {type: hash} or a vocabulary"),
-        (HashedIds(), [0.5, 1.0, 2.0], "type double; integers, strings or lists of them are needed"),
+        (PlainIds(10), list("abc"), "type string, which needs features.sparse.f.ids: {type: hash} or a vocabulary"),
+        (HashedIds(10), [0.5, 1.0, 2.0], "type double; integers, strings or lists of them are needed"),
         (WORDS, [1, 2, 3], "type int64; strings or lists of strings, as in words.parquet, are needed"),
         (NUMBERS, list("abc"), "type string; integers or lists of integers, as in numbers.parquet, are needed"),
         (BucketizedIds((1.0,)), list("abc"), "type string; numbers or lists of numbers are needed"),
@@ -125,17 +132,17 @@ def test_refused_types_name_what_is_needed(ids: IdMapping, values: list[Any], me
 
 def test_ids_out_of_range_are_hashed_or_clipped_and_counted() -> None:
     values = pa.array([[3, 99, 12], None, [-1, 0]])
-    hashed = ids_of(PlainIds("hash"), values)
+    hashed = ids_of(PlainIds(10, "hash"), values)
     elsewhere = hash_ids(pa.array([99, 12, -1]), 10).tolist()
     assert bags(hashed) == [[3, *elsewhere[:2]], [], [elsewhere[2], 0]]
     assert counts(hashed) == {("hashed", "f"): [2, 0, 1]}
-    clipped = ids_of(PlainIds("clip_to_oov"), values)
+    clipped = ids_of(PlainIds(10, "clip_to_oov"), values)
     assert bags(clipped) == [[3, 0, 0], [], [0, 0]]
     assert counts(clipped) == {("clipped", "f"): [2, 0, 1]}
-    single = ids_of(PlainIds("clip_to_oov"), pa.array([2**63, None, 4], pa.uint64()))
+    single = ids_of(PlainIds(10, "clip_to_oov"), pa.array([2**63, None, 4], pa.uint64()))
     assert single.single.tolist() == [[0, -1, 4]]
     assert counts(single) == {("clipped", "f"): [1, 0, 0]}
-    assert counts(ids_of(PlainIds("clip_to_oov"), pa.array([[1], None, [9, 0]]))) == {}
+    assert counts(ids_of(PlainIds(10, "clip_to_oov"), pa.array([[1], None, [9, 0]]))) == {}
 
 
 def test_what_a_vocabulary_lacks_is_counted() -> None:
@@ -153,7 +160,7 @@ def test_what_a_vocabulary_lacks_is_counted() -> None:
 def test_long_lists_are_cut_with_their_weights_and_counted(
     keep: str, expected: list[list[int]], kept: list[float]
 ) -> None:
-    of = columns(sparse={"f": SparseColumn("c", 10, weights="w", max_length=2, keep=keep)})  # type: ignore[arg-type]
+    of = columns(sparse={"f": sparse_column("c", 10, weights="w", max_length=2, keep=keep)})  # type: ignore[arg-type]
     rows = decode(of, {"c": [[1, 2], None, [5, 6, 7]], "w": pa.array([[0.1, 0.2], [], [0.5, 0.6, 0.7]])})
     assert bags(rows) == expected
     assert rows.lists[0].weights is not None
@@ -162,7 +169,7 @@ def test_long_lists_are_cut_with_their_weights_and_counted(
 
 
 def test_ids_that_are_cut_are_not_looked_at() -> None:
-    rows = ids_of(PlainIds(), pa.array([[1], [2, 99], [3]]), max_length=1)
+    rows = ids_of(PlainIds(10), pa.array([[1], [2, 99], [3]]), max_length=1)
     assert bags(rows) == [[1], [2], [3]]
 
 
@@ -176,13 +183,13 @@ def test_ids_that_are_cut_are_not_looked_at() -> None:
     ],
 )
 def test_weights_that_do_not_go_with_the_ids_are_refused(weights: list[Any], message: str) -> None:
-    of = columns(sparse={"f": SparseColumn("c", 10, weights="w")})
+    of = columns(sparse={"f": sparse_column("c", 10, weights="w")})
     with pytest.raises(DataError, match=message):
         decode(of, {"c": [[1, 2], [3, 4], None], "w": pa.array(weights)})
 
 
 def test_batches_weigh_the_ids_of_other_features_by_one() -> None:
-    of = columns(sparse={"plain": SparseColumn("a", 10), "f": SparseColumn("c", 10, weights="w")})
+    of = columns(sparse={"plain": sparse_column("a", 10), "f": sparse_column("c", 10, weights="w")})
     rows = decode(of, {"a": [1, None, 2], "c": [[1, 2], [], [3]], "w": [[0.5, 0.25], [], [2]]})
     batch = build_batch([Part(rows, 0, 3)], of.layout(frozenset({"f"})), 0, loss_scale=1.0, pin_memory=False)
     assert batch.sparse_features.values().tolist() == [1, 2, 1, 2, 3]
@@ -206,7 +213,7 @@ def test_batches_weigh_the_ids_of_other_features_by_one() -> None:
 )
 @pytest.mark.filterwarnings("error")
 def test_dense_transforms_happen_in_their_order(options: dict[str, Any], values: list[Any], expected: Any) -> None:
-    of = columns(dense={"x": DenseColumn("c", **{"fill": None, **options})})
+    of = columns(dense={"x": dense_column("c", **{"fill": None, **options})})
     rows = decode(of, {"c": values})
     np.testing.assert_array_equal(rows.dense[0], np.float32(expected))
     found = [int(value is not None and not np.isfinite(value)) for value in values]
@@ -225,7 +232,7 @@ def test_dense_transforms_happen_in_their_order(options: dict[str, Any], values:
 def test_dense_values_that_are_not_finite_are_refused_before_anything_hides_them(
     options: dict[str, Any], values: list[float]
 ) -> None:
-    of = columns(dense={"x": DenseColumn("c", **{"fill": None, **options})})
+    of = columns(dense={"x": dense_column("c", **{"fill": None, **options})})
     with pytest.raises(DataError, match=r"row group 0: dense feature x \(column 'c'\) has 1 value NaN or infinite"):
         decode(of, {"c": values})
 
@@ -255,7 +262,7 @@ EVENTS = {
 )
 def test_labels_are_computed_and_unknown_ones_skipped(label: str, expected: list[int | None]) -> None:
     rows = decode(
-        columns(label=label, label_null="skip", dense={"x": DenseColumn("c", None)}), {"c": [1, 2, 3], **EVENTS}
+        columns(label=label, label_null="skip", dense={"x": dense_column("c", None)}), {"c": [1, 2, 3], **EVENTS}
     )
     assert [None if np.isnan(value) else value for value in rows.labels.tolist()] == expected
     assert counts(rows) == {("skipped", "label"): [int(value is None) for value in expected]}
@@ -288,8 +295,8 @@ def test_a_column_that_only_looks_like_words_is_a_column() -> None:
 
 
 def test_rows_are_weighed() -> None:
-    of = columns(weight="w", dense={"x": DenseColumn("c", None)})
-    rows = decode(of, {"c": [1, 2, 3], "w": [0.0, 2.5, 1.0]}).take(np.array([1, 2, 0]))
+    of = columns(weight="w", dense={"x": dense_column("c", None)})
+    rows = take(decode(of, {"c": [1, 2, 3], "w": [0.0, 2.5, 1.0]}), np.array([1, 2, 0]))
     batch = build_batch([Part(rows, 0, 2)], of.layout(frozenset()), 1, loss_scale=1.0, pin_memory=False)
     assert batch.weight is not None and batch.weight.tolist() == [2.5, 1.0]
     assert decode(columns(), {}).weight.tolist() == []
@@ -308,13 +315,13 @@ def everything() -> Columns:
         label_null="skip",
         weight="w",
         sparse={
-            "user": SparseColumn("user", 10, PlainIds("hash")),
-            "query": SparseColumn("query", 50, HashedIds(3)),
-            "words": SparseColumn("words", 3, WORDS, weights="scores", max_length=2, keep="last"),
-            "price": SparseColumn("price", 3, BucketizedIds((1.0, 2.0))),
-            "hour": SparseColumn("at", 24, DatetimeIds("hour")),
+            "user": sparse_column("user", 10, PlainIds(10, "hash")),
+            "query": sparse_column("query", 50, HashedIds(50, 3)),
+            "words": sparse_column("words", 3, WORDS, weights="scores", max_length=2, keep="last"),
+            "price": sparse_column("price", 3, BucketizedIds((1.0, 2.0))),
+            "hour": sparse_column("at", 24, DatetimeIds("hour")),
         },
-        dense={"dwell": DenseColumn("dwell", 1.0, True, (0.0, 3.0), (1.0, 2.0), "fill")},
+        dense={"dwell": dense_column("dwell", 1.0, True, (0.0, 3.0), (1.0, 2.0), "fill")},
     )
 
 
@@ -372,7 +379,7 @@ def test_strings_are_read_as_dictionaries_whatever_the_file_has(tmp_path: Path, 
     flat = pa.array(["a", "b", "c"] * 10).cast(kind)
     lists = pa.ListArray.from_arrays(pa.array([0, 1, None, *range(3, 31), *[30] * 10], pa.int32()), flat)
     table = pa.table({"label": [0, 1] * 20, "one": plain.cast(kind), "many": lists, "number": range(40)})
-    sparse = {name: SparseColumn(name, 100, HashedIds(1)) for name in ("one", "many", "number")}
+    sparse = {name: sparse_column(name, 100, HashedIds(100, 1)) for name in ("one", "many", "number")}
     of = columns(sparse=sparse)
     pq.write_table(table, tmp_path / "f.parquet")
     shards = ParquetShards([f"{tmp_path}/*.parquet"], of, source="data.train")
@@ -387,7 +394,7 @@ def test_counts_follow_their_rows_through_shuffling_into_batches() -> None:
     of = everything()
     table = everything_table(200)
     rows = of.decode(table, of.layout(of.check_schema(table.schema, "f")), "f")
-    shuffled = rows.take(np.random.default_rng(1).permutation(200))
+    shuffled = take(rows, np.random.default_rng(1).permutation(200))
     whole, parts = build(of, shuffled).counts, [Part(shuffled, start, start + 50) for start in range(0, 200, 50)]
     assert set(whole) == set(of.counted) and min(whole.values()) > 0
     summed = dict.fromkeys(whole, 0)

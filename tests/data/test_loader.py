@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from numpy.typing import NDArray
-from reading import bags, open_table
+from reading import bags, dense_column, domain_column, open_table, sparse_column
 from tiny import tiny_table, write_tiny_log
 
 from recsys.data.batch import Batch
-from recsys.data.features import Columns, DenseColumn, DomainColumn, SparseColumn
+from recsys.data.features import Columns
 from recsys.data.loader import Loader
 from recsys.data.order import Epoch, Position, RowSlice
 from recsys.data.parquet import ParquetShards
@@ -28,9 +28,9 @@ from recsys.data.storage import DataError
 COLUMNS = Columns(
     label="label",
     reference="truth",
-    dense={"x": DenseColumn("x", 0.5), "scale": DenseColumn("z", None)},
-    sparse={"user": SparseColumn("user", 40), "item": SparseColumn("item", 30), "tags": SparseColumn("tags", 12)},
-    domain=DomainColumn("domain", 3),
+    dense={"x": dense_column("x", 0.5), "scale": dense_column("z", None)},
+    sparse={"user": sparse_column("user", 40), "item": sparse_column("item", 30), "tags": sparse_column("tags", 12)},
+    domain=domain_column("domain", 3),
 )
 
 Example = tuple[float, float, int, tuple[float, ...], tuple[tuple[int, ...], ...]]
@@ -231,7 +231,7 @@ def test_an_error_in_the_background_reaches_the_consumer(log: Path) -> None:
     assert not loader_threads()
 
 
-JUST_IDS = Columns("label", None, {}, {"tags": SparseColumn("ids", 10)})
+JUST_IDS = Columns("label", None, {}, {"tags": sparse_column("ids", 10)})
 
 
 def id_table(ids: Sequence[Any] = (1, 2, 3)) -> pa.Table:

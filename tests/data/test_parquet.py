@@ -8,17 +8,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from reading import ids, open_table, read_first
+from reading import dense_column, domain_column, ids, open_table, read_first, sparse_column
 
-from recsys.data.features import Columns, DenseColumn, DomainColumn, SparseColumn
+from recsys.data.features import Columns
 from recsys.data.order import RowSlice
 from recsys.data.parquet import ParquetShards
+from recsys.data.shuffling import Shuffle
 from recsys.data.storage import DataError
 
 
 def test_features_may_share_a_column_and_be_dense_and_sparse_at_once(tmp_path: Path) -> None:
     columns = Columns(
-        "label", None, {"n": DenseColumn("a", None)}, {"one": SparseColumn("a", 9), "two": SparseColumn("a", 9)}
+        "label", None, {"n": dense_column("a", None)}, {"one": sparse_column("a", 9), "two": sparse_column("a", 9)}
     )
     shards = open_table(tmp_path, pa.table({"label": [0, 1], "a": [3, 5]}), columns)
     rows = read_first(shards)
@@ -28,7 +29,7 @@ def test_features_may_share_a_column_and_be_dense_and_sparse_at_once(tmp_path: P
 
 
 INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
-JUST_IDS = Columns("label", None, {}, {"tags": SparseColumn("ids", 100)})
+JUST_IDS = Columns("label", None, {}, {"tags": sparse_column("ids", 100)})
 
 
 def ids_table(column: pa.Array) -> pa.Table:
@@ -51,7 +52,7 @@ def test_ids_of_every_integer_type_and_lists_of_them_are_read(tmp_path: Path, ki
 
 
 def test_ids_that_fill_32_bits_and_more_are_read(tmp_path: Path) -> None:
-    columns = Columns("label", None, {}, {"tags": SparseColumn("ids", 2**40)})
+    columns = Columns("label", None, {}, {"tags": sparse_column("ids", 2**40)})
     shards = open_table(tmp_path, ids_table(pa.array([2**40 - 1, 2**31, None])), columns)
     assert tags(shards) == [[2**40 - 1], [2**31], []]
 
@@ -105,7 +106,7 @@ def test_labels_and_dense_features_of_every_numeric_type_are_read(tmp_path: Path
     numbers = pa.array(np.array([0, 1, 1]).astype(kind.strip("_")))
     gaps = pa.array(np.array([0, 1, 1]).astype(kind.strip("_")), mask=np.array([False, True, False]))
     columns = Columns(
-        "label", "label", {"a": DenseColumn("label", None), "b": DenseColumn("gaps", -2.5)}, JUST_IDS.sparse
+        "label", "label", {"a": dense_column("label", None), "b": dense_column("gaps", -2.5)}, JUST_IDS.sparse
     )
     table = pa.table({"label": numbers, "gaps": gaps, "ids": [1, 2, 3]})
     rows = read_first(open_table(tmp_path, table, columns))
@@ -116,11 +117,11 @@ def test_labels_and_dense_features_of_every_numeric_type_are_read(tmp_path: Path
 
 @pytest.mark.parametrize("kind", INTEGERS)
 def test_domains_of_every_integer_type_are_read_and_taken_along(tmp_path: Path, kind: str) -> None:
-    columns = Columns("label", None, {}, JUST_IDS.sparse, DomainColumn("part", 100))
+    columns = Columns("label", None, {}, JUST_IDS.sparse, domain_column("part", 100))
     table = pa.table({"label": [0, 1, 1], "ids": [1, 2, 3], "part": pa.array([99, 0, 5], getattr(pa, kind)())})
     rows = read_first(open_table(tmp_path, table, columns))
     assert (rows.domain.tolist(), rows.domain.dtype) == ([99, 0, 5], np.int64)
-    ordered = open_table(tmp_path, table, columns).read(RowSlice(0, 0, 3), np.array([2, 0, 1]))
+    ordered = open_table(tmp_path, table, columns).read(RowSlice(0, 0, 3), Shuffle(np.array([2, 0, 1])))
     assert ordered.domain.tolist() == [5, 99, 0]
 
 
@@ -134,7 +135,7 @@ def test_domains_of_every_integer_type_are_read_and_taken_along(tmp_path: Path, 
     ],
 )
 def test_bad_domain_names_file_row_group_and_column(tmp_path: Path, domain: Any, message: str) -> None:
-    columns = Columns("label", None, {}, JUST_IDS.sparse, DomainColumn("part", 3))
+    columns = Columns("label", None, {}, JUST_IDS.sparse, domain_column("part", 3))
     shards = open_table(tmp_path, pa.table({"label": [0, 1, 1], "ids": [1, 2, 3], "part": domain}), columns)
     with pytest.raises(DataError) as error:
         read_first(shards)
@@ -144,14 +145,14 @@ def test_bad_domain_names_file_row_group_and_column(tmp_path: Path, domain: Any,
 
 @pytest.mark.parametrize("domain", [[0.0, 1.0], ["a", "b"], [[0], [1]]], ids=str)
 def test_domain_that_is_no_integer_is_refused_on_opening(tmp_path: Path, domain: Any) -> None:
-    columns = Columns("label", None, {}, JUST_IDS.sparse, DomainColumn("part", 3))
+    columns = Columns("label", None, {}, JUST_IDS.sparse, domain_column("part", 3))
     with pytest.raises(DataError, match=r"column 'part' \(domain\) has type .*; integers are needed"):
         open_table(tmp_path, pa.table({"label": [0, 1], "ids": [1, 2], "part": domain}), columns)
 
 
 @pytest.mark.filterwarnings("error")
 def test_dense_integers_beyond_float_precision_are_rounded_beside_nulls_too(tmp_path: Path) -> None:
-    columns = Columns("label", None, {"big": DenseColumn("big", 0.0)}, JUST_IDS.sparse)
+    columns = Columns("label", None, {"big": dense_column("big", 0.0)}, JUST_IDS.sparse)
     table = pa.table({"label": [0, 1], "ids": [1, 1], "big": pa.array([2**60 + 1, None])})
     assert read_first(open_table(tmp_path, table, columns)).dense.tolist() == [[2.0**60, 0.0]]
 
@@ -161,7 +162,7 @@ def test_log1p_is_taken_in_full_precision_after_filling(tmp_path: Path, kind: st
     values = np.array([0, 1, 100]).astype(kind.strip("_"))
     plain, numbers = pa.array(values), pa.array(values, mask=np.array([True, False, False]))
     columns = Columns(
-        "label", None, {"a": DenseColumn("a", 9.0, True), "b": DenseColumn("b", None, True)}, JUST_IDS.sparse
+        "label", None, {"a": dense_column("a", 9.0, True), "b": dense_column("b", None, True)}, JUST_IDS.sparse
     )
     table = pa.table({"label": [0, 1, 1], "ids": [1, 2, 3], "a": numbers, "b": plain})
     last = float(values[2])
@@ -170,14 +171,14 @@ def test_log1p_is_taken_in_full_precision_after_filling(tmp_path: Path, kind: st
 
 
 def test_log1p_of_values_of_minus_1_and_below_is_refused(tmp_path: Path) -> None:
-    columns = Columns("label", None, {"a": DenseColumn("a", None, True)}, JUST_IDS.sparse)
+    columns = Columns("label", None, {"a": dense_column("a", None, True)}, JUST_IDS.sparse)
     table = pa.table({"label": [0, 1, 1], "ids": [1, 2, 3], "a": [-1, -2, 0]})
     with pytest.raises(DataError, match=r"dense feature a .* has 2 values .* after log1p"):
         read_first(open_table(tmp_path, table, columns))
 
 
 GOOD: dict[str, Any] = {"label": [0, 1, 1], "truth": [0.1, 0.2, 0.3], "x": [1.0, 2.0, 3.0], "ids": [1, 2, 3]}
-CHECKED = Columns("label", "truth", {"score": DenseColumn("x", None)}, {"tags": SparseColumn("ids", 10)})
+CHECKED = Columns("label", "truth", {"score": dense_column("x", None)}, {"tags": sparse_column("ids", 10)})
 
 
 def good_table(**changed: Any) -> pa.Table:

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from reading import bags
 from torchrec import KeyedJaggedTensor
 
-from recsys.data.rows import Jagged, Part, Rows, SparseLayout, build_batch
+from recsys.data.batch import Part, build_batch
+from recsys.data.rows import Jagged, Rows, SparseLayout
+from recsys.data.shuffling import Shuffle
 
 Bags = list[list[int]]
 
@@ -106,7 +108,7 @@ def test_runs_are_neighbours_of_one_kind(lists: frozenset[str]) -> None:
 @given(st.lists(st.lists(st.integers(0, 2**40), max_size=4), min_size=1, max_size=8), st.booleans(), st.data())
 def test_taking_rows_equals_indexing_lists(lists: Bags, weighted: bool, data: st.DataObject) -> None:
     order = data.draw(st.permutations(range(len(lists))))
-    taken = jagged(lists, weighted).take(np.array(order, np.int64))
+    taken = Shuffle(np.array(order, np.int64)).lists(jagged(lists, weighted))
     wanted = jagged([lists[row] for row in order], weighted)
     assert bags(taken) == bags(wanted)
     assert (taken.weights is None) == (wanted.weights is None)

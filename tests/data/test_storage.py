@@ -9,14 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from reading import dense_column, sparse_column
 
 from recsys.data import parquet
-from recsys.data.features import Columns, DenseColumn, SparseColumn
+from recsys.data.features import Columns
 from recsys.data.order import RowSlice
 from recsys.data.parquet import ParquetShards
 from recsys.data.storage import DataError, find_files
 
-COLUMNS = Columns(label="label", reference=None, dense={"x": DenseColumn("x", None)}, sparse={})
+COLUMNS = Columns(label="label", reference=None, dense={"x": dense_column("x", None)}, sparse={})
 
 
 def table(rows: int, first: int = 0) -> pa.Table:
@@ -29,7 +30,7 @@ def write(path: Path, rows: int = 4, first: int = 0, **options: Any) -> None:
 
 
 def with_sparse(*names: str) -> Columns:
-    return Columns("label", None, {}, {name: SparseColumn(name, 50) for name in names})
+    return Columns("label", None, {}, {name: sparse_column(name, 50) for name in names})
 
 
 def open_shards(*patterns: str | Path, columns: Columns = COLUMNS) -> ParquetShards:
@@ -149,14 +150,14 @@ def test_directories_of_text_are_no_numbers(tmp_path: Path) -> None:
         write(tmp_path / f"day={day}" / "part.parquet")
     assert [file.partitions for file in find_files([str(tmp_path)], source="")] == [{"day": "7"}, {"day": "seven th"}]
     with pytest.raises(DataError, match=r"column 'day' .* has type string"):
-        open_shards(tmp_path, columns=Columns("label", None, {"day": DenseColumn("day", None)}, {}))
+        open_shards(tmp_path, columns=Columns("label", None, {"day": dense_column("day", None)}, {}))
 
 
 def test_a_column_in_the_file_and_on_its_path_is_refused_where_it_is_read(tmp_path: Path) -> None:
     write(tmp_path / "x=7" / "part.parquet")
     with pytest.raises(DataError, match=r"x=7/part.parquet: column 'x' is in the file and is on its path as well"):
         open_shards(tmp_path)
-    shards = open_shards(tmp_path, columns=Columns("label", None, {"y": DenseColumn("label", None)}, {}))
+    shards = open_shards(tmp_path, columns=Columns("label", None, {"y": dense_column("label", None)}, {}))
     assert shards.row_counts == (4,)
 
 

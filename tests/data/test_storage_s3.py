@@ -13,6 +13,7 @@ import pytest
 import yaml
 from pyarrow import fs
 from ranks import run_module, run_ranks
+from reading import dense_column, sparse_column
 from tiny import tiny_config, tiny_table, write_tiny_log
 
 pytest.importorskip("moto", reason="needs the dev extra")
@@ -20,7 +21,7 @@ pytest.importorskip("moto", reason="needs the dev extra")
 from s3 import S3, FirstFail, Request
 
 from recsys.data import storage as location
-from recsys.data.features import Columns, DenseColumn, SparseColumn
+from recsys.data.features import Columns
 from recsys.data.loader import Loader
 from recsys.data.order import Epoch, RowSlice
 from recsys.data.parquet import ParquetShards
@@ -31,8 +32,8 @@ from recsys.training.checkpoint import CheckpointError, copy_checkpoint, read_me
 COLUMNS = Columns(
     "label",
     None,
-    {"x": DenseColumn("x", 0.0)},
-    {name: SparseColumn(name, size) for name, size in {"user": 40, "item": 30, "tags": 12}.items()},
+    {"x": dense_column("x", 0.0)},
+    {name: sparse_column(name, size) for name, size in {"user": 40, "item": 30, "tags": 12}.items()},
 )
 
 
@@ -104,7 +105,7 @@ def test_patterns_mean_on_s3_what_they_mean_on_disk(s3: S3, pattern: str, expect
 def test_names_that_other_programs_hide_are_left_out_and_paths_are_columns(s3: S3, bucket: str) -> None:
     for name in ("hour=07/part.parquet", "hour=07/_temporary/part.parquet", "hour=12/.part.parquet"):
         put_table(s3, tiny_table(10, 0), f"{bucket}/{name}")
-    columns = Columns("label", None, {}, {"hour": SparseColumn("hour", 24)})
+    columns = Columns("label", None, {}, {"hour": sparse_column("hour", 24)})
     shards = ParquetShards([s3.url(f"{bucket}/**/*.parquet")], columns, source="data.train")
     assert shards.files == [f"s3://{bucket}/hour=07/part.parquet"]
     assert shards.read(RowSlice(0, 0, 10)).single.tolist() == [[7] * 10]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny import tiny_config
 
 from recsys.config import Config, ConfigError, validate
+from recsys.data.ids import VocabularyIds
 from recsys.data.splits import build_columns
 from recsys.data.storage import DataError
 from recsys.data.vocabulary import Vocabulary, canonical, load_vocabularies, save_vocabularies
@@ -63,14 +64,23 @@ def test_the_digest_tells_order_values_and_their_borders() -> None:
     assert len(set(digests)) == len(digests)
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.int64()])
+def test_a_vocabulary_of_no_values_makes_all_row_0(tmp_path: Path, kind: pa.DataType) -> None:
+    """Which a converter leaves where no value occurs often enough."""
+    pq.write_table(pa.table({"value": pa.array([], kind), "count": pa.array([], pa.int64())}), tmp_path / "v.parquet")
+    vocabulary = Vocabulary.read(tmp_path / "v.parquet")
+    values = pa.array(["7", None, "8"]).cast(kind)
+    assert vocabulary.lookup(values).tolist() == [0, -1, 0]
+    assert VocabularyIds(vocabulary).num_rows == 1
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
         (pa.table({"value": ["a"]}), "is no vocabulary"),
         (pa.table({"value": [0.5], "count": [1]}), "is no vocabulary"),
         (pa.table({"value": ["a", "a"], "count": [1, 1]}), "a value twice"),
-        (pa.table({"value": ["a", None], "count": [1, 1]}), "or a null"),
-        (pa.table({"value": pa.array([], pa.string()), "count": pa.array([], pa.int64())}), "holds nothing"),
+        (pa.table({"value": ["a", None], "count": [1, 1]}), "holds a null"),
         (None, "cannot be read"),
     ],
 )
@@ -195,7 +205,7 @@ def test_what_cannot_be_built_is_refused(log: Path) -> None:
 def test_a_table_must_have_a_row_for_each_value_and_one_more(log: Path) -> None:
     file = log / "v.parquet"
     build_vocabularies(config_with(log, {"brand": by_vocabulary(file)}))
-    assert build_columns(config_with(log, {"brand": by_vocabulary(file)}, tables=4)).sparse["brand"].num_embeddings == 4
+    assert build_columns(config_with(log, {"brand": by_vocabulary(file)}, tables=4)).sparse["brand"].ids.num_rows == 4
     with pytest.raises(ConfigError, match=r"tables\.brand\.num_embeddings: 3 rows are too few for .* which need 4"):
         build_columns(config_with(log, {"brand": by_vocabulary(file)}, tables=3))
 

@@ -16,7 +16,7 @@ from test_run import train_on
 from tiny import tiny_config
 
 from recsys.config import Config, SparseOptimizerConfig, validate
-from recsys.data.rows import Part, build_batch
+from recsys.data.batch import Part, build_batch
 from recsys.data.splits import build_columns
 from recsys.model.ranker import build_ranker
 from recsys.prepare.vocabularies import build_vocabularies
