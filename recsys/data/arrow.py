@@ -55,8 +55,9 @@ def plain(values: pa.Array) -> pa.Array:
 
 
 def filled(numbers: pa.Array, value: float) -> NDArray[Any]:
-    """Integers or floating numbers, nulls replaced by a number that their type holds."""
+    """Integers or floating numbers, or a dictionary of them, nulls replaced by a number that their type holds."""
     found: NDArray[Any]
+    numbers = plain(numbers) if pa.types.is_dictionary(numbers.type) else numbers
     if not numbers.null_count:
         found = numbers.to_numpy()
         return found

@@ -87,8 +87,6 @@ class Part(NamedTuple):
 
     def labelled(self) -> "Part":
         """Without the rows whose label is NaN."""
-        if not any(kind == "skipped" for kind, _ in self.rows.counts):
-            return self
         kept = np.flatnonzero(~np.isnan(self.rows.labels[self.start : self.stop]))
         return Part(take(self.rows, kept + self.start), 0, len(kept))
 
@@ -112,9 +110,13 @@ def build_batch(
     counts: Counter[tuple[str, str]] = Counter()
     for rows, start, stop in parts:
         counts.update({key: int(happened[start:stop].sum()) for key, happened in rows.counts.items()})
-    parts = [part.labelled() for part in parts]
-    size = sum(part.stop - part.start for part in parts)
-    placed = _placed(parts)
+    parts = [part.labelled() if any(kind == "skipped" for kind, _ in part.rows.counts) else part for part in parts]
+    ends = list(accumulate(part.stop - part.start for part in parts))
+    size = ends[-1] if ends else 0
+    placed = [
+        _Placed(rows, slice(start, stop), slice(end - stop + start, end))
+        for (rows, start, stop), end in zip(parts, ends, strict=True)
+    ]
 
     def column(name: str, dtype: torch.dtype, pinned: bool, width: tuple[int, ...] = ()) -> Tensor:
         """The rows' values, none where none of the parts has any."""
@@ -144,14 +146,6 @@ class _Placed(NamedTuple):
     rows: Rows
     taken: slice
     place: slice
-
-
-def _placed(parts: Sequence[Part]) -> list[_Placed]:
-    ends = list(accumulate(part.stop - part.start for part in parts))
-    return [
-        _Placed(rows, slice(start, stop), slice(end - stop + start, end))
-        for (rows, start, stop), end in zip(parts, ends, strict=True)
-    ]
 
 
 def _sparse(parts: Sequence[_Placed], layout: SparseLayout, size: int, pin_memory: bool) -> KeyedJaggedTensor:

@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from recsys.config import DenseFeatureConfig, DomainConfig, SparseFeatureConfig
@@ -42,6 +41,21 @@ class RowOrder(Protocol):
 
     def lists(self, jagged: Jagged) -> Jagged:
         """The rows' lists in this order."""
+
+
+class FileOrder:
+    """Rows as they stand."""
+
+    def place(self, values: NDArray[Any], target: NDArray[Any]) -> None:
+        """As `RowOrder`."""
+        target[:] = values
+
+    def lists(self, jagged: Jagged) -> Jagged:
+        """As `RowOrder`."""
+        return jagged
+
+
+AS_THEY_STAND = FileOrder()
 
 
 @dataclass(frozen=True)
@@ -99,19 +113,14 @@ class Columns:
         parts |= {f"features.sparse.{name}": replace(nothing, sparse={name: it}) for name, it in self.sparse.items()}
         return parts | {f"features.dense.{name}": replace(nothing, dense={name: it}) for name, it in self.dense.items()}
 
-    def dictionary_paths(self, schema: pq.ParquetSchema) -> list[str]:
-        """The columns of a file's that are best read as dictionaries: strings of which each distinct one is mapped."""
-        names = [
+    @cached_property
+    def dictionary_names(self) -> tuple[str, ...]:
+        """The columns whose strings are best read as dictionaries: each distinct one is mapped once."""
+        return tuple(
             sparse.settings.column or name
             for name, sparse in self.sparse.items()
             if isinstance(sparse.ids, HashedIds | VocabularyIds) and sparse.settings.list_text is None
-        ]
-        leaves = [schema.column(index) for index in range(len(schema))] if names else []
-        return [
-            leaf.path
-            for leaf in leaves
-            if leaf.physical_type == "BYTE_ARRAY" and any(f"{leaf.path}.".startswith(f"{name}.") for name in names)
-        ]
+        )
 
     @property
     def counted(self) -> tuple[tuple[str, str], ...]:
@@ -124,7 +133,9 @@ class Columns:
     def layout(self, lists: frozenset[str]) -> SparseLayout:
         """The layout of rows in which the named features have lists."""
         weighted = any(sparse.settings.weights for sparse in self.sparse.values())
-        return SparseLayout(tuple(self.sparse), lists, weighted)
+        largest = max((sparse.ids.num_rows for sparse in self.sparse.values()), default=0)
+        id_type = np.int32 if largest <= np.iinfo(np.int32).max else np.int64
+        return SparseLayout(tuple(self.sparse), lists, weighted, id_type)
 
     def check_schema(self, schema: pa.Schema, file: str) -> frozenset[str]:
         """Refuse a file whose columns cannot be read as what they are for; the sparse features that it has lists of.
@@ -180,15 +191,15 @@ class Columns:
                 )
         return is_list(kind) or text is not None
 
-    def decode(self, table: pa.Table, layout: SparseLayout, where: str, order: RowOrder | None = None) -> Rows:
+    def decode(self, table: pa.Table, layout: SparseLayout, where: str, order: RowOrder = AS_THEY_STAND) -> Rows:
         """Check every value of a table and lay the rows out for batches.
 
         Args:
             table: of a schema that `check_schema` accepts.
             layout: which features have lists.
             where: file and row group, for messages.
-            order: in which to put the rows, as they stand if it is None. Each column is put into order right after it
-                was checked, while it is in the cache.
+            order: in which to put the rows. Each column is put into order right after it was checked, while it is in
+                the cache.
 
         Raises:
             DataError: a label other than 0 or 1, a null where none may be, an id or domain out of range, a dense value
@@ -216,13 +227,7 @@ class Columns:
         Raises:
             DataError: a null where none may be, an id out of range, a dense value that is not finite.
         """
-        return _Decoding(self, table, layout, where, None).features()
-
-    @cached_property
-    def id_type(self) -> type[np.int32 | np.int64]:
-        """Narrow where it can be: ids are shuffled in memory, and half the bytes fit the cache twice as well."""
-        largest = max((sparse.ids.num_rows for sparse in self.sparse.values()), default=0)
-        return np.int32 if largest <= np.iinfo(np.int32).max else np.int64
+        return _Decoding(self, table, layout, where, AS_THEY_STAND).features()
 
     @cached_property
     def _label(self) -> Expression | None:
@@ -240,20 +245,23 @@ class _Decoding:
         order: in which to put the rows.
 
     Attributes:
+        arrays: each column in one piece.
         counts: what was cut, replaced or left out so far, in order.
     """
 
-    def __init__(
-        self, columns: Columns, table: pa.Table, layout: SparseLayout, where: str, order: RowOrder | None
-    ) -> None:
+    def __init__(self, columns: Columns, table: pa.Table, layout: SparseLayout, where: str, order: RowOrder) -> None:
         self.columns, self.layout, self.where, self.order = columns, layout, where, order
-        self.table = table.combine_chunks()
+        self.table = table = table.combine_chunks()
+        self.arrays = {
+            name: chunks.chunk(0) if chunks.num_chunks else pa.array([], chunks.type)
+            for name, chunks in zip(table.schema.names, table.columns, strict=True)
+        }
         self.counts: Counts = {}
 
     def features(self) -> Rows:
         """The rows, with features alone."""
         columns, layout = self.columns, self.layout
-        single = np.empty((len(layout.single), len(self.table)), columns.id_type)
+        single = np.empty((len(layout.single), len(self.table)), layout.id_type)
         has_empty = False
         for target, name in zip(single, layout.single, strict=True):
             has_empty |= self.ids(name, target)
@@ -276,20 +284,20 @@ class _Decoding:
     def ids(self, name: str, target: NDArray[Any]) -> bool:
         """Write the ids of a column of single values, -1 for nulls; whether there are any of those."""
         settings, mapping = self.columns.sparse[name]
-        values = self.column(settings.column or name)
+        values = self.arrays[settings.column or name]
         if settings.minimum is not None:
             values = _raised(values, settings.minimum)
         ids, counted = mapping.map(values, f"{self.where}: sparse feature {name} (column {settings.column or name!r})")
         for kind, mask in counted.items():
             self.count(kind, name, mask)
-        self.place(ids, target)
+        self.order.place(ids, target)
         return bool(ids.min(initial=0) < 0)
 
     def id_lists(self, name: str) -> Jagged:
         """Ids of a column of lists, or of single ones in a file of its own kind; a null is an empty list."""
         settings, mapping = self.columns.sparse[name]
         column = settings.column or name
-        array, what = self.column(column), f"{self.where}: sparse feature {name} (column {column!r})"
+        array, what = self.arrays[column], f"{self.where}: sparse feature {name} (column {column!r})"
         if settings.list_text is not None and not is_list(array.type):
             array = _parted(array, settings, what)
         if is_list(array.type):
@@ -320,8 +328,8 @@ class _Decoding:
             present = ids >= 0
             offsets, ids = offsets_of(present)[offsets], ids[present]
             weights = None if weights is None else weights[present]
-        jagged = Jagged(ids.astype(self.columns.id_type, copy=False), offsets, weights)
-        return jagged if self.order is None else self.order.lists(jagged)
+        jagged = Jagged(ids.astype(self.layout.id_type, copy=False), offsets, weights)
+        return self.order.lists(jagged)
 
     def dense(self, name: str, settings: DenseFeatureConfig, target: NDArray[np.float32]) -> None:
         """Write a dense feature's values, transformed."""
@@ -340,7 +348,7 @@ class _Decoding:
             values = np.log1p(values, dtype=np.float64)
         if settings.standardize is not None:
             values = (values.astype(np.float64) - settings.standardize.mean) / settings.standardize.std
-        self.place(values, target)
+        self.order.place(values, target)
         _check_finite(target, what, " in float32" + " after log1p" * settings.log1p)
 
     def labels(self, label: Expression, label_null: Literal["error", "skip"]) -> NDArray[np.float32]:
@@ -377,7 +385,7 @@ class _Decoding:
 
     def domains(self, domain: DomainConfig) -> NDArray[np.int64]:
         """(N,) numbers of domains."""
-        column = self.column(domain.column)
+        column = self.arrays[domain.column]
         if column.null_count:
             raise DataError(
                 f"{self.where}: domain column {domain.column!r} has {column.null_count} nulls; "
@@ -406,7 +414,7 @@ class _Decoding:
 
     def list_weights(self, name: str, lengths: NDArray[np.int64], what: str) -> NDArray[np.float32]:
         """A weight for each id of lists of the given lengths."""
-        found, values = flat(self.column(name))
+        found, values = flat(self.arrays[name])
         if (wrong := found != lengths).any():
             row = int(np.flatnonzero(wrong)[0])
             raise DataError(
@@ -418,14 +426,9 @@ class _Decoding:
             raise DataError(f"{what} has {count(wrong)} null, NaN or infinite among its weights (column {name!r})")
         return weights
 
-    def column(self, name: str) -> pa.Array:
-        """A column in one piece."""
-        chunks = self.table.column(name)
-        return chunks.chunk(0) if chunks.num_chunks else pa.array([], chunks.type)
-
     def numbers(self, name: str, fill: float | None, minimum: float | None = None) -> NDArray[Any]:
         """A column of numbers, those below a minimum raised to it, nulls filled."""
-        column = self.column(name)
+        column = self.arrays[name]
         if minimum is not None:
             column = _raised(column, minimum)
         if column.null_count:
@@ -440,17 +443,8 @@ class _Decoding:
         values: NDArray[Any] = column.to_numpy(zero_copy_only=False)  # only booleans are copied
         return values
 
-    def place(self, values: NDArray[Any], target: NDArray[Any]) -> None:
-        """Write one value for each row, in order, into an array of a type that holds them."""
-        if self.order is None:
-            target[:] = values
-        else:
-            self.order.place(values, target)
-
     def ordered(self, values: NDArray[Any], kind: type[Any]) -> NDArray[Any]:
         """One value for each row, in order, of a type that holds them."""
-        if self.order is None:
-            return values.astype(kind, copy=False)
         target = np.empty(len(values), kind)
         self.order.place(values, target)
         return target

@@ -95,7 +95,6 @@ class PlainIds:
 
     def map(self, values: pa.Array, what: str) -> Mapped:
         """As `IdMapping`."""
-        values = plain(values)
         given, num_rows = filled(values, 0), self.num_rows
         if given.min(initial=0) >= 0 and given.max(initial=0) < num_rows:
             if values.null_count:

@@ -11,6 +11,7 @@ from itertools import tee
 from typing import Self
 
 from recsys.data.batch import Batch, Part, build_batch
+from recsys.data.features import AS_THEY_STAND
 from recsys.data.order import Epoch, Window
 from recsys.data.parquet import ParquetShards
 from recsys.data.rows import Rows
@@ -155,4 +156,4 @@ class Loader:
 
     def _decode(self, window: Window, index: int) -> Rows:
         permutation = window.permutation(index)
-        return self._shards.read(window.slices[index], None if permutation is None else Shuffle(permutation))
+        return self._shards.read(window.slices[index], AS_THEY_STAND if permutation is None else Shuffle(permutation))

@@ -86,7 +86,9 @@ class Window:
         """Order in which the rows of a slice are taken, None for as they stand."""
         if self.seed is None:
             return None
-        return np.random.default_rng((*self.seed, index)).permutation(self.slices[index].num_rows)
+        return np.random.default_rng((*self.seed, index)).permutation(
+            self.slices[index].stop - self.slices[index].start
+        )
 
     def places(self, rows: int) -> tuple[int, ...]:
         """How many rows of each slice are among the first `rows` of the window.
@@ -95,11 +97,11 @@ class Window:
         (k + 1/2) N / n, rounded down, and where several stand at one place the first slice comes first. Others follow
         one another.
         """
-        counts = self._counts
+        counts = [part.stop - part.start for part in self.slices]
         if self.seed is None or len(counts) == 1:
             before = accumulate(counts, initial=0)
             return tuple(min(max(rows - first, 0), n) for first, n in zip(before, counts, strict=False))
-        total = self.num_rows
+        total = sum(counts)
 
         def standing(place: int) -> list[int]:
             """Of each slice those before a place: k with (2 k + 1) total < 2 n place."""
@@ -115,10 +117,6 @@ class Window:
                 found[index] += 1
                 missing -= 1
         return tuple(found)
-
-    @cached_property
-    def _counts(self) -> tuple[int, ...]:
-        return tuple(part.num_rows for part in self.slices)
 
 
 class Piece(NamedTuple):
@@ -243,18 +241,18 @@ class Epoch:
     @cached_property
     def num_rows(self) -> int:
         """Rows that are dealt under this layout, over all ranks: all, or what was left before its first step."""
-        if self._previous is None:
+        if not self.before:
             return sum(self.row_counts)
         return sum(self._previous.rank_rows(rank) - self._previous._taken(rank) for rank in self._previous._ranks)
 
     @cached_property
     def num_steps(self) -> int:
         """Steps that every rank takes under this layout, those before `first_step` included."""
-        return max(-(-self.rank_rows(rank) // self.batch_size) for rank in self._ranks)
+        return max(-(-(stop - start) // self.batch_size) for start, stop in self._lanes)
 
     def rank_rows(self, rank: int) -> int:
         """Rows of a rank's lane."""
-        start, stop = self._span(rank)
+        start, stop = self._lanes[rank]
         return stop - start
 
     def batch_rows(self, rank: int, step: int) -> int:
@@ -263,11 +261,13 @@ class Epoch:
 
     def global_batch_rows(self, step: int) -> int:
         """Rows of all ranks' batches at a step."""
-        return sum(self.batch_rows(rank, step) for rank in self._ranks)
+        first = step * self.batch_size
+        return sum(min(max(stop - start - first, 0), self.batch_size) for start, stop in self._lanes)
 
     def pieces(self, rank: int) -> Iterator[Piece]:
         """What a rank's lane has from `first_step` on, in order."""
-        return _dropped(self._lane(rank), self._taken(rank))
+        lane = self._lane(rank)
+        return _dropped(lane, self._taken(rank)) if self.first_step else lane
 
     def batches(self, rank: int) -> Iterator[tuple[BatchPart, ...]]:
         """What a rank reads at each step from `first_step` on, with the windows numbered as in `pieces`."""
@@ -297,10 +297,9 @@ class Epoch:
             yield ()
 
     def _lane(self, rank: int) -> Iterator[Piece]:
-        start, stop = self._span(rank)
-        if self._previous is None:
-            for window in self._windows(start, stop):
-                yield Piece(window, 0, window.num_rows)
+        start, stop = self._lanes[rank]
+        if not self.before:
+            yield from self._windows(start, stop)
             return
         at = 0
         for before in self._previous._ranks:
@@ -310,53 +309,53 @@ class Epoch:
                 yield from _kept(pieces, min(stop, at + left) - max(start, at))
             at += left
 
-    def _windows(self, start: int, stop: int) -> Iterator[Window]:
-        """The windows of a span of the shuffled row groups' rows."""
+    def _windows(self, start: int, stop: int) -> Iterator[Piece]:
+        """The windows of a span of the shuffled row groups' rows, each as a whole."""
         slices: list[RowSlice] = []
+        order, bounds = self._sequence
         first = start
-        begin = int(np.searchsorted(self._bounds, start, side="right")) - 1 if start < stop else 0
-        for place in range(begin, len(self._order)):
-            group_start, group_stop = int(self._bounds[place]), int(self._bounds[place + 1])
+        begin = int(np.searchsorted(bounds, start, side="right")) - 1 if start < stop else 0
+        for place in range(begin, len(order)):
+            group_start, group_stop = int(bounds[place]), int(bounds[place + 1])
             low, high = max(start, group_start), min(stop, group_stop)
             if group_start >= stop:
                 break
             if low >= high:
                 continue
-            slices.append(RowSlice(int(self._order[place]), low - group_start, high - group_start))
+            slices.append(RowSlice(int(order[place]), low - group_start, high - group_start))
             if len(slices) == self.window_row_groups or high == stop:
-                yield Window(tuple(slices), (self.seed, self.epoch, 1, first) if self.shuffle else None)
+                seed = (self.seed, self.epoch, 1, first) if self.shuffle else None
+                yield Piece(Window(tuple(slices), seed), 0, high - first)
                 slices, first = [], high
 
     def _taken(self, rank: int) -> int:
         """Rows of a rank's lane that the steps before `first_step` took."""
         return min(self.first_step * self.batch_size, self.rank_rows(rank))
 
-    def _span(self, rank: int) -> tuple[int, int]:
-        return self.num_rows * rank // self.world_size, self.num_rows * (rank + 1) // self.world_size
-
     @property
     def _ranks(self) -> range:
         return range(self.world_size)
 
     @cached_property
-    def _previous(self) -> "Epoch | None":
-        """The order under the layout before this one, standing where that one ended."""
-        if not self.before:
-            return None
+    def _lanes(self) -> tuple[tuple[int, int], ...]:
+        """Where each rank's lane begins and ends in the sequence of all rows that are dealt."""
+        rows = self.num_rows
+        return tuple((rows * r // self.world_size, rows * (r + 1) // self.world_size) for r in range(self.world_size))
+
+    @cached_property
+    def _previous(self) -> "Epoch":
+        """The order under the layout before this one, of which there must be one, standing where that one ended."""
         *before, (layout, steps) = self.before
         return replace(self, **layout._asdict(), before=tuple(before), first_step=steps)
 
     @cached_property
-    def _order(self) -> NDArray[np.int64]:
-        count = len(self.row_counts)
-        if not self.shuffle:
-            return np.arange(count)
-        return np.random.default_rng((self.seed, self.epoch, 0)).permutation(count)
-
-    @cached_property
-    def _bounds(self) -> NDArray[np.int64]:
-        """Place in the shuffled sequence of rows at which each row group of `_order` starts, and the end."""
-        return np.concatenate(([0], np.cumsum(np.asarray(self.row_counts, dtype=np.int64)[self._order])))
+    def _sequence(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The row groups as they follow one another, and the place of the first row of each, and the end."""
+        counts = np.asarray(self.row_counts, dtype=np.int64)
+        order = np.arange(len(counts))
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, self.epoch, 0)).permutation(len(counts))
+        return order, np.concatenate(([0], np.cumsum(counts[order])))
 
 
 def _dropped(pieces: Iterator[Piece], rows: int) -> Iterator[Piece]:

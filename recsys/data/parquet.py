@@ -1,13 +1,13 @@
 """Parquet shards: footers, and decoding of row groups."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recsys.data.features import Columns, RowOrder
+from recsys.data.features import AS_THEY_STAND, Columns, RowOrder
 from recsys.data.order import RowSlice
 from recsys.data.rows import Rows
 from recsys.data.storage import THREADS, DataError, Place, find_files, naming
@@ -23,6 +23,8 @@ class _File(NamedTuple):
     place: Place
     version: str
     footer: pq.FileMetaData | None
+    partitions: Mapping[str, str | None]
+    """Those on its path that are columns to be read."""
 
 
 class ShardTables:
@@ -76,7 +78,8 @@ class ShardTables:
                 groups = range(footer.num_row_groups)
                 self._row_groups += [(len(self.files), group) for group in groups]
                 self.files.append(str(place))
-                self._files.append(_File(place, version, footer if room >= 0 else None))
+                partitions = {name: it for name, it in place.partitions.items() if name in self._partition_types}
+                self._files.append(_File(place, version, footer if room >= 0 else None, partitions))
                 row_counts += [footer.row_group(group).num_rows for group in groups]
                 same = next((one for one in known if schema.equals(one)), None)
                 if same is None:
@@ -95,25 +98,19 @@ class ShardTables:
         """Number of the file in `files` that a row group is in."""
         return self._row_groups[row_group][0]
 
-    def table(
-        self,
-        row_group: int,
-        names: Sequence[str],
-        dictionary_paths: Callable[[pq.ParquetSchema], list[str]] = lambda schema: [],
-    ) -> pa.Table:
+    def table(self, row_group: int, names: Sequence[str], dictionaries: Collection[str] = ()) -> pa.Table:
         """Decode columns of a row group; safe to call from several threads.
 
         Args:
             row_group: number over all files.
             names: of the columns.
-            dictionary_paths: tells of a file's schema which leaves to leave as dictionaries.
+            dictionaries: columns whose strings are read as dictionaries.
 
         Raises:
             DataError: the file can no longer be read, or was replaced by another.
         """
         number, group = self._row_groups[row_group]
-        place, known, footer = self._files[number]
-        partitions = {name: value for name, value in place.partitions.items() if name in self._partition_types}
+        place, known, footer, partitions = self._files[number]
         with naming(f"{self.where(row_group)}: cannot be read"):
             file, version = place.open()
             with file:
@@ -127,7 +124,7 @@ class ShardTables:
                 parquet = pq.ParquetFile(
                     file,
                     metadata=footer,
-                    read_dictionary=dictionary_paths(footer.schema),
+                    read_dictionary=_string_leaves(footer.schema, dictionaries) if dictionaries else None,
                     pre_buffer=not place.is_local,
                     page_checksum_verification=True,
                 )
@@ -186,23 +183,33 @@ class ParquetShards(ShardTables):
 
     def __init__(self, patterns: Sequence[str], columns: Columns, *, source: str) -> None:
         super().__init__(patterns, columns.names, source=source)
-        self.columns = columns
+        self.columns, self._dictionaries = columns, columns.dictionary_names
         checked: dict[int, frozenset[str]] = {}
         for file, schema in zip(self.files, self.schemas, strict=True):
             if id(schema) not in checked:
                 checked[id(schema)] = columns.check_schema(schema, file)
         self.layout = columns.layout(frozenset[str]().union(*checked.values()))
 
-    def read(self, part: RowSlice, order: RowOrder | None = None) -> Rows:
+    def read(self, part: RowSlice, order: RowOrder = AS_THEY_STAND) -> Rows:
         """Decode and check the rows of a slice, and put them into an order; safe to call from several threads.
 
         Raises:
             DataError: as `Columns.decode` and `ShardTables.table`.
         """
-        table = self.table(part.row_group, self.columns.names, self.columns.dictionary_paths)
+        table = self.table(part.row_group, self.columns.names, self._dictionaries)
         return self.columns.decode(
-            table.slice(part.start, part.num_rows), self.layout, self.where(part.row_group), order
+            table.slice(part.start, part.stop - part.start), self.layout, self.where(part.row_group), order
         )
+
+
+def _string_leaves(schema: pq.ParquetSchema, columns: Collection[str]) -> list[str]:
+    """Paths of the leaves of strings in some columns, which may be lists."""
+    leaves = [schema.column(index) for index in range(len(schema))]
+    return [
+        leaf.path
+        for leaf in leaves
+        if leaf.physical_type == "BYTE_ARRAY" and any(f"{leaf.path}.".startswith(f"{name}.") for name in columns)
+    ]
 
 
 def _partition_types(places: Iterable[Place], names: Sequence[str]) -> Mapping[str, pa.DataType]:

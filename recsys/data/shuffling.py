@@ -26,7 +26,7 @@ class Shuffle(NamedTuple):
         # numpy would need an index for each value.
         lengths, values, weights = torch.ops.fbgemm.permute_1D_sparse_data(
             torch.from_numpy(self.rows.astype(np.int32)),
-            torch.from_numpy(jagged.lengths()),
+            torch.from_numpy(np.diff(jagged.offsets).astype(np.int32)),
             _tensor(jagged.values),
             None if jagged.weights is None else _tensor(jagged.weights),
             None,

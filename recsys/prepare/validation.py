@@ -539,11 +539,9 @@ class _Split:
         """The rows of each part that can be decoded; what cannot becomes a fault."""
         readable = [path for path in paths if path in self._readable[self.tables.file_of(row_group)]]
         names = list(dict.fromkeys(name for path in readable for name in self.parts[path].names))
-        leaves = {path: self.parts[path].dictionary_paths for path in readable}
+        dictionaries = {name for path in readable for name in self.parts[path].dictionary_names}
         try:
-            table = self.tables.table(
-                row_group, names, lambda schema: [leaf for of in leaves.values() for leaf in of(schema)]
-            )
+            table = self.tables.table(row_group, names, dictionaries)
         except DataError as error:
             scan.fault(f"data.{self.name}", [str(error)])
             return

@@ -143,7 +143,7 @@ class HiLoMoELinear(nn.Linear):
         self.num_layers, self.num_experts, self.top_k = num_layers, num_experts, top_k
         self.hierarchical, self.normalize_query = hierarchical, normalize_query
         self.key_init, self.up_init = key_init, up_init
-        experts = num_layers * num_experts
+        self._num_all_experts = experts = num_layers * num_experts
         self.lora_A = nn.Parameter(torch.empty(experts, in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(out_features, experts, device=device, dtype=dtype))
         self.experts_active = experts > 0
@@ -289,10 +289,6 @@ class HiLoMoELinear(nn.Linear):
         told = [f"{name}={value}" for name, value in options.items() if value != plain.get(name, False)]
         sizes = f"num_layers={self.num_layers}, num_experts={self.num_experts}, top_k={self.top_k}"
         return ", ".join([super().extra_repr(), sizes, *told])
-
-    @property
-    def _num_all_experts(self) -> int:
-        return self.num_layers * self.num_experts
 
     def _router(self, rows: Tensor, down: Tensor) -> tuple[Tensor, Tensor | None]:
         """From rows (N, D_in) and h = V x (L K, N): all layers' logits for the query q_1, (L K, N); the Gram matrix.
