@@ -45,11 +45,11 @@ class Source:
         self._path, self._folder, self._where = path, folder, where
 
     def has(self, name: str) -> bool:
-        """Tells whether a file is there."""
+        """Tell whether a file is there."""
         return self._find(name) is not None
 
     def read(self, name: str, header: str | None = None) -> "SourceFile":
-        """Reads a file whole; `header` is what its first line must be, where it is not a line as any other.
+        """Read a file whole; `header` is what its first line must be, where it is not a line as any other.
 
         Raises:
             FileNotFoundError: the file is missing.
@@ -102,11 +102,11 @@ class SourceFile:
     where: str
 
     def wrong(self, line: int, what: str) -> ValueError:
-        """Returns the error to raise for a line."""
+        """Return the error to raise for a line."""
         return ValueError(f"{self.path}, line {line}: {what}; {self.where}")
 
     def lines(self) -> Iterator[tuple[int, str]]:
-        """Yields number, from 1, and text of each line below the header; only line feeds end one, as Arrow has it.
+        """Yield number, from 1, and text of each line below the header; only line feeds end one, as Arrow has it.
 
         The text is read as Latin-1, which is right for the official files and never fails.
         """
@@ -116,7 +116,7 @@ class SourceFile:
             yield number, line.removesuffix("\r")
 
     def numbers(self, names: Sequence[str], separator: str) -> dict[str, Ints]:
-        """Parses lines of whole numbers parted by `separator`, one character or the same one several times.
+        """Parse lines of whole numbers separated by `separator`, one character or the same one several times.
 
         Arrow parts fields by one character only. Of a separator of several, all but the first make empty columns
         between the real ones, which are read as nulls and dropped.
@@ -154,7 +154,7 @@ class SourceFile:
 
 
 def split_at_random(rows: int) -> dict[str, Ints]:
-    """Splits rows by the permutation `numpy.random.default_rng(2024).permutation(rows)`.
+    """Split rows by the permutation `numpy.random.default_rng(2024).permutation(rows)`.
 
     Returns:
         The rows of each split, in the order of the permutation: the first 80 %, rounded down, are train, the
@@ -167,7 +167,7 @@ def split_at_random(rows: int) -> dict[str, Ints]:
 
 
 def split_by_time(user: Ints, timestamp: Ints) -> dict[str, Ints]:
-    """Splits each user's rows by time: of n rows, the last n // 10 are test, the n // 10 before them valid.
+    """Split each user's rows by time: of n rows, the last n // 10 are test, the n // 10 before them valid.
 
     Rows of one user and second keep the order they are given in. A user of fewer than 10 rows is in train only.
 
@@ -189,7 +189,7 @@ def split_by_time(user: Ints, timestamp: Ints) -> dict[str, Ints]:
 
 
 def check_free(output: Path, overwrite: bool) -> None:
-    """Refuses to go to work for an output that cannot be put in its place.
+    """Refuse to go to work for an output that cannot be put in its place.
 
     Raises:
         FileExistsError: `output` is not empty, and `overwrite` is not set or it holds no data set.
@@ -214,7 +214,7 @@ def write_data_set(
     domain: Mapping[str, Any] | None,
     overwrite: bool,
 ) -> None:
-    """Writes the Parquet shards of each split, `dataset.json` and `dataset.yaml`, all at once.
+    """Write the Parquet shards of each split, `dataset.json` and `dataset.yaml`, all at once.
 
     Args:
         output: becomes the data set.
@@ -245,7 +245,7 @@ def write_data_set(
 
 @contextmanager
 def new_data_set(output: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Yields an empty folder that becomes the data set `output` when the block ends without an error.
+    """Yield an empty folder that becomes the data set `output` when the block ends without an error.
 
     Raises:
         FileExistsError: `output` was taken in the meantime.
@@ -255,5 +255,5 @@ def new_data_set(output: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _is_replaceable(output: Path) -> bool:
-    """Tells whether `output` is a data set: a slip of the hand must not remove any other folder."""
+    """Tell whether `output` is a data set: a slip of the hand must not remove any other folder."""
     return writing.read_summary(output) is not None

@@ -114,7 +114,7 @@ def write_synthetic(
     num_items: int = 1_000,
     hierarchy: bool = True,
 ) -> None:
-    """Writes the synthetic click log as Parquet shards, unless `directory` already holds just that one.
+    """Write the synthetic click log as Parquet shards, unless `directory` already holds just that one.
 
     The same arguments give the same bytes, under the same versions of NumPy and Arrow. A synthetic data set
     of other arguments is replaced as a whole. Several processes may call this at once.
@@ -188,13 +188,13 @@ class _Spec:
 
 
 def _holds(directory: Path, spec: _Spec) -> bool:
-    """Tells whether `directory` is the complete data set of `spec`."""
+    """Tell whether `directory` is the complete data set of `spec`."""
     summary = writing.read_summary(directory)
     return summary is not None and summary.get("spec") == spec.summary() and writing.is_complete(directory, summary)
 
 
 def _is_replaceable(directory: Path) -> bool:
-    """Tells whether nothing is lost with `directory`: it is empty, or can be made again."""
+    """Tell whether nothing is lost with `directory`: it is empty, or can be made again."""
     if not directory.is_dir():
         return not directory.exists()
     summary = writing.read_summary(directory)
@@ -261,7 +261,7 @@ class _World:
         self.intercept = self._calibrated(self.rows(np.random.default_rng([spec.seed, 1]), 50_000).logit)
 
     def _down_the_tree(self, category: Floats, brand: Floats, item: Floats) -> Floats:
-        """Adds up what each level gives to an item; an argument has a row for each member of its level."""
+        """Add up what each level gives to an item; an argument has a row for each member of its level."""
         return (
             _LEVELS["category"] * category[self.item_category]
             + _LEVELS["brand"] * brand[self.item_brand]
@@ -270,7 +270,7 @@ class _World:
 
     @staticmethod
     def _calibrated(logit: Floats) -> float:
-        """Bisects for the intercept that makes `_CLICK_RATE` the mean click probability."""
+        """Bisect for the intercept that makes `_CLICK_RATE` the mean click probability."""
         low, high = -20.0, 20.0
         for _ in range(50):
             middle = (low + high) / 2
@@ -278,7 +278,7 @@ class _World:
         return low
 
     def rows(self, rng: np.random.Generator, n: int) -> "_Rows":
-        """Draws `n` rows."""
+        """Draw `n` rows."""
         user = np.searchsorted(self.user_cdf, rng.random(n), side="right")
         item = np.searchsorted(self.item_cdf, rng.random(n), side="right")
         segment = self.user_segment[user]
@@ -359,7 +359,7 @@ class _Rows:
 
 
 def _write_split(stage: Path, split: str, spec: _Spec, world: _World) -> dict[str, Any]:
-    """Writes one split, a file at a time, and returns its entry in `dataset.json`."""
+    """Write one split, a file at a time, and return its entry in `dataset.json`."""
     written = []
     bounds = writing.part_bounds(spec.rows[split], spec.files)
     for part, (first, end) in enumerate(bounds):
@@ -432,7 +432,7 @@ def _columns(spec: _Spec) -> dict[str, dict[str, Any]]:
 
 
 def _lists(counts: Ints, values: Ints, valid: Bools) -> pa.ListArray:
-    """Builds a list for each row from the rows' values end to end; null where not `valid` (count 0)."""
+    """Build a list for each row from the rows' values end to end; null where not `valid` (count 0)."""
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     return pa.ListArray.from_arrays(
         pa.array(offsets, pa.int32()), pa.array(values, pa.int64()), mask=pa.array(~valid, pa.bool_())
@@ -458,13 +458,13 @@ def _zipf_cdf(rng: np.random.Generator, size: int, *, exponent: float) -> Floats
 
 
 def _spread(rng: np.random.Generator, size: int) -> Floats:
-    """Draws `size` factor vectors, each factor of mean 0 and variance 1, so that no world is dull."""
+    """Draw `size` factor vectors, each factor of mean 0 and variance 1, so that no world is dull."""
     drawn = rng.normal(size=(size, _FACTORS))
     spread: Floats = (drawn - drawn.mean(axis=0)) / drawn.std(axis=0)
     return spread
 
 
 def _parents(rng: np.random.Generator, children: int, parents: int) -> Ints:
-    """Gives every child a parent: some parents have many children, none has none."""
+    """Give every child a parent: some parents have many children, none has none."""
     extra = rng.choice(parents, size=children - parents, p=_zipf(parents, exponent=0.5))
     return rng.permutation(np.concatenate([np.arange(parents), extra]))

@@ -101,7 +101,7 @@ class TextFiles:
     skipped: list[int] = field(default_factory=list)
 
     def blocks(self, what: str) -> Iterator[Block]:
-        """Reads all rows.
+        """Read all rows.
 
         Args:
             what: the pass is for, as `progress` is told.

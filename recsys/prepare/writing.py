@@ -32,12 +32,12 @@ EMBEDDING_DIM = 16
 
 
 def part_path(directory: Path, split: str, part: int) -> Path:
-    """Returns where file number `part` of a split lies inside the data set at `directory`."""
+    """Return where file number `part` of a split lies inside the data set at `directory`."""
     return directory / split / f"part-{part:05d}.parquet"
 
 
 def part_bounds(rows: int, files: int) -> list[tuple[int, int]]:
-    """Cuts `rows` rows into `files` runs whose lengths differ by one at most.
+    """Cut `rows` rows into `files` runs whose lengths differ by one at most.
 
     Returns:
         `files` pairs of first row and end row, in order; fewer where there are fewer rows than files, so that
@@ -49,14 +49,14 @@ def part_bounds(rows: int, files: int) -> list[tuple[int, int]]:
 
 
 def write_part(table: pa.Table, directory: Path, split: str, part: int, *, row_group_rows: int) -> None:
-    """Writes one Parquet file of a split; the same table gives the same bytes."""
+    """Write one Parquet file of a split; the same table gives the same bytes."""
     path = part_path(directory, split, part)
     path.parent.mkdir(exist_ok=True)
     pq.write_table(table, path, row_group_size=row_group_rows, compression="zstd", write_page_checksum=True)
 
 
 class SplitWriter:
-    """Writes a split of any length, a row group at a time; to be entered.
+    """Write a split of any length, a row group at a time; to be entered.
 
     Args:
         directory: the data set.
@@ -93,7 +93,7 @@ class SplitWriter:
         return {"rows": self._rows, "files": self._files, "label_rate": rate}
 
     def write(self, table: pa.Table) -> None:
-        """Appends rows; the last of them wait until a row group is full."""
+        """Append rows; the last of them wait until a row group is full."""
         if not len(table):
             return
         self._rows += len(table)
@@ -123,13 +123,13 @@ class SplitWriter:
 
 
 def write_summary(directory: Path, summary: dict[str, Any]) -> None:
-    """Writes `dataset.json`."""
+    """Write `dataset.json`."""
     text = json.dumps(summary, indent=2, ensure_ascii=False)
     (directory / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def read_summary(directory: Path) -> dict[str, Any] | None:
-    """Returns what `dataset.json` says, or None where there is none that can be read."""
+    """Return what `dataset.json` says, or None where there is none that can be read."""
     try:
         summary = json.loads((directory / SUMMARY_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -146,7 +146,7 @@ def write_config(
     data: Mapping[str, Any],
     embedding_dim: int = EMBEDDING_DIM,
 ) -> None:
-    """Writes `dataset.yaml`: with `model`, `stages` and `data.batch_size` beside it, a config is whole.
+    """Write `dataset.yaml`: with `model`, `stages` and `data.batch_size` beside it, a config is whole.
 
     Its globs start with `${here}`, so that the data set can be moved.
 
@@ -179,7 +179,7 @@ def write_config(
 
 
 def is_complete(directory: Path, summary: dict[str, Any]) -> bool:
-    """Tells whether `dataset.yaml` and every file that `summary` counts are there, each with all its rows.
+    """Tell whether `dataset.yaml` and every file that `summary` counts are there, each with all its rows.
 
     Parquet keeps its footer at the end, so a file that was cut short cannot be read: this looks at footers
     only.
@@ -196,7 +196,7 @@ def is_complete(directory: Path, summary: dict[str, Any]) -> bool:
 
 @contextmanager
 def staged(directory: Path, *, keep: Callable[[], bool], replace: Callable[[], bool]) -> Iterator[Path]:
-    """Yields an empty folder beside `directory` that takes its place when the block ends without an error.
+    """Yield an empty folder beside `directory` that takes its place when the block ends without an error.
 
     Renaming a folder is one step of the file system, so nobody ever sees half a data set under `directory`,
     and of several processes that write the same one, each reader finds some whole copy. A process that is
@@ -233,7 +233,7 @@ def staged(directory: Path, *, keep: Callable[[], bool], replace: Callable[[], b
 
 
 def _took(new: Path, place: Path) -> bool:
-    """Renames `new` to `place`; False where a folder that is not empty is in the way."""
+    """Rename `new` to `place`; False where a folder that is not empty is in the way."""
     try:
         new.rename(place)
     except OSError as error:
