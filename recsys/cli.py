@@ -1,5 +1,6 @@
 """How an entry starts, fails and ends. Imports neither torch nor TorchRec, which `run_entry` checks first."""
 
+import argparse
 import json
 import logging
 import os
@@ -9,8 +10,9 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from recsys.config import DEFAULT_CONFIG
 from recsys.errors import UserError
 from recsys.versions import VersionError, check_versions
 
@@ -18,18 +20,51 @@ _ERROR_KEY = "hilorec/error"
 _PATIENCE_SECONDS = 5.0
 
 
-def run_entry(body: Callable[[], None]) -> NoReturn:
-    """Run a command's body and end the process.
+class ArgumentParser(argparse.ArgumentParser):
+    """Options and overrides in any order: `seed=3 --config c.yaml data.batch_size=64`."""
+
+    _is_intermixing = False
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Any = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As `argparse` has it, positional arguments before, between and behind the options."""
+        if self._is_intermixing or self._subparsers is not None:
+            return super().parse_known_args(args, namespace)
+        self._is_intermixing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_intermixing = False
+
+    def add_config_arguments(self) -> None:
+        """Add `--config`, the default one unless it is given, and overrides of its keys."""
+        self.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
+        self.add_overrides()
+
+    def add_overrides(self) -> None:
+        """Add overrides of a config's keys."""
+        help_ = "settings that replace the config's; they may stand before, between and behind the options"
+        self.add_argument("overrides", nargs="*", metavar="path.to.key=value", help=help_)
+
+
+def run_entry(body: Callable[[], int | None], *, checks_versions: bool = True) -> NoReturn:
+    """Run a command's body and end the process, with the exit code that the body returns, if any.
 
     What the user can put right ends as one `error:` line on one rank and exit code 2; a rank that fails because another
     did stays silent and exits with 1; any other failure shows its traceback. The body imports what needs torch itself,
     so that a mismatched installation is explained before its import fails.
+
+    Args:
+        body: the command.
+        checks_versions: whether a mismatched installation ends the command; the doctor looks for itself.
     """
     quiet_libraries()
     code = 0
     try:
-        check_versions()
-        body()
+        if checks_versions:
+            check_versions()
+        code = body() or 0
     except (UserError, VersionError) as error:
         code = 2
         if _is_ours_to_tell(caused_by_a_peer=False):

@@ -3,13 +3,11 @@
 Exits with 1 when a check fails, and says for each failure what mends it.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
 import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from recsys.cli import ArgumentParser, run_entry
 from recsys.terminal import say, table
 from recsys.versions import check_versions, git_commit, nvidia_driver, versions
 
@@ -218,11 +217,15 @@ def report(checks: list[Check], console: Console) -> None:
             console.print(Text.assemble((f"{check.name}: ", "bold red"), check.remedy), soft_wrap=True)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run all checks and report; 1 if any failed."""
-    parser = argparse.ArgumentParser(prog="python -m recsys.doctor", description="Check this machine and its packages.")
+def main() -> None:
+    """Read the arguments, run all checks and report; the exit code is 1 if any failed."""
+    parser = ArgumentParser(prog="python -m recsys.doctor", description="Check this machine and its packages.")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    as_json = parser.parse_args(arguments).json
+    as_json = parser.parse_args().json
+    run_entry(lambda: _examine(as_json=as_json), checks_versions=False)
+
+
+def _examine(*, as_json: bool) -> int:
     console = Console()
     with Console(stderr=True).status("checking: this takes some seconds"):
         checks = [check() for check in CHECKS]
@@ -254,4 +257,4 @@ def _gib(size: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,13 +1,11 @@
 """Evaluate a checkpoint: `python -m recsys.evaluate --checkpoint DIR [--split test] [path.to.key=value ...]`."""
 
-import argparse
-
-from recsys.cli import run_entry
+from recsys.cli import ArgumentParser, run_entry
 
 
 def main() -> None:
     """Read the arguments and evaluate."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="recsys.evaluate", description="Figures of a checkpoint on a split, on any number of ranks."
     )
     parser.add_argument("--checkpoint", required=True, help="a directory step-<n> that training wrote")
@@ -16,7 +14,7 @@ def main() -> None:
     parser.add_argument(
         "--predictions", metavar="PATH_OR_URL", help="a new directory for label and probability of each row, as Parquet"
     )
-    parser.add_argument("overrides", nargs="*", metavar="path.to.key=value", help="settings that replace the run's")
+    parser.add_overrides()
     arguments = parser.parse_args()
 
     def body() -> None:

@@ -8,17 +8,16 @@ import argparse
 import json
 import math
 
-from recsys.cli import run_entry
-from recsys.config import DEFAULT_CONFIG, Config, load_config
+from recsys.cli import ArgumentParser, run_entry
+from recsys.config import Config, load_config
 from recsys.terminal import console, say, table
 
 
 def main() -> None:
     """Read the arguments and print the plan."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="recsys.plan", description="Where a config's tables would be, and what an example costs."
     )
-    parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
     parser.add_argument("--nnodes", type=_count, default=1, help="machines (default: %(default)s)")
     parser.add_argument("--nproc", type=_count, default=1, help="processes on each machine (default: %(default)s)")
     parser.add_argument(
@@ -30,7 +29,7 @@ def main() -> None:
         help="ids of a feature in the mean example, where that is not 1; may be repeated",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("overrides", nargs="*", metavar="path.to.key=value", help="settings that replace the file's")
+    parser.add_config_arguments()
     arguments = parser.parse_args()
 
     def body() -> None:

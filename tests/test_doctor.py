@@ -23,9 +23,9 @@ def test_this_machine_is_well():
 def test_a_failure_is_reported_with_its_way_out(monkeypatch, capsys):
     remedy = "pip install " + "a-rather-long-name " * 20
     monkeypatch.setattr(doctor, "CHECKS", (lambda: Check("good", "fine"), lambda: Check("bad", "broken", remedy)))
-    assert doctor.main([]) == 1
+    assert doctor._examine(as_json=False) == 1
     assert f"bad: {remedy}".strip() in capsys.readouterr().out
-    assert doctor.main(["--json"]) == 1
+    assert doctor._examine(as_json=True) == 1
     found = json.loads(capsys.readouterr().out)
     assert not found["ok"]
     assert [check["ok"] for check in found["checks"]] == [True, False]

@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "recsys.terminal": set(),
     "recsys.config": {"recsys.errors", "recsys.config"},
     "recsys.versions": set(),
-    "recsys.cli": {"recsys.errors", "recsys.versions"},
+    "recsys.cli": {"recsys.errors", "recsys.config", "recsys.versions"},
     "recsys.runtime": {"recsys.config"},
     "recsys.data": BASE | {"recsys.data"},
     "recsys.prepare": BASE | {"recsys.data", "recsys.terminal", "recsys.cli", "recsys.prepare"},

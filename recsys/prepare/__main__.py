@@ -5,16 +5,17 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from recsys.config import DEFAULT_CONFIG, Config, load_config
+from recsys.cli import ArgumentParser, run_entry
+from recsys.config import Config, load_config
+from recsys.data.storage import DataError
 from recsys.prepare import writing
 from recsys.prepare.criteo import by_day, criteo_schema
 from recsys.prepare.movielens import convert_movielens_1m, convert_movielens_100k
@@ -29,32 +30,31 @@ _DRIFTS = 8
 """Of the largest that are shown."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Reads the command line, writes or validates what it asks for, tells what was written or found.
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Read the command line, write or examine what it asks for, tell what was written or found.
 
-    Returns:
-        The exit status: 0, or 2 where what the user asked for cannot be done, or data are found that cannot be used.
+    The exit code is 2 where what the user asked for cannot be done, or data are found that cannot be used.
     """
     options = _parser().parse_args(arguments)
-    try:
-        status: int | None = options.run(options)
-    except (OSError, ValueError) as error:
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)
-        return 2
-    return status or 0
+
+    def body() -> int | None:
+        try:
+            status: int | None = options.run(options)
+        except OSError as error:
+            raise DataError(" ".join(str(error).split())) from None
+        return status
+
+    run_entry(body)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m recsys.prepare", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m recsys.prepare", description=__doc__.splitlines()[0], allow_abbrev=False)
     data_sets = parser.add_subparsers(title="what to do", required=True, metavar="WHAT")
-    output = argparse.ArgumentParser(add_help=False)
+    output = ArgumentParser(add_help=False)
     output.add_argument("--output", type=Path, required=True, help="folder to write")
-    replace = argparse.ArgumentParser(add_help=False)
+    replace = ArgumentParser(add_help=False)
     replace.add_argument("--overwrite", action="store_true", help="replace the data set that is there")
-    text = argparse.ArgumentParser(add_help=False)
+    text = ArgumentParser(add_help=False)
     text.add_argument("--source", type=Path, nargs="+", required=True, metavar="FILE", help="text files, also .gz")
     text.add_argument("--skip-malformed", action="store_true", help="leave out and count rows that are wrong")
     text.add_argument(
@@ -110,9 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     synthetic.add_argument("--flat", action="store_true", help="draw what users like item by item, not by the tree")
     synthetic.set_defaults(run=_synthetic)
 
-    config = argparse.ArgumentParser(add_help=False)
-    config.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
-    config.add_argument("overrides", nargs="*", metavar="path.to.key=value", help="settings that replace the file's")
+    config = ArgumentParser(add_help=False)
+    config.add_config_arguments()
     vocabulary = data_sets.add_parser(
         "vocabulary", parents=[config], help="the vocabularies of a config, counted in its train split"
     )
@@ -151,7 +150,7 @@ def _criteo(options: argparse.Namespace) -> None:
     except ValidationError as error:
         fault = error.errors()[0]
         option = "".join(f"--{key}: ".replace("_", "-") for key in fault["loc"])
-        raise ValueError(f"{option}{fault['msg'].removeprefix('Value error, ')}") from None
+        raise DataError(f"{option}{fault['msg'].removeprefix('Value error, ')}") from None
     _text(options, sources, schema)
 
 
@@ -353,4 +352,4 @@ def _report(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
+from recsys.data.storage import DataError
 from recsys.prepare import writing
 
 Ints = npt.NDArray[np.int64]
@@ -34,14 +35,14 @@ class Source:
 
     Raises:
         FileNotFoundError: `path` is missing.
-        ValueError: `path` is neither a folder nor a zip file.
+        DataError: `path` is neither a folder nor a zip file.
     """
 
     def __init__(self, path: Path, folder: str, where: str) -> None:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist; {where}")
         if not path.is_dir() and not zipfile.is_zipfile(path):
-            raise ValueError(f"{path} is neither a folder nor a zip file; {where}")
+            raise DataError(f"{path} is neither a folder nor a zip file; {where}")
         self._path, self._folder, self._where = path, folder, where
 
     def has(self, name: str) -> bool:
@@ -53,7 +54,7 @@ class Source:
 
         Raises:
             FileNotFoundError: the file is missing.
-            ValueError: it cannot be unpacked, or its header is another.
+            DataError: it cannot be unpacked, or its header is another.
         """
         found = self._find(name)
         if found is None:
@@ -66,7 +67,7 @@ class Source:
                 with zipfile.ZipFile(self._path) as archive:
                     content = archive.read(found)
             except zipfile.BadZipFile as error:
-                raise ValueError(f"{self._path}: {error}; {self._where}") from error
+                raise DataError(f"{self._path}: {error}; {self._where}") from error
         file = SourceFile(name, path, content, 1 if header is None else 2, self._where)
         if header is not None:
             told = content.partition(b"\n")[0].decode("latin-1").strip()
@@ -101,9 +102,9 @@ class SourceFile:
     first_line: int
     where: str
 
-    def wrong(self, line: int, what: str) -> ValueError:
+    def wrong(self, line: int, what: str) -> DataError:
         """Return the error to raise for a line."""
-        return ValueError(f"{self.path}, line {line}: {what}; {self.where}")
+        return DataError(f"{self.path}, line {line}: {what}; {self.where}")
 
     def lines(self) -> Iterator[tuple[int, str]]:
         """Yield number, from 1, and text of each line below the header; only line feeds end one, as Arrow has it.
@@ -125,7 +126,7 @@ class SourceFile:
             Each column by name, of shape (lines,).
 
         Raises:
-            ValueError: a line says anything else, or there is none.
+            DataError: a line says anything else, or there is none.
         """
         gaps = {name: [f"{name}/{gap}" for gap in range(1, len(separator))] for name in names[1:]}
         padded = [column for name in names for column in (*gaps.get(name, ()), name)]
@@ -150,7 +151,7 @@ class SourceFile:
         for line, text in self.lines():
             if not form.fullmatch(text):
                 raise self.wrong(line, f"{text!r} is not {separator.join(names)}, each a whole number")
-        raise ValueError(f"{self.path} holds no rows that can be read; {self.where}")
+        raise DataError(f"{self.path} holds no rows that can be read; {self.where}")
 
 
 def split_at_random(rows: int) -> dict[str, Ints]:

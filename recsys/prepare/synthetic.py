@@ -28,6 +28,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from recsys.config import Config, ConfigError
+from recsys.data.storage import DataError
 from recsys.prepare import writing
 
 NUM_DOMAINS = 4
@@ -132,7 +133,7 @@ def write_synthetic(
         hierarchy: whether what users like follows the tree of categories, brands and items.
 
     Raises:
-        ValueError: an argument is out of range, or `directory` is a mount point.
+        DataError: an argument is out of range, or `directory` is a mount point.
         FileExistsError: `directory` holds something else than a synthetic data set.
     """
     spec = _Spec(
@@ -181,7 +182,7 @@ class _Spec:
         }
         for name, (value, least) in lowest.items():
             if value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}")
+                raise DataError(f"{name} must be at least {least}, not {value}")
 
     def summary(self) -> dict[str, Any]:
         return {"version": _VERSION, **asdict(self)}

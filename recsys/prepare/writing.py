@@ -26,6 +26,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
+from recsys.data.storage import DataError
+
 SUMMARY_FILE = "dataset.json"
 CONFIG_FILE = "dataset.yaml"
 EMBEDDING_DIM = 16
@@ -209,11 +211,11 @@ def staged(directory: Path, *, keep: Callable[[], bool], replace: Callable[[], b
 
     Raises:
         FileExistsError: `directory` is taken, and neither `keep` nor `replace` says what to do about it.
-        ValueError: `directory` is a mount point, which nothing can be renamed to.
+        DataError: `directory` is a mount point, which nothing can be renamed to.
     """
     place = directory.resolve()
     if place.is_mount():
-        raise ValueError(f"{directory} is a mount point; name a folder inside it")
+        raise DataError(f"{directory} is a mount point; name a folder inside it")
     place.parent.mkdir(parents=True, exist_ok=True)
     mark = f".{place.name}.{os.getpid()}-{secrets.token_hex(4)}"
     new, old = place.with_name(f"{mark}.new"), place.with_name(f"{mark}.old")

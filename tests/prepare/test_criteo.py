@@ -29,6 +29,13 @@ REAL = Path(os.environ.get("HILOREC_DATA", "")) / "criteo_10k/train_examples.txt
 Row = dict[str, Any]
 
 
+def status(arguments: list[str]) -> int:
+    """The exit code of the command."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return int(ended.value.code or 0)
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("criteo") / "train.txt"
@@ -137,7 +144,7 @@ def test_malformed_lines(
     with pytest.raises(DataError, match=rf"train\.txt, line 701: {message}"):
         convert(tmp_path / "out", broken)
     assert not (tmp_path / "out").exists()
-    assert main(["criteo", "--source", str(broken), "--output", str(tmp_path / "out"), "--skip-malformed"]) == 0
+    assert status(["criteo", "--source", str(broken), "--output", str(tmp_path / "out"), "--skip-malformed"]) == 0
     told = capsys.readouterr().out
     assert "writing shards: 100 %, 3,000 rows" in told
     assert "train.txt: 1 malformed rows left out\ncriteo written to" in told
@@ -149,7 +156,7 @@ def test_a_terminal_shows_a_bar_for_each_pass(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # which makes rich take the output for a terminal
-    assert main(["criteo", "--source", str(source), "--output", str(tmp_path / "out")]) == 0
+    assert status(["criteo", "--source", str(source), "--output", str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out
     for what in ("counting rows", "counting values", "writing shards"):
         assert re.search(rf"{what} .*\u2501.*3,000.* rows", told), what
@@ -169,7 +176,7 @@ def test_a_terminal_shows_a_bar_for_each_pass(
 def test_options_out_of_range(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, ...], message: str
 ) -> None:
-    assert main(["criteo", "--source", str(source), "--output", str(tmp_path / "out"), *option]) == 2
+    assert status(["criteo", "--source", str(source), "--output", str(tmp_path / "out"), *option]) == 2
     assert capsys.readouterr().err == f"{message}\n"
     assert not (tmp_path / "out").exists()
 

@@ -1,0 +1,103 @@
+"""How every entry reads its arguments and ends: options and overrides in any order, one error for a user's mistake."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import write_tiny_config, write_tiny_log
+
+from recsys.cli import ArgumentParser
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own; `code` runs in its place with the arguments."""
+    start = ["-c", code] if code else ["-m"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, *start, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+
+
+def test_options_and_overrides_come_in_any_order() -> None:
+    words = ["seed=3", "data.batch_size=64", "--json"]
+    for option in (["--config", "c.yaml"], ["--config=c.yaml"]):
+        for order in itertools.permutations([[word] for word in words] + [option]):
+            parser = ArgumentParser()
+            parser.add_argument("--json", action="store_true")
+            parser.add_config_arguments()
+            found = parser.parse_args([word for part in order for word in part])
+            assert (found.config, found.json) == ("c.yaml", True)
+            assert sorted(found.overrides) == ["data.batch_size=64", "seed=3"]
+    assert parser.parse_args([]).overrides == []
+    assert parser.parse_args(["a=1", "--", "b=2"]).overrides == ["a=1", "b=2"]
+
+
+def test_the_order_of_overrides_is_kept() -> None:
+    parser = ArgumentParser()
+    parser.add_config_arguments()
+    assert parser.parse_args(["a=1", "--config", "c.yaml", "a=2"]).overrides == ["a=1", "a=2"]
+
+
+@pytest.mark.parametrize("entry", ["recsys.plan", "recsys.prepare validate"])
+def test_entries_take_overrides_before_their_options(tmp_path: Path, entry: str) -> None:
+    write_tiny_log(tmp_path)
+    config = write_tiny_config(tmp_path / "tiny.yaml", tmp_path, tmp_path / "out")
+    done = run(*entry.split(), "data.batch_size=64", "--config", str(config), "name=other", "--json")
+    assert done.returncode == 0, done.stderr
+    assert '"name": "other"' in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["recsys.train", "--config", "none.yaml"], "cannot read config none.yaml"),
+        (["recsys.train", "seed", "--config", "configs/small.yaml"], "override 'seed' is not of the form"),
+        (["recsys.evaluate", "--checkpoint", "none"], "none is no complete checkpoint"),
+        (["recsys.plan", "tables.user.rows=3"], "tables.user.rows: unknown key"),
+        (["recsys.prepare", "validate", "--config", "none.yaml"], "cannot read config none.yaml"),
+        (["recsys.prepare", "movielens-1m", "--source", "none", "--output", "out"], "none does not exist"),
+        (
+            ["recsys.prepare", "csv", "--source", "none", "--schema", "none", "--output", "out"],
+            "cannot read schema none",
+        ),
+    ],
+)
+def test_a_mistake_of_the_user_is_one_error(command: list[str], message: str) -> None:
+    done = run(*command)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+BROKEN = """
+import sys
+import recsys.prepare.__main__ as entry
+def broken(options): raise {error}
+entry._synthetic = broken
+entry.main(["synthetic", "--output", "out"])
+"""
+
+
+def test_a_bug_of_prepare_shows_its_traceback() -> None:
+    for error in ("KeyError('lost')", "ValueError('not a word of the user')"):
+        done = run(code=BROKEN.format(error=error))
+        assert done.returncode == 1
+        assert "Traceback" in done.stderr and error.partition("(")[0] in done.stderr
+
+
+def test_prepare_checks_versions_first() -> None:
+    code = """
+import recsys.cli as cli
+from recsys.versions import VersionError
+def mismatch(): raise VersionError("they differ")
+cli.check_versions = mismatch
+from recsys.prepare.__main__ import main
+main(["synthetic", "--output", "out"])
+"""
+    done = run(code=code)
+    assert (done.returncode, done.stderr) == (2, "error: they differ\n")
