@@ -7,7 +7,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summary
 
@@ -62,7 +61,7 @@ class Monitor:
         if self._writer is not None:
             self._writer.close()
 
-    def say(self, what: str | Table) -> None:
+    def say(self, what: str | terminal.Table) -> None:
         """Print a line or a table."""
         terminal.say(self._console, what)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from ranks import run_module, run_ranks
-from test_run import as_config, train_on
+from runs import as_config, train_on
 from tiny import tiny_config, write_tiny_log
 
 from recsys.training.checkpoint import CheckpointError, read_meta

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from ranks import run_module, run_ranks
+from runs import train_on
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_run import train_on
 from tiny import tiny_config
 
 from recsys.config import Config, SparseOptimizerConfig, validate

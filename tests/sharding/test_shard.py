@@ -1,0 +1,143 @@
+"""Sharded tables train as unsharded ones do; what a device lacks is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from runs import as_config, checkpoint_tensors, train_on
+from tiny import tiny_config, write_tiny_log
+from torch import Tensor
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from recsys.config import Config, ConfigError
+from recsys.data.loader import Loader
+from recsys.data.order import Epoch
+from recsys.data.parquet import ParquetShards
+from recsys.data.splits import open_splits
+from recsys.model.ranker import POOLED, Ranker, build_ranker
+from recsys.runtime import Ranks, derive_seed
+from recsys.sharding import shard as sharding
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("log")
+    write_tiny_log(directory)
+    return directory
+
+
+def _unsharded_after_twenty_steps(config: Config, shards: ParquetShards, world_size: int) -> dict[str, Tensor]:
+    """The same training without TorchRec's sharding, pipeline or DDP: plain modules and optimizers, whole batches."""
+    ranker: Ranker = build_ranker(config, seed=derive_seed(config.seed, "dense arch"), device=torch.device("cpu"))
+    sharding._initialise_tables(ranker.collections[POOLED], config.tables, derive_seed(config.seed, "tables"))
+    stage = config.stages["joint"]
+    ranker.loss_weights = stage.loss_weights
+    assert stage.sparse_learning_rate is not None
+    kinds: dict[str, Any] = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
+    kind, parameters = config.optimizers.sparse.type, dict(ranker.collections[POOLED].named_parameters())
+    options = {} if kind == "sgd" else {"eps": config.optimizers.sparse.eps}
+    fused = [p for name, p in parameters.items() if not config.tables[name.split(".")[1]].data_parallel]
+    replicated = [p for name, p in parameters.items() if config.tables[name.split(".")[1]].data_parallel]
+    optimizers = [
+        kinds[kind](fused, lr=stage.sparse_learning_rate, **options),
+        torch.optim.Adam(replicated, lr=stage.learning_rate),
+        torch.optim.AdamW(ranker.dense_arch.parameters(), lr=stage.learning_rate, weight_decay=0.0),
+    ]
+    seed = derive_seed(config.seed, "order")
+    steps = stage.steps or 0
+    for number in range(3):
+        epoch = Epoch(
+            shards.row_counts, world_size, config.data.batch_size, seed=seed, epoch=number, window_row_groups=3
+        )
+        streams = []
+        for rank in range(world_size):
+            with Loader(shards, [epoch], rank) as loader:
+                streams.append(list(loader))
+        for batches in list(zip(*streams, strict=True))[:steps]:
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            torch.stack([ranker(batch)[0] for batch in batches]).mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        steps -= min(steps, epoch.num_steps)
+    return {f"model.{name}": value for name, value in ranker.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "sharding_type"),
+    [("rowwise_adagrad", "table_wise"), ("adagrad", "column_wise"), ("sgd", "column_wise")],
+)
+def test_sharded_equals_unsharded_after_twenty_steps(
+    log: Path, tmp_path: Path, process_group: None, optimizer: str, sharding_type: str
+) -> None:
+    raw = tiny_config(log, tmp_path / "out")
+    raw["stages"] = {"joint": {**raw["stages"]["joint"], "schedule": "constant", "warmup_steps": 0, "steps": 20}}
+    raw["optimizers"] = {"sparse": {"type": optimizer}}
+    raw["tables"]["item"] = {**raw["tables"]["item"], "sharding": [sharding_type]}
+    if sharding_type != "column_wise":
+        del raw["tables"]["item"]["min_partition"]
+    config = as_config(raw, tmp_path)
+    run_ranks(2, train_on, config)
+    sharded = checkpoint_tensors(tmp_path / "out" / "checkpoints" / "step-20", tmp_path)
+    unsharded = _unsharded_after_twenty_steps(config, open_splits(config, ["train"])["train"], 2)
+    assert {name for name in sharded if name.startswith("model.")} == set(unsharded)
+    for name, value in unsharded.items():
+        torch.testing.assert_close(
+            sharded[name], value, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def _fails(ranks: Ranks, config: Config) -> str:
+    try:
+        train_on(ranks, config)
+    except ConfigError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            {"optimizers": {"sparse": {"type": "adam"}}},
+            "no fused adam on a CPU; there are rowwise_adagrad, adagrad",
+        ),
+        (
+            {"optimizers": {"sparse": {"weight_decay": 0.1}}},
+            "optimizers.sparse.weight_decay: fbgemm's fused",
+        ),
+        (
+            {"tables": {"user": {"num_embeddings": 40, "embedding_dim": 8, "sharding": ["row_wise"]}}},
+            "tables.user.sharding: row_wise needs GPUs; on a CPU there are table_wise, column_wise, data_parallel",
+        ),
+        (
+            {"tables": {"user": {"num_embeddings": 40, "embedding_dim": 8, "compute_kernel": "fused_uvm"}}},
+            "tables.user.compute_kernel: fused_uvm needs GPUs",
+        ),
+        (
+            {
+                "stages": {
+                    "joint": {
+                        "trains": "all",
+                        "steps": 5,
+                        "warmup_steps": 6,
+                        "learning_rate": 1,
+                        "sparse_learning_rate": 1,
+                    }
+                }
+            },
+            "stages.joint.warmup_steps is 6, but the stage has 5 steps",
+        ),
+    ],
+    ids=["optimizer", "decay", "sharding", "kernel", "warm-up"],
+)
+def test_what_the_device_or_the_stage_lacks_is_refused(
+    log: Path, tmp_path: Path, change: dict[str, Any], expected: str
+) -> None:
+    raw = tiny_config(log, tmp_path / "out")
+    for section, values in change.items():
+        raw[section] = {**raw[section], **values} if section == "tables" else values
+    (message,) = run_ranks(1, _fails, as_config(raw, tmp_path))
+    assert expected in message
