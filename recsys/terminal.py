@@ -9,6 +9,9 @@ from rich.text import Text
 Rows = Sequence[Mapping[str, str]]
 """A table: one mapping for each row, all of the same columns in the same order."""
 
+Drawn = Table
+"""A table that is ready to be printed."""
+
 PIPED_WIDTH = 120
 
 
@@ -18,7 +21,7 @@ def console(*, quiet: bool = False) -> Console:
     return terminal if terminal.is_terminal else Console(quiet=quiet, width=PIPED_WIDTH)
 
 
-def say(terminal: Console, what: str | Table) -> None:
+def say(terminal: Console, what: str | Drawn) -> None:
     """Print a table, or a line that stays one line however narrow the terminal is."""
     # A table is laid out for the console's width.
     terminal.print(what, highlight=False, markup=False, soft_wrap=isinstance(what, str))
@@ -30,7 +33,7 @@ def table(
     *,
     left: Collection[str] | None = None,
     styles: Mapping[str, str] | None = None,
-) -> Table:
+) -> Drawn:
     """Rows as a table for a console.
 
     Args:

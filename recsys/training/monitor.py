@@ -61,7 +61,7 @@ class Monitor:
         if self._writer is not None:
             self._writer.close()
 
-    def say(self, what: str | terminal.Table) -> None:
+    def say(self, what: str | terminal.Drawn) -> None:
         """Print a line or a table."""
         terminal.say(self._console, what)
 
