@@ -1,4 +1,6 @@
-"""How long a training step takes and where the time goes: `benchmarks/step.py [--config PATH] [path.to.key=value ...]`.
+"""How long a training step takes and where the time goes.
+
+    python -m benchmarks.step [--config PATH] [path.to.key=value ...]
 
 Runs alone or under torchrun. The same tables are trained under a dense tower and under a HiLoMoE tower in each kind of
 stage, in turns, so that whatever else slows the machine slows all of them. Each turn measures
@@ -25,10 +27,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from report import RESULTS, environment, number, show, shown_path, write
 from torch import Tensor, nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
+from benchmarks.report import RESULTS, environment, number, show, shown_path, write
 from recsys.cli import run_entry
 from recsys.config import DEFAULT_CONFIG, Config, ConfigError, load_config
 from recsys.data.batch import Batch
@@ -74,7 +76,7 @@ class Case:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks/step.py", description="Time the training step and its parts.")
+    parser = argparse.ArgumentParser(prog="benchmarks.step", description="Time the training step and its parts.")
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file; its stages are not used (%(default)s)")
     parser.add_argument("--data", help="where the synthetic log of the config is or goes (default: a temporary place)")
     parser.add_argument("--steps", type=int, default=30, help="steps of a turn (default: %(default)s)")
@@ -296,7 +298,7 @@ def _report(
         "backbone stage / joint stage": ratio("HiLoMoE, backbone", "HiLoMoE, joint", "step"),
     }
     command = ["torchrun", "--nproc-per-node", str(ranks.world_size)] if ranks.world_size > 1 else ["python"]
-    command += ["benchmarks/step.py", "--config", shown_path(arguments.config)]
+    command += ["-m", "benchmarks.step", "--config", shown_path(arguments.config)]
     command += ["--steps", str(arguments.steps), "--turns", str(arguments.turns)]
     result = {
         "name": config.name,

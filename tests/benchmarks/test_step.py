@@ -1,4 +1,4 @@
-"""The benchmarks as a user runs them, on a config so small that the figures mean nothing but must be there."""
+"""The benchmark of a step as a user runs it, on a config so small that the figures mean nothing but must be there."""
 
 import json
 import math
@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from tiny import write_tiny_config, write_tiny_log
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROOT = Path(__file__).parents[2]
 
 
-def run(script: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCHMARKS / script), "--config", "tiny.yaml", "--output", "results", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.step", "--config", "tiny.yaml", "--output", "results", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -50,10 +50,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_step_tells_the_parts_of_every_case_and_their_ratios(folder: Path) -> None:
-    ended = run("step.py", folder, "--steps", "8", "--turns", "3", "device=cpu")
+    ended = run(folder, "--steps", "8", "--turns", "3", "device=cpu")
     assert (ended.returncode, ended.stderr) == (0, "")
     page, result = read(folder, "step_cpu")
-    assert result["command"] == "python benchmarks/step.py --config tiny.yaml --steps 8 --turns 3 device=cpu"
+    assert result["command"] == "python -m benchmarks.step --config tiny.yaml --steps 8 --turns 3 device=cpu"
     assert list(result["cases"]) == ["dense tower", "HiLoMoE, backbone", "HiLoMoE, experts", "HiLoMoE, joint"]
     assert all(math.isfinite(number) for number in numbers(result))
     assert all(ratio > 0 for ratio in result["ratios"].values())
@@ -75,7 +75,7 @@ def test_step_tells_the_parts_of_every_case_and_their_ratios(folder: Path) -> No
 
 
 def test_step_needs_experts_to_compare(folder: Path) -> None:
-    ended = run("step.py", folder, "model.hilomoe=null")
+    ended = run(folder, "model.hilomoe=null")
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: model.hilomoe is null")
     assert not (folder / "results").exists()

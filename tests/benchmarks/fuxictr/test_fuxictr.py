@@ -6,21 +6,18 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 import torch.distributed as dist
 from tiny import write_tiny_config, write_tiny_log
 
+from benchmarks.fuxictr.__main__ import benchmark, parse
 from recsys.errors import UserError
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ONE_WIDTH = "tables.tag.embedding_dim=8"
 
 STAND_IN = {
@@ -110,14 +107,12 @@ class DNN:
 @pytest.fixture
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """The benchmark of model DNN as from the command line, but in this process, which has torch at hand."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    script = import_module("fuxictr")
 
     def run(checkout: Path, python: str, *arguments: str) -> None:
         command = ["--checkout", str(checkout), "--python", python, "--config", "tiny.yaml", "--output", "results"]
-        script.benchmark(script.parse([*command, "--models", "DNN", *arguments]))
+        benchmark(parse([*command, "--models", "DNN", *arguments]))
 
     yield run
     if dist.is_initialized():  # a command that fails leaves that to its end
@@ -245,30 +240,6 @@ def test_exports_every_row_with_ids_moved_by_one(folder: Path, checkout: Path, r
     assert (described["user"]["vocab_size"], described["tags"]["vocab_size"]) == (41, 13)
     assert described["buddy"]["share_embedding"] == "user"
     assert described["tags"]["feature_encoder"] == "layers.MaskedSumPooling()"
-
-
-def test_aggregation_of_final_mlp_is_its_bilinear_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    heads, x_dim, y_dim, out = 2, 3, 5, 4
-    torch.manual_seed(5)
-    module = SimpleNamespace(
-        num_heads=heads,
-        head_x_dim=x_dim,
-        head_y_dim=y_dim,
-        output_dim=out,
-        w_x=torch.nn.Linear(heads * x_dim, out),
-        w_y=torch.nn.Linear(heads * y_dim, out),
-        w_xy=torch.randn(heads * x_dim * y_dim, out),
-    )
-    x, y = torch.randn(7, heads * x_dim), torch.randn(7, heads * y_dim)
-    # As FuxiCTR lays them out: of each head a matrix of x_dim rows, a row the outputs one after another, each of y_dim.
-    weights = module.w_xy.reshape(heads, x_dim, out, y_dim)
-    wanted = module.w_x(x) + module.w_y(y)
-    for head in range(heads):
-        of_x, of_y = x[:, head * x_dim : (head + 1) * x_dim], y[:, head * y_dim : (head + 1) * y_dim]
-        for output in range(out):
-            wanted[:, output] += ((of_x @ weights[head, :, output]) * of_y).sum(1)
-    torch.testing.assert_close(import_module("fuxictr_driver").aggregate(module, x, y), wanted)
 
 
 @pytest.mark.slow

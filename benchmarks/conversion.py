@@ -1,4 +1,6 @@
-"""How fast, and in how much memory, Criteo's form becomes shards: `benchmarks/criteo.py [--rows N ...]`.
+"""How fast, and in how much memory, files of Criteo's form become shards.
+
+    python -m benchmarks.conversion [--rows N ...]
 
 The files are generated: 13 integers and 26 hashes of a power law, about as many different values in each column as
 Criteo's own has or all that the rows make, a seventh of the fields blank. Each conversion is a process of its own,
@@ -19,8 +21,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
-from report import RESULTS, ROOT, Rows, environment, show, write
 
+from benchmarks.report import RESULTS, ROOT, Rows, environment, show, write
 from recsys.cli import run_entry
 
 # One more than a column's different values: about what C1 to C26 have in the Kaggle challenge's training file.
@@ -35,7 +37,7 @@ _BATCH = 100_000
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="benchmarks/criteo.py", description="Convert generated files of Criteo's form."
+        prog="benchmarks.conversion", description="Convert generated files of Criteo's form."
     )
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 5_000_000], help="(default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where files and shards go (default: a temporary place)")
@@ -61,7 +63,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
 
 
 def generate(path: Path, rows: int, seed: int = 1) -> None:
-    """Writes a file of Criteo's form."""
+    """Write a file of Criteo's form."""
     options = pa_csv.WriteOptions(include_header=False, delimiter="\t", quoting_style="none")
     sizes = np.array(SIZES)
     with path.open("wb") as file:
@@ -130,9 +132,9 @@ def _report(arguments: argparse.Namespace, cases: Sequence[dict[str, Any]]) -> N
         rows,
         *([arguments.note] if arguments.note else []),
     ]
-    command = " ".join(["python benchmarks/criteo.py", "--rows", *map(str, arguments.rows)])
+    command = " ".join(["python -m benchmarks.conversion", "--rows", *map(str, arguments.rows)])
     write(
-        arguments.output / "criteo_cpu",
+        arguments.output / "conversion_cpu",
         "Criteo to shards",
         parts,
         {**environment(), "command": command, "cases": cases},

@@ -1,4 +1,4 @@
-"""Trains one FuxiCTR model and leaves its scores: `fuxictr_driver.py CHECKOUT ROWS RUN`, run by benchmarks/fuxictr.py.
+"""Train one FuxiCTR model and leave its scores: `driver.py CHECKOUT ROWS RUN`, started by runs.py.
 
 It runs in FuxiCTR's environment, so it knows nothing of HiloRec and imports FuxiCTR from the checkout. RUN/params.json
 says what to train. RUN gets valid.npy and test.npy, probabilities in the rows' order, and last result.json. With

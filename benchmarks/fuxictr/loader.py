@@ -1,7 +1,7 @@
-"""Times FuxiCTR's own loader: `fuxictr_loader.py CHECKOUT FILES BATCH_SIZE CORES`, run by benchmarks/data.py.
+"""Time FuxiCTR's own loader: `loader.py CHECKOUT FILES BATCH_SIZE CORES`, started by benchmarks/reading.py.
 
 It runs in FuxiCTR's environment. Its streaming loader is what FuxiCTR offers for data that do not fit memory: a file at
-a time into an array of doubles, rows shuffled within the file's order of batches. Prints JSON.
+a time into an array of doubles, rows shuffled within the file's order of batches. Print JSON.
 """
 
 import glob

@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from grid import Case, GridConfig, RivalsConfig, Run, TableConfig
-from intervals import Difference, difference
 from pydantic import BaseModel
-from report import Rows, shown_path
 
+from benchmarks.quality.grid import Case, GridConfig, RivalsConfig, Run, TableConfig
+from benchmarks.quality.intervals import Difference, difference
+from benchmarks.report import Rows, shown_path
 from recsys.config import read_yaml, validate
 
 Spread = Mapping[str, float | None]

@@ -1,4 +1,6 @@
-"""What an expert layer costs beside the linear it stands for: `benchmarks/hilomoe.py [--dims D] [--experts LxK]`.
+"""What an expert layer costs beside the linear it stands for.
+
+    python -m benchmarks.layer [--dims D] [--experts LxK]
 
 Square layers, float32 on a CPU and bfloat16 under autocast on a GPU. All forms of one size are timed in turns, so that
 whatever else slows the machine slows all of them; a ratio is taken within a turn, and its median told. On a single CPU
@@ -17,11 +19,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from report import RESULTS, Rows, environment, show, write
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.report import RESULTS, Rows, environment, show, write
 from recsys.cli import run_entry
 from recsys.model.experts.hilomoe import HiLoMoELinear
 
@@ -105,7 +107,7 @@ class Device:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks/hilomoe.py", description="Time the expert layer.")
+    parser = argparse.ArgumentParser(prog="benchmarks.layer", description="Time the expert layer.")
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128, 512, 1024], help="widths (%(default)s)")
     parser.add_argument(
         "--experts", nargs="+", default=["1x8", "3x8", "6x8", "8x16"], metavar="LxK", help="sizes (%(default)s)"
@@ -278,7 +280,7 @@ def _report(
     parts += ["## Memory", "MiB, beside input, parameters and their gradients.", _memory_rows(memory)]
     parts += ["## Choices", CHOICES]
     parts += [arguments.note] if arguments.note else []
-    command = ["python", "benchmarks/hilomoe.py", "--dims", *map(str, arguments.dims), "--experts", *arguments.experts]
+    command = ["python", "-m", "benchmarks.layer", "--dims", *map(str, arguments.dims), "--experts", *arguments.experts]
     command += ["--batch", str(arguments.batch), "--turns", str(arguments.turns)]
     command += ["--compiled", *arguments.compiled]
     result = {
@@ -302,7 +304,7 @@ def _report(
         "memory_mib": memory,
         **environment(),
     }
-    write(arguments.output / f"hilomoe_{device.name}", title, parts, result)
+    write(arguments.output / f"layer_{device.name}", title, parts, result)
 
 
 def _row(name: str, seconds: Mapping[str, Sequence[float]], forms: Sequence[str]) -> dict[str, str]:

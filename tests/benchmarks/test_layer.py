@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from torch import cuda
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "hilomoe.py"
+ROOT = Path(__file__).parents[2]
 FORMS = ["dense", "stack", "formula", "autograd", "fused"]
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(SCRIPT), "--output", "results", *arguments],
+        [sys.executable, "-m", "benchmarks.layer", "--output", "results", *arguments],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=120,
@@ -31,10 +31,10 @@ def test_every_form_of_every_size_is_timed_and_weighed(tmp_path: Path) -> None:
     ended = run(tmp_path, *sizes, "--compiled", "--note", "The machine did nothing else.")
     assert (ended.returncode, ended.stderr) == (0, "")
     device = "cuda" if cuda.is_available() else "cpu"
-    page = (tmp_path / "results" / f"hilomoe_{device}.md").read_text()
-    result: dict[str, Any] = json.loads((tmp_path / "results" / f"hilomoe_{device}.json").read_text())
+    page = (tmp_path / "results" / f"layer_{device}.md").read_text()
+    result: dict[str, Any] = json.loads((tmp_path / "results" / f"layer_{device}.json").read_text())
     assert str(tmp_path) not in page + json.dumps(result)
-    assert result["command"] == " ".join(("python benchmarks/hilomoe.py", *sizes, "--compiled"))
+    assert result["command"] == " ".join(("python -m benchmarks.layer", *sizes, "--compiled"))
     assert "The machine did nothing else." in page
     names = [f"d {d}, L {layers}, K 2" for d in (8, 16) for layers in (1, 3)]
     for figures in ("milliseconds", "ratios to dense"):

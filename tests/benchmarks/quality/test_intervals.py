@@ -3,7 +3,8 @@
 import math
 
 import pytest
-from intervals import difference, t_quantile
+
+from benchmarks.quality.intervals import difference, t_quantile
 
 
 @pytest.mark.parametrize(

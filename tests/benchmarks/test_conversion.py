@@ -3,31 +3,32 @@
 import json
 from pathlib import Path
 
-import criteo
 import pytest
+
+from benchmarks import conversion
 
 
 def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["criteo.py", "--rows", "300", "--output", str(tmp_path), "--note", "A test."])
+    monkeypatch.setattr("sys.argv", ["conversion", "--rows", "300", "--output", str(tmp_path), "--note", "A test."])
     with pytest.raises(SystemExit) as ended:
-        criteo.main()
+        conversion.main()
     assert not ended.value.code
-    result = json.loads((tmp_path / "criteo_cpu.json").read_text())
+    result = json.loads((tmp_path / "conversion_cpu.json").read_text())
     assert [case["ids"] for case in result["cases"]] == ["vocabulary", "hash"]
     for case in result["cases"]:
         assert case["rows_written"] == 300
         assert case["cpu_seconds"] > 0 and 30 < case["peak_bytes"] / 2**20 < 2000
-    assert "A test." in (tmp_path / "criteo_cpu.md").read_text()
+    assert "A test." in (tmp_path / "conversion_cpu.md").read_text()
 
 
 def test_generated_files_depend_on_the_seed_alone_and_are_skewed(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        criteo.generate(tmp_path / name, 500, seed)
+        conversion.generate(tmp_path / name, 500, seed)
     first, again, other = ((tmp_path / name).read_bytes() for name in "abc")
     assert first == again != other
     rows = [line.split(b"\t") for line in first.splitlines()]
     assert {len(row) for row in rows} == {40}
-    for column, size in enumerate(criteo.SIZES, start=14):
+    for column, size in enumerate(conversion.SIZES, start=14):
         values = [row[column] for row in rows if row[column]]
         assert {len(value) for value in values} == {8} and len(set(values)) < size
         assert 380 < len(values) < 480  # a seventh is blank

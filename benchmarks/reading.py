@@ -1,4 +1,6 @@
-"""How fast shards become batches, beside raw decoding and other loaders: `benchmarks/data.py [--rows N] [--rounds N]`.
+"""How fast shards become batches, beside raw decoding and other loaders.
+
+    python -m benchmarks.reading [--rows N] [--rounds N]
 
 Every way of reading is a process of its own, bound to as many cores as it is given, with as many threads that decode,
 and takes its turn in each round, so that whatever else slows the machine slows all of them. Then: memory at one and at
@@ -24,8 +26,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from report import RESULTS, environment, number, show, write
 
+from benchmarks.report import RESULTS, environment, number, show, write
 from recsys.cli import quiet_libraries, run_entry
 from recsys.config import load_config
 from recsys.errors import UserError
@@ -50,7 +52,7 @@ Measured = dict[str, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks/data.py", description="Time reading, beside raw decoding.")
+    parser = argparse.ArgumentParser(prog="benchmarks.reading", description="Time reading, beside raw decoding.")
     parser.add_argument("--rows", type=int, default=2_000_000, help="of each data set (default: %(default)s)")
     parser.add_argument("--many", type=int, default=50_000_000, help="rows of the long read (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each way (default: %(default)s)")
@@ -115,14 +117,14 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         "epoch with its cold start.",
         *([arguments.note] if arguments.note else []),
     ]
-    write(arguments.output / "data_cpu", "From shards to batches", parts, result)
+    write(arguments.output / "reading_cpu", "From shards to batches", parts, result)
 
 
 def _command(arguments: argparse.Namespace) -> str:
     """What was run, with no path of the machine that it ran on."""
     given = [f"--{name} {getattr(arguments, name)}" for name in ("rows", "many", "rounds")]
     fuxictr = ['--fuxictr "$HILOREC_FUXICTR" "$HILOREC_FUXICTR_PYTHON"'] if arguments.fuxictr else []
-    return " ".join(["python benchmarks/data.py", *given, *fuxictr])
+    return " ".join(["python -m benchmarks.reading", *given, *fuxictr])
 
 
 def _criteo(rows: int, rng: np.random.Generator) -> pa.Table:
@@ -287,14 +289,14 @@ def _training(root: Path, config: str) -> Measured:
 
 
 def _child(way: str, config: str, cores: int, threads: int) -> Measured:
-    command = [sys.executable, __file__, "--way", way, config, str(cores), str(threads)]
+    command = [sys.executable, "-m", "benchmarks.reading", "--way", way, config, str(cores), str(threads)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     measured: Measured = json.loads(done.stdout.splitlines()[-1])
     return measured
 
 
 def _fuxictr(config: str, cores: int, checkout: str, python: str) -> Measured:
-    driver = Path(__file__).with_name("fuxictr_loader.py")
+    driver = Path(__file__).parent / "fuxictr" / "loader.py"
     files = load_config(config).data.patterns("train")[0]
     command = [python, "-I", "-B", str(driver), checkout, files, str(BATCH_SIZE), str(cores)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
