@@ -22,8 +22,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from benchmarks.report import RESULTS, ROOT, Rows, environment, show, write
+from benchmarks.report import RESULTS, ROOT, Line, environment, show, write
 from recsys.cli import run_entry
+from recsys.terminal import Rows
 
 # One more than a column's different values: about what C1 to C26 have in the Kaggle challenge's training file.
 SIZES = [1_400, 580, 10_000_000, 2_200_000, 300, 24, 12_500, 630, 3, 93_000, 5_700, 8_300_000, 3_200]
@@ -48,18 +49,19 @@ def main() -> None:
 
 
 def _benchmark(arguments: argparse.Namespace) -> None:
-    cases = []
+    runs: list[Line] = []
     with TemporaryDirectory(prefix="hilorec-", dir=arguments.folder) as folder:
         for rows in arguments.rows:
             source = Path(folder) / f"{rows}.txt"
             generate(source, rows)
             for mode, options in MODES.items():
                 output = Path(folder) / f"{rows}-{mode}"
-                case = {"rows": rows, "ids": mode, **convert(source, output, options)}
-                cases.append(case | {"input_bytes": source.stat().st_size, "output_bytes": _size(output)})
-                print(json.dumps(cases[-1]), flush=True)
+                figures = convert(source, output, options)
+                figures |= {"input_bytes": source.stat().st_size, "output_bytes": _size(output)}
+                runs.append({"kind": "run", "rows": rows, "ids": mode, "figures": figures})
+                print(json.dumps(runs[-1]), flush=True)
             source.unlink()
-    _report(arguments, cases)
+    _report(arguments, runs)
 
 
 def generate(path: Path, rows: int, seed: int = 1) -> None:
@@ -86,7 +88,7 @@ def generate(path: Path, rows: int, seed: int = 1) -> None:
 
 
 def convert(source: Path, output: Path, options: Sequence[str]) -> dict[str, Any]:
-    """Seconds and peak resident bytes of one conversion, and the rows that it wrote."""
+    """Convert once: seconds, peak resident bytes, and the rows that were written."""
     command = [sys.executable, "-m", "recsys.prepare", "criteo", "--source", str(source), "--output", str(output)]
     start = time.perf_counter()
     process = os.posix_spawn(
@@ -112,18 +114,19 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _report(arguments: argparse.Namespace, cases: Sequence[dict[str, Any]]) -> None:
+def _report(arguments: argparse.Namespace, runs: Sequence[Line]) -> None:
     rows: Rows = [
         {
-            "rows, ids": f"{case['rows']:,}, {case['ids']}",
-            "rows/s": f"{case['rows'] / case['seconds']:,.0f}",
-            "seconds": f"{case['seconds']:,.0f}",
-            "CPU seconds": f"{case['cpu_seconds']:,.0f}",
-            "peak memory, MiB": f"{case['peak_bytes'] / 2**20:,.0f}",
-            "text, MiB": f"{case['input_bytes'] / 2**20:,.0f}",
-            "shards, MiB": f"{case['output_bytes'] / 2**20:,.0f}",
+            "rows, ids": f"{run['rows']:,}, {run['ids']}",
+            "rows/s": f"{run['rows'] / figures['seconds']:,.0f}",
+            "seconds": f"{figures['seconds']:,.0f}",
+            "CPU seconds": f"{figures['cpu_seconds']:,.0f}",
+            "peak memory, MiB": f"{figures['peak_bytes'] / 2**20:,.0f}",
+            "text, MiB": f"{figures['input_bytes'] / 2**20:,.0f}",
+            "shards, MiB": f"{figures['output_bytes'] / 2**20:,.0f}",
         }
-        for case in cases
+        for run in runs
+        for figures in [run["figures"]]
     ]
     show("Criteo's form to shards", rows)
     parts = [
@@ -133,12 +136,8 @@ def _report(arguments: argparse.Namespace, cases: Sequence[dict[str, Any]]) -> N
         *([arguments.note] if arguments.note else []),
     ]
     command = " ".join(["python -m benchmarks.conversion", "--rows", *map(str, arguments.rows)])
-    write(
-        arguments.output / "conversion_cpu",
-        "Criteo to shards",
-        parts,
-        {**environment(), "command": command, "cases": cases},
-    )
+    about = {"command": command, "note": arguments.note, **environment()}
+    write(arguments.output / "conversion_cpu", "Criteo to shards", parts, about, runs)
 
 
 if __name__ == "__main__":

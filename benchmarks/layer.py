@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.report import RESULTS, Rows, environment, show, write
+from benchmarks.report import RESULTS, Line, environment, show, write
 from recsys.cli import run_entry
 from recsys.model.experts.hilomoe import HiLoMoELinear
+from recsys.terminal import Rows
 
 PASSES = ("forward", "forward and backward")
 FORMS = {
@@ -269,21 +270,31 @@ def _report(
         parts += [f"## {kind.capitalize()}", rows]
     targets, growth = _targets(times), _growth(sizes, times)
     if targets:
-        show("Targets", targets)
-        parts += ["## Targets", targets]
+        rows = [
+            {
+                target["size"]: target["ratio"],
+                "at most": f"{target['at most']:.2f}",
+                "found": f"{target['found']:.2f}",
+                "": target["outcome"],
+            }
+            for target in targets
+        ]
+        show("Targets", rows)
+        parts += ["## Targets", rows]
     if growth:
-        show("Growth", growth)
+        rows = [{"": of["sizes"], **{form: f"{ratio:.2f}" for form, ratio in of["ratios"].items()}} for of in growth]
+        show("Growth", rows)
         explained = (
             "The ratio to `dense` of the most layers over that of the fewest, at the same width and experts a layer."
         )
-        parts += ["## Growth with L", explained, growth]
+        parts += ["## Growth with L", explained, rows]
     parts += ["## Memory", "MiB, beside input, parameters and their gradients.", _memory_rows(memory)]
     parts += ["## Choices", CHOICES]
     parts += [arguments.note] if arguments.note else []
     command = ["python", "-m", "benchmarks.layer", "--dims", *map(str, arguments.dims), "--experts", *arguments.experts]
     command += ["--batch", str(arguments.batch), "--turns", str(arguments.turns)]
     command += ["--compiled", *arguments.compiled]
-    result = {
+    about = {
         "command": shlex.join(command),
         "note": arguments.note,
         "device": device.name,
@@ -291,20 +302,23 @@ def _report(
         "threads": torch.get_num_threads(),
         "clock": f"{clock} time",
         "batch_size": arguments.batch,
-        "milliseconds": {
-            name: {kind: {form: 1000 * median(seconds) for form, seconds in of[kind].items()} for kind in PASSES}
-            for name, of in times.items()
-        },
-        "ratios to dense": {
-            name: {kind: {form: _ratio(of[kind], form, "dense") for form in of[kind]} for kind in PASSES}
-            for name, of in times.items()
-        },
-        "targets": targets,
-        "growth": growth,
-        "memory_mib": memory,
         **environment(),
     }
-    write(arguments.output / f"layer_{device.name}", title, parts, result)
+    lines: list[Line] = [
+        {
+            "kind": "time",
+            "size": name,
+            "pass": kind,
+            "milliseconds": {form: 1000 * median(seconds) for form, seconds in of[kind].items()},
+            "ratios to dense": {form: _ratio(of[kind], form, "dense") for form in of[kind]},
+        }
+        for name, of in times.items()
+        for kind in PASSES
+    ]
+    lines += [{"kind": "memory", "size": name, "MiB": of} for name, of in memory.items()]
+    lines += [{"kind": "target", **target} for target in targets]
+    lines += [{"kind": "growth", **of} for of in growth]
+    write(arguments.output / f"layer_{device.name}", title, parts, about, lines)
 
 
 def _row(name: str, seconds: Mapping[str, Sequence[float]], forms: Sequence[str]) -> dict[str, str]:
@@ -320,24 +334,27 @@ def _row(name: str, seconds: Mapping[str, Sequence[float]], forms: Sequence[str]
     }
 
 
-def _targets(times: Seconds) -> Rows:
+def _targets(times: Seconds) -> list[dict[str, Any]]:
+    """How the ratios that were aimed at came out; none where their size was not measured."""
     name = _name(*TARGET_SIZE)
     if name not in times:
         return []
     found = [(kind, form, other, limit, _ratio(times[name][kind], form, other)) for kind, form, other, limit in TARGETS]
     return [
         {
-            name: f"{kind}, {form} / {other}",
-            "at most": f"{limit:.2f}",
-            "found": f"{ratio:.2f}",
-            "": "met" if ratio <= limit else "missed",
+            "size": name,
+            "ratio": f"{kind}, {form} / {other}",
+            "at most": limit,
+            "found": ratio,
+            "outcome": "met" if ratio <= limit else "missed",
         }
         for kind, form, other, limit, ratio in found
     ]
 
 
-def _growth(sizes: Sequence[tuple[int, int, int]], times: Seconds) -> Rows:
-    rows = []
+def _growth(sizes: Sequence[tuple[int, int, int]], times: Seconds) -> list[dict[str, Any]]:
+    """How much dearer more layers are, at the same width and experts per layer."""
+    found = []
     for dim, num_experts in dict.fromkeys((dim, num_experts) for dim, _, num_experts in sizes):
         layers = [num_layers for *size, num_layers in ((d, k, n) for d, n, k in sizes) if size == [dim, num_experts]]
         few, many = _name(dim, min(layers), num_experts), _name(dim, max(layers), num_experts)
@@ -347,13 +364,10 @@ def _growth(sizes: Sequence[tuple[int, int, int]], times: Seconds) -> Rows:
                 for form in FORMS
                 if form not in ("dense", "compiled")
             }
-            rows.append(
-                {
-                    "": f"d {dim}, K {num_experts}, {kind}, L {max(layers)} / L {min(layers)}",
-                    **{form: f"{value:.2f}" for form, value in growth.items()},
-                }
+            found.append(
+                {"sizes": f"d {dim}, K {num_experts}, {kind}, L {max(layers)} / L {min(layers)}", "ratios": growth}
             )
-    return rows
+    return found
 
 
 def _memory_rows(memory: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Rows:

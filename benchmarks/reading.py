@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from benchmarks.report import RESULTS, environment, number, show, write
+from benchmarks.report import RESULTS, Line, environment, number, show, write
 from recsys.cli import quiet_libraries, run_entry
 from recsys.config import load_config
 from recsys.errors import UserError
@@ -77,21 +77,28 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     with place as directory:
         root = Path(directory)
         configs = {name: _write_data(root / name, table, arguments.rows) for name, table in DATA_SETS.items()}
-        speed = {name: _speed(arguments, root / name, config) for name, config in configs.items()}
+        turns = {name: _turns(arguments, root / name, config) for name, config in configs.items()}
+        speed = {name: _medians(of) for name, of in turns.items()}
         for name, measured in speed.items():
             show(f"{name}, {arguments.rows:,} rows", _speed_rows(measured))
         memory = _memory(arguments, root / "criteo")
         start = _child("start", _small_files(root), 2, 2)
         training = _training(root, configs["criteo"])
-    result = {
-        "command": _command(arguments),
-        **environment(),
-        "rows": arguments.rows,
-        "speed": speed,
-        "memory": memory,
-        "start": start,
-        "training": training,
-    }
+    about = {"command": _command(arguments), "note": arguments.note, "rows": arguments.rows, **environment()}
+    lines: list[Line] = [
+        {"kind": "way", "data": name, "cores / threads": setting, "way": way, "medians": figures}
+        for name, settings in speed.items()
+        for setting, ways in settings.items()
+        for way, figures in ways.items()
+    ]
+    lines += [{"kind": "memory", "figures": figures} for figures in memory]
+    lines += [{"kind": "start", "figures": start}, {"kind": "training", "figures": training}]
+    lines += [
+        {"kind": "turn", "data": name, "cores / threads": setting, "way": way, "turn": turn, "figures": figures}
+        for name, of in turns.items()
+        for (setting, way), measured in of.items()
+        for turn, figures in enumerate(measured, start=1)
+    ]
     parts: list[Any] = [
         f"Rows a second from Parquet (zstd, row groups of {ROW_GROUP_ROWS:,}) to batches of {BATCH_SIZE:,}; medians of "
         f"{arguments.rounds} turns, each way a process of its own on the cores that it is given. Raw decoding is "
@@ -107,7 +114,10 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         parts += [f"## {DATA_SETS[name].__doc__}", _speed_rows(measured)]
     parts += [
         "## Memory",
-        [{"rows": f"{rows:,.0f}", "rows/s": number(rate), "peak MiB": number(peak)} for rows, rate, peak in memory],
+        [
+            {"rows": f"{of['rows']:,.0f}", "rows/s": number(of["rows/s"]), "peak MiB": number(of["peak MiB"])}
+            for of in memory
+        ],
         "## Start",
         f"{SMALL_FILES:,} files of {SMALL_FILE_ROWS:,} rows: footers and schemas {start['open']:.2f} s, first batch "
         f"{start['first batch']:.2f} s after that, {start['open'] + start['first batch']:.2f} s in all.",
@@ -117,7 +127,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         "epoch with its cold start.",
         *([arguments.note] if arguments.note else []),
     ]
-    write(arguments.output / "reading_cpu", "From shards to batches", parts, result)
+    write(arguments.output / "reading_cpu", "From shards to batches", parts, about, lines)
 
 
 def _command(arguments: argparse.Namespace) -> str:
@@ -192,8 +202,8 @@ def _write_config(path: Path, train: str, schema: pa.Schema, batch_size: int = B
     return str(path)
 
 
-def _speed(arguments: argparse.Namespace, directory: Path, config: str) -> dict[str, dict[str, Measured]]:
-    """Medians by setting and way."""
+def _turns(arguments: argparse.Namespace, directory: Path, config: str) -> dict[tuple[str, str], list[Measured]]:
+    """Measure each way in turns; the turns by setting and way."""
     name, turns = directory.name, dict[tuple[str, str], list[Measured]]()
     repeated = _repeated(directory, arguments.rows, TIMES * arguments.rows)
     ways = [way for way in WAYS if way not in ("start", "long")]
@@ -205,7 +215,7 @@ def _speed(arguments: argparse.Namespace, directory: Path, config: str) -> dict[
                 turns.setdefault((setting, way), []).append(_child(way, repeated, cores, threads))
             if arguments.fuxictr and name == "criteo" and cores == threads:
                 turns.setdefault((setting, "FuxiCTR"), []).append(_fuxictr(config, cores, *arguments.fuxictr))
-    return _medians(turns)
+    return turns
 
 
 def _medians(turns: dict[tuple[str, str], list[Measured]]) -> dict[str, dict[str, Measured]]:
@@ -237,14 +247,14 @@ def _speed_rows(speed: dict[str, dict[str, Measured]]) -> list[dict[str, str]]:
     ]
 
 
-def _memory(arguments: argparse.Namespace, directory: Path) -> list[tuple[float, float, float]]:
-    """Rows, rows a second and peak MiB of reading ever more rows: the same files under many names."""
+def _memory(arguments: argparse.Namespace, directory: Path) -> list[Measured]:
+    """Measure reading ever more rows: the same files under many names."""
     found = []
     for rows in sorted({1_000_000, 10_000_000, arguments.many}):
         print(f"memory: {rows:,} rows", flush=True)
         many = _repeated(directory, arguments.rows, rows)
         measured = _child("long", many, 2, 2)
-        found.append((measured["rows"], measured["rows/s"], measured["peak MiB"]))
+        found.append({figure: measured[figure] for figure in ("rows", "rows/s", "peak MiB")})
     return found
 
 

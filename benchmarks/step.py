@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from benchmarks.report import RESULTS, environment, number, show, shown_path, write
+from benchmarks.report import RESULTS, Line, environment, number, show, shown_path, write
 from recsys.cli import run_entry
 from recsys.config import DEFAULT_CONFIG, Config, ConfigError, load_config
 from recsys.data.batch import Batch
@@ -300,7 +300,7 @@ def _report(
     command = ["torchrun", "--nproc-per-node", str(ranks.world_size)] if ranks.world_size > 1 else ["python"]
     command += ["-m", "benchmarks.step", "--config", shown_path(arguments.config)]
     command += ["--steps", str(arguments.steps), "--turns", str(arguments.turns)]
-    result = {
+    about = {
         "name": config.name,
         "command": shlex.join([*command, *arguments.overrides]),
         "note": arguments.note,
@@ -308,11 +308,15 @@ def _report(
         "threads_per_rank": torch.get_num_threads(),
         "device": ranks.device.type,
         "batch_size": config.data.batch_size,
-        "cases": cases,
-        "ratios": ratios,
-        "turns": turns,
         **environment(),
     }
+    lines: list[Line] = [{"kind": "case", "case": name, "medians": figures} for name, figures in cases.items()]
+    lines += [{"kind": "ratio", "ratio": name, "median": value} for name, value in ratios.items()]
+    lines += [
+        {"kind": "turn", "case": name, "turn": turn, "figures": figures}
+        for name, measured in turns.items()
+        for turn, figures in enumerate(measured, start=1)
+    ]
     split = [_split_row(name, figures, turns[name]) for name, figures in cases.items()]
     detail = [{"ms": name, **{part: _milliseconds(figures[part]) for part in PARTS}} for name, figures in cases.items()]
     shown_ratios = [{"ratio of times": name, "": f"{value:.2f}"} for name, value in ratios.items()]
@@ -332,7 +336,7 @@ def _report(
     )
     note = [arguments.note] if arguments.note else []
     stem = arguments.output / f"step_{ranks.device.type}"
-    write(stem, title, [how, split, shown_ratios, detail, borders, *note], result)
+    write(stem, title, [how, split, shown_ratios, detail, borders, *note], about, lines)
 
 
 def _split_row(name: str, figures: Mapping[str, float], turns: Sequence[Mapping[str, float]]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.fuxictr.export import export_rows
 from benchmarks.fuxictr.models import MODELS, assignment, points, settings_of
 from benchmarks.fuxictr.runs import MEASURED_ALIKE, Bench
-from benchmarks.report import RESULTS, environment, number, show, shown_path, write
+from benchmarks.report import RESULTS, Line, environment, number, show, shown_path, write
 from recsys.cli import run_entry
 from recsys.config import Config, ConfigError, load_config
 from recsys.errors import UserError
@@ -90,10 +90,10 @@ def benchmark(arguments: argparse.Namespace) -> None:
             if None in runs.values():
                 failed.append(model)
             models[model] = {
-                "model": f"FuxiCTR {model}",
+                "name": f"FuxiCTR {model}",
                 "settings": chosen,
-                "trials": [{"settings": point, **figures[index]} for index, point in enumerate(grid)],
-                "runs": {str(seed): run for seed, run in runs.items() if run is not None},
+                "trials": list(zip(grid, figures, strict=True)),
+                "runs": {seed: run for seed, run in runs.items() if run is not None},
             }
         if models:
             _report(arguments, config, bench, models, failed)
@@ -124,42 +124,47 @@ def _report(
         given = getattr(arguments, option)
         command += [f"--{option}", *given] if given else []
     command += ["--", *arguments.overrides] if arguments.overrides else []
-    result = {
+    about = {
         "name": config.name,
         "command": f"python -m benchmarks.fuxictr {_WHERE} {shlex.join(command)}",
         "note": arguments.note,
         "threads": int(os.environ.get("OMP_NUM_THREADS", "1")),
         "jobs": arguments.jobs,
-        "models": models,
         "failed": list(failed),
         "fuxictr": {"commit": bench.commit, "versions": bench.versions},
         **environment(),
     }
+    lines: list[Line] = []
     summary, runs, trials = [], [], []
     searched = [assignment(search, "--search")[0] for search in arguments.search]
-    for model in models.values():
-        name = model["model"]
-        runs += [{"model": name, "seed": seed, **_shown(run)} for seed, run in model["runs"].items()]
+    for key, model in models.items():
+        name = model["name"]
+        lines.append({"kind": "model", "model": key, "name": name, "settings": model["settings"]})
+        lines += [
+            {"kind": "trial", "model": key, "settings": point, "figures": trial} for point, trial in model["trials"]
+        ]
+        lines += [{"kind": "run", "model": key, "seed": seed, "figures": run} for seed, run in model["runs"].items()]
+        runs += [{"model": name, "seed": str(seed), **_shown(run)} for seed, run in model["runs"].items()]
         trials += [
             {
                 "model": name,
-                **{key: json.dumps(value) for key, value in trial["settings"].items()},
-                **_shown({key: trial[key] for key in _TRIAL_FIGURES}),
+                **{setting: json.dumps(value) for setting, value in point.items()},
+                **_shown({figure: trial[figure] for figure in _TRIAL_FIGURES}),
             }
-            for trial in model["trials"]
+            for point, trial in model["trials"]
         ]
         row = {"model": name, "seeds": str(len(model["runs"]))}
         values = {figure: [run[figure] for run in model["runs"].values()] for figure in _SUMMARY_FIGURES}
         for figure, measured in values.items() if model["runs"] else ():
             spread = f" ± {number(stdev(measured))}" if len(measured) > 1 else ""
             row[figure] = f"{number(mean(measured))}{spread}"
-        summary.append(row | {key: json.dumps(model["settings"][key]) for key in searched})
+        summary.append(row | {setting: json.dumps(model["settings"][setting]) for setting in searched})
     title = f"FuxiCTR on {config.name}"
     show(title, summary)
     versions = ", ".join(f"{name} {version}" for name, version in bench.versions.items())
     parts: list[str | list[dict[str, str]]] = [
         f"The rows, splits and features of {config.name}, embedding dimension {bench.embedding_dim}, on the CPU, "
-        f"OMP_NUM_THREADS={result['threads']}. Mean ± standard deviation over the seeds. Early stopping is FuxiCTR's, "
+        f"OMP_NUM_THREADS={about['threads']}. Mean ± standard deviation over the seeds. Early stopping is FuxiCTR's, "
         f"on the valid split. AUC and log loss are exact; FuxiCTR's own differ by less than {MEASURED_ALIKE:g}. "
         "Training seconds are without evaluation.",
         *([f"FAILED, with figures missing: {', '.join(failed)}."] if failed else []),
@@ -170,7 +175,7 @@ def _report(
         parts += [f"What was tried on seed {arguments.seeds[0]}; the highest valid AUC chose.", trials]
     parts += [arguments.note] if arguments.note else []
     parts.append(f"FuxiCTR's checkout was at {bench.commit}, its environment had {versions}.")
-    write(arguments.output / f"fuxictr_{config.name}", title, parts, result)
+    write(arguments.output / f"fuxictr_{config.name}", title, parts, about, lines)
 
 
 def _shown(values: Mapping[str, Any]) -> dict[str, str]:

@@ -87,18 +87,20 @@ def _benchmark(arguments: argparse.Namespace) -> None:
 def _write(arguments: argparse.Namespace, figures: Figures, failed: Mapping[Run, int], *, quiet: bool = False) -> None:
     """Write the report of what is there."""
     grid, note = figures.grid, arguments.note
-    result = {
+    about = {
         "name": grid.name,
         "command": shlex.join(["python", "-m", "benchmarks.quality", shown_path(arguments.grid)]),
         "note": note,
         "jobs": arguments.jobs,
-        **figures.result(failed),
+        "ranks": grid.nproc,
+        "device": ", ".join(figures.told("device")),
         **environment(),
         # The runs tell which code trained them: with some of them kept from before it need not be today's.
         "commit": ", ".join(figures.told("commit")),
     }
     parts = [*figures.parts(failed), f"Trained {arguments.jobs} at a time.", *([note] if note else [])]
-    write(arguments.output / f"quality_{grid.name}", f"Quality: {grid.name}", parts, result, quiet=quiet)
+    stem = arguments.output / f"quality_{grid.name}"
+    write(stem, f"Quality: {grid.name}", parts, about, figures.lines(failed), quiet=quiet)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -12,21 +12,29 @@ from pydantic import BaseModel
 
 from benchmarks.quality.grid import Case, GridConfig, RivalsConfig, Run, TableConfig
 from benchmarks.quality.intervals import Difference, difference
-from benchmarks.report import Rows, shown_path
-from recsys.config import read_yaml, validate
+from benchmarks.report import Line, read, shown_path
+from recsys.config import validate
+from recsys.terminal import Rows
 
 Spread = Mapping[str, float | None]
 
 
 class _RivalModel(BaseModel):
     model: str
-    runs: dict[int, dict[str, float | None]]
+    name: str
+
+
+class _RivalRun(BaseModel):
+    model: str
+    seed: int
+    figures: dict[str, float | None]
 
 
 class _Rivals(BaseModel):
-    """What another program measured; further keys are its own matter."""
+    """What another program measured, by kind of line; further kinds and keys are its own matter."""
 
-    models: dict[str, _RivalModel]
+    model: list[_RivalModel] = []
+    run: list[_RivalRun] = []
 
 
 class Figures:
@@ -52,8 +60,7 @@ class Figures:
             for run in case.runs:
                 self.take(run)
             if case.rivals is not None and (rival := _rival(case.rivals)):
-                self.of[case.name].update(rival.runs)
-                self._rivals[case.name] = rival.model
+                self._rivals[case.name], self.of[case.name] = rival
 
     def take(self, run: Run) -> bool:
         """Add a run's figures if it is complete under its settings; whether it is."""
@@ -117,15 +124,13 @@ class Figures:
         there = [case for case in self.cases if self.of[case.name]]
         return [*parts, "## Cases", "\n".join(map(self._description, there))]
 
-    def result(self, failed: Mapping[Run, int]) -> dict[str, Any]:
-        """The same for a program, with every run."""
-        return {
-            "ranks": self.grid.nproc,
-            "device": ", ".join(self.told("device")),
-            "cases": {case.name: self._case_result(case, failed) for case in self.cases},
-            "tables": [self._table_result(table) for table in self.grid.tables],
-            "searches": {section: self._ranked(section) for section in self._searches()},
-        }
+    def lines(self, failed: Mapping[Run, int]) -> Iterator[Line]:
+        """The same for a program: every case and, after it, its runs; then the tables and the searches."""
+        for case in self.cases:
+            yield from self._case_lines(case, failed)
+        yield from map(self._table_line, self.grid.tables)
+        for section in self._searches():
+            yield {"kind": "search", "case": section, "trials": self._ranked(section)}
 
     def _spread(self, case: str, figure: str) -> Spread:
         return _spread([figures.get(figure) for figures in self.of[case].values()])
@@ -203,32 +208,43 @@ class Figures:
             return f"- {case.name}: {model}, from {shown_path(case.rivals.file)}"
         return f"- {case.name}: " + " ".join(f"`{part}`" for part in (shown_path(case.config), *case.overrides))
 
-    def _case_result(self, case: Case, failed: Mapping[Run, int]) -> dict[str, Any]:
-        summaries = {str(run.seed): self._summaries[run] for run in case.runs if run in self._summaries}
+    def _case_lines(self, case: Case, failed: Mapping[Run, int]) -> Iterator[Line]:
+        summaries = {run.seed: self._summaries[run] for run in case.runs if run in self._summaries}
         names = dict.fromkeys(name for figures in self.of[case.name].values() for name in figures)
-        return {
+        yield {
+            "kind": "case",
+            "case": case.name,
             "description": self._description(case).removeprefix("- "),
             "statistics": {name: self._spread(case.name, name) for name in names},
-            "runs": {str(seed): figures for seed, figures in self.of[case.name].items()},
-            "stages": {seed: _without_checkpoints(summary["stages"]) for seed, summary in summaries.items()},
-            "commits": {seed: summary["commit"] for seed, summary in summaries.items()},
-            "failed": {str(run.seed): code for run, code in failed.items() if run.case == case.name},
         }
+        for seed, figures in self.of[case.name].items():
+            line = {"kind": "run", "case": case.name, "seed": seed, "figures": figures}
+            if seed in summaries:
+                stages = _without_checkpoints(summaries[seed]["stages"])
+                line |= {"commit": summaries[seed]["commit"], "stages": stages}
+            yield line
+        for run, code in failed.items():
+            if run.case == case.name:
+                yield {"kind": "failed run", "case": case.name, "seed": run.seed, "exit code": code}
 
-    def _table_result(self, table: TableConfig) -> dict[str, Any]:
+    def _table_line(self, table: TableConfig) -> Line:
         differences: dict[str, Any] = {case: {} for case in table.cases}
         for case in table.cases:
             for figure in _COMPARED:
                 found = self._difference(case, table.baseline, figure)
                 differences[case][figure] = asdict(found) if found else None
-        return {"question": table.question, "baseline": table.baseline, "differences": differences}
+        return {"kind": "table", "question": table.question, "baseline": table.baseline, "differences": differences}
 
 
-def _rival(where: RivalsConfig) -> _RivalModel | None:
+def _rival(where: RivalsConfig) -> tuple[str, dict[int, Mapping[str, float | None]]] | None:
+    """Its name, and its figures by seed; None where the file, or the model in it, is yet to come."""
     if not Path(where.file).exists():
         return None
-    raw = read_yaml(Path(where.file), "results", remedy="the program that writes it has not done so")  # JSON is YAML
-    return validate(_Rivals, raw, source=where.file).models.get(where.model)
+    rivals = validate(_Rivals, read(Path(where.file)), source=where.file)
+    names = {told.model: told.name for told in rivals.model}
+    if where.model not in names:
+        return None
+    return names[where.model], {run.seed: run.figures for run in rivals.run if run.model == where.model}
 
 
 def digits(value: float | None) -> str:

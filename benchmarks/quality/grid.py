@@ -21,9 +21,10 @@ Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
 
 
 class RivalsConfig(_Section):
-    """Another program's figures: those of `model` in a JSON file that holds
+    """Another program's figures: those of `model` in a file of JSON lines, of which two kinds are read
 
-    {"models": {"<model>": {"model": "<its full name>", "runs": {"<seed>": {"test AUC": ..., ...}}}}}
+    {"kind": "model", "model": "<model>", "name": "<its full name>"}
+    {"kind": "run", "model": "<model>", "seed": <seed>, "figures": {"test AUC": ..., ...}}
     """
 
     file: str

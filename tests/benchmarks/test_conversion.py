@@ -1,11 +1,11 @@
 """The benchmark of the conversion runs and reports what it measured."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from benchmarks import conversion
+from benchmarks.report import read
 
 
 def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -13,11 +13,12 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as ended:
         conversion.main()
     assert not ended.value.code
-    result = json.loads((tmp_path / "conversion_cpu.json").read_text())
-    assert [case["ids"] for case in result["cases"]] == ["vocabulary", "hash"]
-    for case in result["cases"]:
-        assert case["rows_written"] == 300
-        assert case["cpu_seconds"] > 0 and 30 < case["peak_bytes"] / 2**20 < 2000
+    runs = read(tmp_path / "conversion_cpu.jsonl")["run"]
+    assert [run["ids"] for run in runs] == ["vocabulary", "hash"]
+    for run in runs:
+        figures = run["figures"]
+        assert figures["rows_written"] == 300
+        assert figures["cpu_seconds"] > 0 and 30 < figures["peak_bytes"] / 2**20 < 2000
     assert "A test." in (tmp_path / "conversion_cpu.md").read_text()
 
 

@@ -1,15 +1,17 @@
 """The expert layer's benchmark on sizes so small that its figures mean nothing but must be there."""
 
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from torch import cuda
+
+from benchmarks.report import read
 
 ROOT = Path(__file__).parents[2]
 FORMS = ["dense", "stack", "formula", "autograd", "fused"]
@@ -32,27 +34,30 @@ def test_every_form_of_every_size_is_timed_and_weighed(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
     device = "cuda" if cuda.is_available() else "cpu"
     page = (tmp_path / "results" / f"layer_{device}.md").read_text()
-    result: dict[str, Any] = json.loads((tmp_path / "results" / f"layer_{device}.json").read_text())
+    result = read(tmp_path / "results" / f"layer_{device}.jsonl")
     assert str(tmp_path) not in page + json.dumps(result)
-    assert result["command"] == " ".join(("python -m benchmarks.layer", *sizes, "--compiled"))
+    assert result["about"][0]["command"] == " ".join(("python -m benchmarks.layer", *sizes, "--compiled"))
     assert "The machine did nothing else." in page
     names = [f"d {d}, L {layers}, K 2" for d in (8, 16) for layers in (1, 3)]
-    for figures in ("milliseconds", "ratios to dense"):
-        assert list(result[figures]) == names
-        for name in names:
-            assert page.count(f"\n| {name} |") == 2
-            for kind in ("forward", "forward and backward"):
-                of = result[figures][name][kind]
-                assert list(of) == FORMS
-                assert all(math.isfinite(value) and value > 0 for value in of.values())
-    assert all(of["forward"]["dense"] == 1 for of in result["ratios to dense"].values())
-    assert len(result["growth"]) == 4 and not result["targets"]
+    passes = ("forward", "forward and backward")
+    assert [(line["size"], line["pass"]) for line in result["time"]] == list(itertools.product(names, passes))
+    for line in result["time"]:
+        assert page.count(f"\n| {line['size']} |") == 2
+        for figures in ("milliseconds", "ratios to dense"):
+            of = line[figures]
+            assert list(of) == FORMS
+            assert all(math.isfinite(value) and value > 0 for value in of.values())
+        assert line["ratios to dense"]["dense"] == 1
+    assert len(result["growth"]) == 4 and "target" not in result
+    assert all(f"| {line['sizes']} |" in page for line in result["growth"])
+    memory = {line["size"]: line["MiB"] for line in result["memory"]}
+    assert list(memory) == names
     for name in names:
-        kept = {form: of["kept for backward"] for form, of in result["memory_mib"][name].items()}
+        kept = {form: of["kept for backward"] for form, of in memory[name].items()}
         assert kept["dense"] == 0 < kept["fused"] <= kept["autograd"]
         assert kept["fused"] < kept["formula"] or "L 1" in name
     if device == "cpu":
-        assert result["memory_mib"][names[-1]]["fused"]["largest tensor"] == 32 * 16 * 4 / 2**20
+        assert memory[names[-1]]["fused"]["largest tensor"] == 32 * 16 * 4 / 2**20
 
 
 @pytest.mark.parametrize("experts", ["3", "0x8"])

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from tiny import write_tiny_config, write_tiny_log
 
+from benchmarks.report import Line, read
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -21,12 +23,13 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def read(folder: Path, name: str) -> tuple[str, dict[str, Any]]:
+def read_result(folder: Path, name: str) -> tuple[str, dict[str, list[Line]]]:
     page = (folder / "results" / f"{name}.md").read_text()
-    result: dict[str, Any] = json.loads((folder / "results" / f"{name}.json").read_text())
+    result = read(folder / "results" / f"{name}.jsonl")
     assert str(folder) not in page + json.dumps(result)
+    (about,) = result["about"]
     for fact in ("commit", "hardware", "versions", "date", "command"):
-        assert result[fact] is not None or fact == "commit"  # none outside a checkout
+        assert about[fact] is not None or fact == "commit"  # none outside a checkout
         assert f"- {fact}: " in page
     return page, result
 
@@ -52,12 +55,15 @@ def folder(tmp_path: Path) -> Path:
 def test_step_tells_the_parts_of_every_case_and_their_ratios(folder: Path) -> None:
     ended = run(folder, "--steps", "8", "--turns", "3", "device=cpu")
     assert (ended.returncode, ended.stderr) == (0, "")
-    page, result = read(folder, "step_cpu")
-    assert result["command"] == "python -m benchmarks.step --config tiny.yaml --steps 8 --turns 3 device=cpu"
-    assert list(result["cases"]) == ["dense tower", "HiLoMoE, backbone", "HiLoMoE, experts", "HiLoMoE, joint"]
+    page, result = read_result(folder, "step_cpu")
+    assert (
+        result["about"][0]["command"] == "python -m benchmarks.step --config tiny.yaml --steps 8 --turns 3 device=cpu"
+    )
+    cases = {line["case"]: line["medians"] for line in result["case"]}
+    assert list(cases) == ["dense tower", "HiLoMoE, backbone", "HiLoMoE, experts", "HiLoMoE, joint"]
     assert all(math.isfinite(number) for number in numbers(result))
-    assert all(ratio > 0 for ratio in result["ratios"].values())
-    for name, figures in result["cases"].items():
+    assert all(line["median"] > 0 for line in result["ratio"]) and len(result["ratio"]) == 3
+    for name, figures in cases.items():
         assert f"| {name} |" in page
         assert f"│ {name}" in ended.stdout
         rate, step, wait, rest = (figures.pop(key) for key in ("examples/s", "step", "data wait", "rest"))
@@ -69,7 +75,8 @@ def test_step_tells_the_parts_of_every_case_and_their_ratios(folder: Path) -> No
         assert (figures["sparse backward"] < 0.2 * figures["sparse forward"]) == (name == "HiLoMoE, experts")
         # Medians of the turns, whose parts sum up exactly; that they are near is not to be had on a busy machine.
         assert abs(rest) < step
-    for turn in (turn for turns in result["turns"].values() for turn in turns):
+    assert [(line["case"], line["turn"]) for line in result["turn"]] == [(c, turn) for c in cases for turn in (1, 2, 3)]
+    for turn in (line["figures"] for line in result["turn"]):
         rate, step = turn.pop("examples/s"), turn.pop("step")
         assert sum(turn.values()) == pytest.approx(step)
 

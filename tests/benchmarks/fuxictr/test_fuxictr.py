@@ -7,7 +7,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from tiny import write_tiny_config, write_tiny_log
 
 from benchmarks.fuxictr.__main__ import benchmark, parse
+from benchmarks.report import Line, read
 from recsys.errors import UserError
 
 ONE_WIDTH = "tables.tag.embedding_dim=8"
@@ -119,9 +119,9 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[...,
         dist.destroy_process_group()
 
 
-def read_result(folder: Path) -> dict[str, Any]:
+def read_result(folder: Path) -> dict[str, list[Line]]:
     page = (folder / "results" / "fuxictr_tiny.md").read_text()
-    result: dict[str, Any] = json.loads((folder / "results" / "fuxictr_tiny.json").read_text())
+    result = read(folder / "results" / "fuxictr_tiny.jsonl")
     assert str(folder) not in page + json.dumps(result)
     assert "| FuxiCTR DNN |" in page
     return result
@@ -160,12 +160,13 @@ def test_searches_on_one_seed_resumes_and_measures_as_we_measure(
     assert contents(checkout) == before
     result = read_result(folder)
     assert "| FuxiCTR DNN | 0.01 | " in (folder / "results" / "fuxictr_tiny.md").read_text()
-    model = result["models"]["DNN"]
-    assert model["model"] == "FuxiCTR DNN"
-    assert [trial["settings"] for trial in model["trials"]] == [{"learning_rate": 0.02}, {"learning_rate": 0.01}]
-    assert model["trials"][0]["best valid AUC"] < model["trials"][1]["best valid AUC"]
+    (model,), trials = result["model"], result["trial"]
+    assert (model["model"], model["name"]) == ("DNN", "FuxiCTR DNN")
+    assert {trial["model"] for trial in trials} == {"DNN"}
+    assert [trial["settings"] for trial in trials] == [{"learning_rate": 0.02}, {"learning_rate": 0.01}]
+    assert trials[0]["figures"]["best valid AUC"] < trials[1]["figures"]["best valid AUC"]
     assert (model["settings"]["learning_rate"], model["settings"]["net_dropout"]) == (0.01, 0)
-    assert result["fuxictr"]["versions"]["fuxictr"] == "stand-in"
+    assert result["about"][0]["fuxictr"]["versions"]["fuxictr"] == "stand-in"
 
     rows = pq.read_table(folder / "log" / "test").to_pydict()
     logits = [
@@ -174,16 +175,18 @@ def test_searches_on_one_seed_resumes_and_measures_as_we_measure(
     ]
     clicked = [logit for logit, label in zip(logits, rows["label"], strict=True) if label]
     passed = [logit for logit, label in zip(logits, rows["label"], strict=True) if not label]
-    figures = model["runs"]["17"]
+    (trained,) = result["run"]
+    assert (trained["model"], trained["seed"]) == ("DNN", 17)
+    figures = trained["figures"]
     assert figures["test AUC"] == pytest.approx(np.greater.outer(clicked, passed).mean(), abs=1e-6)
     losses = np.logaddexp(0, np.concatenate([-np.array(clicked), passed]))
     assert figures["test log loss"] == pytest.approx(losses.mean(), abs=1e-6)
     assert (figures["epochs"], figures["parameters"]) == (3, 12)
 
     assert started(*search, "18", "--jobs", "2") == 1
-    runs = read_result(folder)["models"]["DNN"]["runs"]
-    assert runs["17"] == figures
-    assert runs["18"]["test log loss"] != figures["test log loss"]
+    runs = {line["seed"]: line["figures"] for line in read_result(folder)["run"]}
+    assert runs[17] == figures
+    assert runs[18]["test log loss"] != figures["test log loss"]
 
     write_tiny_log(folder / "log", rows={"train": 301, "valid": 90, "test": 110})
     assert started("--seeds", "17") == 1
@@ -252,7 +255,7 @@ def test_fuxictr_itself_learns_the_tiny_log(folder: Path, run: Callable[..., Non
     settings = ("batch_size=128", "learning_rate=0.01", "epochs=2", *(f"{units}=[16]" for units in narrow))
     models = ("DNN", "DCNv2", "FinalMLP", "MaskNet")
     run(checkout, python, "--models", *models, "--seeds", "17", "--set", *settings, "--", ONE_WIDTH)
-    found = read_result(folder)["models"]
-    assert tuple(found) == models
-    for model in found.values():
-        assert model["runs"]["17"]["test AUC"] > 0.56  # chance is within 0.5 ± 0.04
+    found = read_result(folder)["run"]
+    assert tuple(line["model"] for line in found) == models
+    for line in found:
+        assert line["seed"] == 17 and line["figures"]["test AUC"] > 0.56  # chance is within 0.5 ± 0.04

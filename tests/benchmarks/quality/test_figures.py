@@ -27,7 +27,8 @@ def test_a_search_is_ranked_by_the_valid_split_and_each_trial_has_one_seed(folde
     for case, valid, auc in zip(cases, (0.6, 0.8, 0.7), (0.9, 0.5, 0.7), strict=False):
         leave(case.runs[0], auc=auc, valid=valid)
     figures = Figures(grid, cases)
-    assert figures.result({})["searches"] == {"dense": [cases[index].name for index in (1, 2, 0)]}
+    searches = [line for line in figures.lines({}) if line["kind"] == "search"]
+    assert searches == [{"kind": "search", "case": "dense", "trials": [cases[index].name for index in (1, 2, 0)]}]
     assert figures.case_rows() == []
     page = "\n\n".join(part if isinstance(part, str) else str(part) for part in figures.parts({}))
     assert "3 trials" in page
@@ -37,10 +38,15 @@ def test_a_search_is_ranked_by_the_valid_split_and_each_trial_has_one_seed(folde
 def test_files_that_are_not_grids_or_figures_are_named(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read grid absent\.yaml: No such file"):
         load_grid("absent.yaml")
-    grid = write_grid(folder, {"rival": {"rivals": {"file": "rivals.json", "model": "DNN"}}})
-    for text in ('{"models": {"DNN": {"runs": {"a": {}}}}}', "[1"):
-        (folder / "rivals.json").write_text(text)
-        with pytest.raises(ConfigError, match=r"rivals\.json"):
+    grid = write_grid(folder, {"rival": {"rivals": {"file": "rivals.jsonl", "model": "DNN"}}})
+    faults = {
+        '{"kind": "run", "model": "DNN", "seed": "a", "figures": {}}': r"rivals\.jsonl:\n  run\.0\.seed",
+        '{"kind": "about"}\n[1': r"rivals\.jsonl, line 2: Expecting",
+        '{"models": {}}': r"rivals\.jsonl, line 1: no JSON object with a kind",
+    }
+    for text, message in faults.items():
+        (folder / "rivals.jsonl").write_text(text)
+        with pytest.raises(ConfigError, match=message):
             Figures(grid, cases_of(grid, Path("runs")))
 
 

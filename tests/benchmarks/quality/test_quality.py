@@ -14,6 +14,7 @@ from grids import BACKBONE, leave, write_grid
 from tiny import write_tiny_log
 
 from benchmarks.quality.grid import cases_of
+from benchmarks.report import Line, read
 
 ROOT = Path(__file__).parents[3]
 
@@ -32,9 +33,9 @@ def run(folder: Path, *arguments: str) -> tuple[int, str, str]:
     return process.returncode, output, errors
 
 
-def read(folder: Path) -> tuple[str, dict[str, Any]]:
+def read_result(folder: Path) -> tuple[str, dict[str, list[Line]]]:
     page = (folder / "results" / "quality_try.md").read_text()
-    result: dict[str, Any] = json.loads((folder / "results" / "quality_try.json").read_text())
+    result = read(folder / "results" / "quality_try.jsonl")
     assert str(folder) not in page + json.dumps(result)
     return page, result
 
@@ -58,14 +59,17 @@ def test_a_grid_trains_goes_on_and_names_what_failed(folder: Path) -> None:
     assert "bad, seed 17: FAILED with exit code 2; its log is outputs/quality/try/bad/seed-17.log" in output
     assert "2/2 done" in output
     assert errors == "try: failed: bad seed 17\n"
-    page, result = read(folder)
+    page, result = read_result(folder)
     assert "Missing: bad, seed 17 (FAILED with exit code 2)." in page
-    assert result["cases"]["bad"]["failed"] == {"17": 2}
-    figures = result["cases"]["tiny"]["runs"]["17"]
+    assert result["failed run"] == [{"kind": "failed run", "case": "bad", "seed": 17, "exit code": 2}]
+    (trained,) = result["run"]
+    assert (trained["case"], trained["seed"]) == ("tiny", 17)
+    figures = trained["figures"]
     assert figures["best valid AUC"] == figures["valid AUC after backbone"]
     assert figures["gap to it"] == figures["test AUC of truth"] - figures["test AUC"]
     assert (figures["examples"], figures["epochs"]) == (300, 1)
-    assert result["cases"]["tiny"]["statistics"]["test AUC"]["mean"] == figures["test AUC"]
+    assert [line["case"] for line in result["case"]] == ["tiny", "bad"]
+    assert result["case"][0]["statistics"]["test AUC"]["mean"] == figures["test AUC"]
     assert str(folder) not in json.dumps(result)
     for fact in ("commit", "hardware", "versions", "date", "command"):
         assert f"- {fact}: " in page
@@ -76,7 +80,8 @@ def test_a_grid_trains_goes_on_and_names_what_failed(folder: Path) -> None:
     shutil.rmtree(folder / "log")  # what runs from here on must fail
     code, output, _ = run(folder, "--only", "tiny")
     assert (code, "try: 1 runs, 1 already there" in output) == (0, True)
-    assert read(folder)[1]["cases"]["tiny"]["runs"] == {"17": figures}
+    again = read_result(folder)[1]["run"]
+    assert [(line["case"], line["seed"], line["figures"]) for line in again] == [("tiny", 17, figures)]
     write_grid(folder, cases, seeds=[17], overrides=[*BACKBONE, "stages.backbone.learning_rate=0.5"])
     code, _, errors = run(folder, "--report-only")
     assert (code, errors) == (0, "try: no run is complete, so there is nothing to report\n")  # other settings
@@ -102,8 +107,8 @@ def test_the_report_pairs_seeds_and_tells_what_is_missing(folder: Path) -> None:
     cases = {
         "dense": {"overrides": ["model.hilomoe=null"]},
         "hilomoe": {"seeds": [17, 18, 19]},
-        "rival": {"rivals": {"file": "rivals.json", "model": "DNN"}},
-        "unknown": {"rivals": {"file": "rivals.json", "model": "Other"}},
+        "rival": {"rivals": {"file": "rivals.jsonl", "model": "DNN"}},
+        "unknown": {"rivals": {"file": "rivals.jsonl", "model": "Other"}},
         "later": {},
     }
     table = {"question": "Which?", "baseline": "dense", "cases": ["hilomoe", "rival", "unknown"], "text": "Mind this."}
@@ -118,19 +123,23 @@ def test_the_report_pairs_seeds_and_tells_what_is_missing(folder: Path) -> None:
     leave(dense.runs[1], auc=0.82, log_loss=0.520, cost=cost(1000, 400))
     leave(hilomoe.runs[0], auc=0.81, log_loss=0.499, cost=cost(1240, 500))
     leave(hilomoe.runs[1], auc=0.85, log_loss=0.515, cost=cost(1240, 500))
-    rivals = {"1": {"test AUC": 0.78, "parameters": 5}, "2": {"test AUC": 0.80, "test log loss": None, "parameters": 5}}
-    content = {"models": {"DNN": {"model": "A rival's DNN", "settings": {}, "runs": rivals}}, "commit": "x"}
-    (folder / "rivals.json").write_text(json.dumps(content, indent=2))
+    rivals = {1: {"test AUC": 0.78, "parameters": 5}, 2: {"test AUC": 0.80, "test log loss": None, "parameters": 5}}
+    lines: list[Line] = [
+        {"kind": "about", "commit": "x"},
+        {"kind": "model", "model": "DNN", "name": "A rival's DNN", "settings": {}},
+        *({"kind": "run", "model": "DNN", "seed": seed, "figures": figures} for seed, figures in rivals.items()),
+    ]
+    (folder / "rivals.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
     code, output, errors = run(folder, "--report-only", "--note", "Nothing else ran.")
     assert (code, errors) == (0, "")
     assert "│ hilomoe │ 2 of 3 │ 0.83000 ± 0.02828 │" in output
-    page, result = read(folder)
-    assert "Missing: hilomoe, seed 19; unknown, from rivals.json; later, not run." in page
+    page, result = read_result(folder)
+    assert "Missing: hilomoe, seed 19; unknown, from rivals.jsonl; later, not run." in page
     assert "Reference column truth: test AUC 0.90000, log loss 0.50000." in page
     assert "Mind this." in page
     assert "Nothing else ran." in page
-    assert "- rival: A rival's DNN, from rivals.json" in page
+    assert "- rival: A rival's DNN, from rivals.jsonl" in page
     assert "- dense: `tiny.yaml` `stages.backbone.epochs=1` " in page
     timed = ["2.0", "300", "1.0"]
     assert rows(page, "# Quality") == [
@@ -156,10 +165,12 @@ def test_the_report_pairs_seeds_and_tells_what_is_missing(folder: Path) -> None:
         ["rival", "means (Welch)", "-200.0 [-808.5, +408.5]", "-2.469", "-", "-", "-", "-"],
     ]
     assert "## Anybody?" not in page
-    differences = result["tables"][0]["differences"]["hilomoe"]
+    differences = result["table"][0]["differences"]["hilomoe"]
     assert differences["test AUC"]["mean"] == pytest.approx(0.02)
-    assert result["cases"]["hilomoe"]["runs"]["17"]["test AUC"] == 0.81
-    assert result["cases"]["hilomoe"]["stages"]["17"]["backbone"]["examples"] == 300
+    runs = {(line["case"], line["seed"]): line for line in result["run"]}
+    assert runs["hilomoe", 17]["figures"]["test AUC"] == 0.81
+    assert runs["hilomoe", 17]["stages"]["backbone"]["examples"] == 300
+    assert runs["rival", 1]["figures"]["test AUC"] == 0.78 and "stages" not in runs["rival", 1]
 
 
 def test_only_takes_cases_of_the_grid(folder: Path) -> None:
