@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from statistics import median
@@ -38,7 +39,8 @@ from recsys.data.order import Epoch
 from recsys.data.parquet import ParquetShards
 from recsys.data.splits import open_loader, open_splits
 from recsys.model.ranker import Ranker, build_ranker
-from recsys.runtime import Ranks, process_group
+from recsys.prepare.synthetic import write_embedded
+from recsys.runtime import Ranks, once_on_each_machine, process_group
 from recsys.sharding.shard import ShardedRanker, shard
 from recsys.training.metrics import BinaryMetrics
 from recsys.training.optimizers import PhaseOptimizers, begin_phase
@@ -99,6 +101,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     with process_group(config.device) as ranks, _log_directory(config, arguments.data, ranks) as log:
         config = _load(arguments, STAGES, *log)
         plain = _load(arguments, {"joint": STAGES["joint"]}, *log, "model.hilomoe=null")
+        once_on_each_machine(ranks, partial(write_embedded, config))
         shards = open_splits(config, ["train"])["train"]
         ranker, dense_arch = build_ranker(config, seed=0), build_ranker(plain, seed=0).dense_arch.to(ranks.device)
         cases = [

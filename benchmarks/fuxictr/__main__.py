@@ -25,6 +25,7 @@ from benchmarks.report import RESULTS, Line, environment, number, show, shown_pa
 from recsys.cli import run_entry
 from recsys.config import Config, ConfigError, load_config
 from recsys.errors import UserError
+from recsys.prepare.synthetic import write_embedded
 from recsys.runtime import process_group
 
 _SUMMARY_FIGURES = ("test AUC", "test log loss", "best valid AUC")
@@ -74,6 +75,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
         if not checkout_file.exists():
             raise UserError(f"--checkout: no {checkout_file}; give a clone of FuxiCTR, which has the model zoo")
     with process_group("cpu"):
+        write_embedded(config)
         rows = export_rows(config, arguments.runs / config.name)
         bench = Bench(arguments.python, arguments.checkout.resolve(), rows, embedding_dim, arguments.jobs)
         models: dict[str, dict[str, Any]] = {}

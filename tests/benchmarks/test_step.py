@@ -81,6 +81,19 @@ def test_step_tells_the_parts_of_every_case_and_their_ratios(folder: Path) -> No
         assert sum(turn.values()) == pytest.approx(step)
 
 
+def test_step_writes_the_embedded_log_for_all_ranks(tmp_path: Path) -> None:
+    rows = [f"data.synthetic.{split}_rows=600" for split in ("train", "valid", "test")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "benchmarks.step", "--config", "configs/small.yaml", "--output", str(tmp_path)]
+    command += ["--steps", "2", "--turns", "1", "device=cpu", "data.batch_size=32", *rows]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOGLEVEL": "WARNING"}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr
+    (about,) = read(tmp_path / "step_cpu.jsonl")["about"]
+    assert about["command"].startswith("torchrun --nproc-per-node 2 -m benchmarks.step --config configs/small.yaml ")
+    assert about["ranks"] == 2
+
+
 def test_step_needs_experts_to_compare(folder: Path) -> None:
     ended = run(folder, "model.hilomoe=null")
     assert ended.returncode == 2

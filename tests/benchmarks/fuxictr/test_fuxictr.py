@@ -245,6 +245,20 @@ def test_exports_every_row_with_ids_moved_by_one(folder: Path, checkout: Path, r
     assert described["tags"]["feature_encoder"] == "layers.MaskedSumPooling()"
 
 
+def test_the_embedded_log_is_written_where_it_is_not_there(
+    folder: Path, checkout: Path, run: Callable[..., None]
+) -> None:
+    log = [f"data.{split}=log/{split}/*.parquet" for split in ("train", "valid", "test")]
+    log += [f"data.synthetic.{split}_rows={rows}" for split, rows in (("train", 90), ("valid", 30), ("test", 40))]
+    config = str(Path(__file__).parents[3] / "configs" / "small.yaml")
+    shutil.rmtree(folder / "log")
+    with pytest.raises(UserError, match="failed: DNN"):  # the stand-in knows the tiny log alone
+        run(checkout, sys.executable, "--config", config, "--", "data.synthetic.directory=log", *log)
+    (exported,) = (folder / "outputs").rglob("rows-*")
+    counts = {path.stem: pq.read_metadata(path).num_rows for path in exported.glob("*.parquet")}
+    assert counts == {"train": 90, "valid": 30, "test": 40}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif("HILOREC_FUXICTR" not in os.environ, reason="HILOREC_FUXICTR names no checkout of FuxiCTR")
 def test_fuxictr_itself_learns_the_tiny_log(folder: Path, run: Callable[..., None]) -> None:
