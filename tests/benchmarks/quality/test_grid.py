@@ -83,6 +83,7 @@ def test_the_grids_of_the_repository_load(monkeypatch: pytest.MonkeyPatch) -> No
         grid = load_grid(path)
         assert grid.name == path.stem
         assert cases_of(grid, Path("runs"))
+        assert all(Path(case.rivals.file).exists() for case in grid.cases.values() if case.rivals is not None)
 
 
 def test_docs_name_every_key_of_a_grid() -> None:
