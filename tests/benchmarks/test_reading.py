@@ -33,9 +33,9 @@ def test_every_way_reads_all_rows(configs: dict[str, str]) -> None:
                 assert sum(way(config, 1)) == ROWS, name
 
 
-def test_a_way_is_measured_in_a_process_of_its_own(configs: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "benchmarks.reading"]
-    command += ["--way", "HiloRec, shuffled", configs["multi_valued"], "1", "1"]
+@pytest.mark.parametrize("way", ["HiloRec, shuffled", "raw, shuffled"])
+def test_a_way_is_measured_in_a_process_of_its_own(configs: dict[str, str], way: str) -> None:
+    command = [sys.executable, "-m", "benchmarks.reading", "--way", way, configs["multi_valued"], "1", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     measured = json.loads(done.stdout)
     assert measured["rows"] == ROWS
