@@ -1,23 +1,23 @@
-"""What the benchmarks report alike: what was measured, where and how, for a person (Markdown) and a program (JSON)."""
+"""What all benchmarks report: what was measured, where and how, for a person (Markdown) and a program (JSON Lines)."""
 
 import json
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from recsys.config import ConfigError
+from recsys.terminal import Rows, console, markdown, say, table
 from recsys.versions import git_commit, nvidia_driver, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
-Rows = Sequence[Mapping[str, str]]
+Line = Mapping[str, Any]
+"""A JSON object on a line: its `kind`, what it is of, and the figures."""
 
 
 def shown_path(path: str | Path) -> str:
@@ -50,48 +50,68 @@ def number(value: float | None) -> str:
 
 def show(title: str, rows: Rows) -> None:
     """Print rows as a table; their first column names them. Without rows nothing is printed."""
-    if not rows:
-        return
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(rows[0]):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    for row in rows:
-        table.add_row(*row.values())
-    console = Console()
-    (console if console.is_terminal else Console(width=140)).print(table)
+    if rows:
+        say(console(), table(rows, title))
 
 
 def write(
-    stem: Path, title: str, parts: Sequence[str | Rows], result: Mapping[str, Any], *, quiet: bool = False
+    stem: Path,
+    title: str,
+    parts: Sequence[str | Rows],
+    about: Mapping[str, Any],
+    lines: Iterable[Line],
+    *,
+    quiet: bool = False,
 ) -> None:
-    """Write `<stem>.md` of paragraphs and tables and `<stem>.json`, and say so unless `quiet`.
+    """Write `<stem>.md` and `<stem>.jsonl`, and say so unless `quiet`.
 
-    A table without rows is left out. `result` holds what `environment` tells and the `command`; both end the page, so
-    that a figure never stands without how it came about.
+    Args:
+        stem: the files' path without its ending.
+        title: heading of the page.
+        parts: paragraphs and tables of the page; a table without rows is left out.
+        about: what `environment` tells, the `command`, and whatever else holds for all of the result. It is the first
+            of the JSON lines and ends the page, so that a figure never stands without how it came about.
+        lines: the further JSON lines, in the form that `read` takes.
     """
-    hardware = result["hardware"]
+    hardware = about["hardware"]
     facts = {
-        "command": f"`{result['command']}`",
-        "commit": result["commit"],
+        "command": f"`{about['command']}`",
+        "commit": about["commit"],
         "hardware": f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_gib']} GiB"
         + "".join(f", {gpu}" for gpu in hardware["gpus"]),
-        "versions": ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
-        "date": result["date"],
+        "versions": ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
+        "date": about["date"],
     }
-    page = [f"# {title}", *(part if isinstance(part, str) else _markdown(part) for part in parts if part)]
+    page = [f"# {title}", *(part if isinstance(part, str) else markdown(part) for part in parts if part)]
     page.append("\n".join(f"- {name}: {value}" for name, value in facts.items()))
+    written = "".join(f"{json.dumps(line)}\n" for line in ({"kind": "about", **about}, *lines))
     stem.parent.mkdir(parents=True, exist_ok=True)
     stem.with_name(f"{stem.name}.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
-    stem.with_name(f"{stem.name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    stem.with_name(f"{stem.name}.jsonl").write_text(written, encoding="utf-8")
     if not quiet:
-        print(f"Written: {shown_path(stem)}.md and .json", flush=True)
+        print(f"Written: {shown_path(stem)}.md and .jsonl", flush=True)
 
 
-def _markdown(rows: Rows) -> str:
-    columns = list(rows[0])
-    aligned = " | ".join(["---", *["---:"] * (len(columns) - 1)])
-    lines = [f"| {' | '.join(columns)} |", f"| {aligned} |", *(f"| {' | '.join(row.values())} |" for row in rows)]
-    return "\n".join(lines)
+def read(path: Path) -> dict[str, list[Line]]:
+    """Read JSON lines; they are told by kind, which each of them has under `kind`.
+
+    Raises:
+        ConfigError: the file cannot be read, or a line is no JSON object with a kind.
+    """
+    found: dict[str, list[Line]] = {}
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read results {path}: {error}") from None
+    for place, line in enumerate(text.splitlines(), start=1):
+        try:
+            told = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}, line {place}: {error}") from None
+        if not isinstance(told, dict) or not isinstance(told.get("kind"), str):
+            raise ConfigError(f"{path}, line {place}: no JSON object with a kind")
+        found.setdefault(told["kind"], []).append(told)
+    return found
 
 
 def _cpu_model() -> str:

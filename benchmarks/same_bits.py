@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from rich.console import Console
-from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from recsys.terminal import console, say, table
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "outputs/same_bits"
@@ -46,17 +46,17 @@ def main() -> None:
         run("git", "worktree", "add", "--detach", str(before / "tree"), commit)
     known = {name: recorded(before / "tree", before, name, keep=True) for name in configs}
     found = {name: recorded(ROOT, FOLDER / "after", name, keep=False) for name in configs}
-    table = Table(
-        "config", "compared", "values", "differ", title=f"{commit} and the working tree", title_justify="left"
-    )
+    rows = []
     differences: list[str] = []
     for name in configs:
         for kind in known[name]:
             old, new = known[name][kind], found[name][kind]
             different = [key for key in old if key not in new or old[key] != new[key]]
-            table.add_row(name, kind, f"{len(old):,}", f"{len(different):,}", f"{len(new.keys() - old.keys()):,}")
+            added = len(new.keys() - old.keys())
+            counts = {"values": len(old), "differ": len(different), "only after": added}
+            rows.append({"config": name, "compared": kind, **{count: f"{of:,}" for count, of in counts.items()}})
             differences += [f"{name}, {kind}: {key}" for key in sorted(different)]
-    Console(width=100).print(table)
+    say(console(), table(rows, f"{commit} and the working tree", left=["config", "compared"]))
     for difference in differences[:40]:
         print(f"differs: {difference}")
     sys.exit(1 if differences else 0)

@@ -1,4 +1,6 @@
-"""How long a training step takes and where the time goes: `benchmarks/step.py [--config PATH] [path.to.key=value ...]`.
+"""How long a training step takes and where the time goes.
+
+    python -m benchmarks.step [--config PATH] [path.to.key=value ...]
 
 Runs alone or under torchrun. The same tables are trained under a dense tower and under a HiLoMoE tower in each kind of
 stage, in turns, so that whatever else slows the machine slows all of them. Each turn measures
@@ -17,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from statistics import median
@@ -25,10 +28,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from report import RESULTS, environment, number, show, shown_path, write
 from torch import Tensor, nn
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
+from benchmarks.report import RESULTS, Line, environment, number, show, shown_path, write
 from recsys.cli import run_entry
 from recsys.config import DEFAULT_CONFIG, Config, ConfigError, load_config
 from recsys.data.batch import Batch
@@ -36,7 +39,8 @@ from recsys.data.order import Epoch
 from recsys.data.parquet import ParquetShards
 from recsys.data.splits import open_loader, open_splits
 from recsys.model.ranker import Ranker, build_ranker
-from recsys.runtime import Ranks, process_group
+from recsys.prepare.synthetic import write_embedded
+from recsys.runtime import Ranks, once_on_each_machine, process_group
 from recsys.sharding.shard import ShardedRanker, shard
 from recsys.training.metrics import BinaryMetrics
 from recsys.training.optimizers import PhaseOptimizers, begin_phase
@@ -74,7 +78,7 @@ class Case:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks/step.py", description="Time the training step and its parts.")
+    parser = argparse.ArgumentParser(prog="benchmarks.step", description="Time the training step and its parts.")
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file; its stages are not used (%(default)s)")
     parser.add_argument("--data", help="where the synthetic log of the config is or goes (default: a temporary place)")
     parser.add_argument("--steps", type=int, default=30, help="steps of a turn (default: %(default)s)")
@@ -97,6 +101,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     with process_group(config.device) as ranks, _log_directory(config, arguments.data, ranks) as log:
         config = _load(arguments, STAGES, *log)
         plain = _load(arguments, {"joint": STAGES["joint"]}, *log, "model.hilomoe=null")
+        once_on_each_machine(ranks, partial(write_embedded, config))
         shards = open_splits(config, ["train"])["train"]
         ranker, dense_arch = build_ranker(config, seed=0), build_ranker(plain, seed=0).dense_arch.to(ranks.device)
         cases = [
@@ -296,9 +301,9 @@ def _report(
         "backbone stage / joint stage": ratio("HiLoMoE, backbone", "HiLoMoE, joint", "step"),
     }
     command = ["torchrun", "--nproc-per-node", str(ranks.world_size)] if ranks.world_size > 1 else ["python"]
-    command += ["benchmarks/step.py", "--config", shown_path(arguments.config)]
+    command += ["-m", "benchmarks.step", "--config", shown_path(arguments.config)]
     command += ["--steps", str(arguments.steps), "--turns", str(arguments.turns)]
-    result = {
+    about = {
         "name": config.name,
         "command": shlex.join([*command, *arguments.overrides]),
         "note": arguments.note,
@@ -306,11 +311,15 @@ def _report(
         "threads_per_rank": torch.get_num_threads(),
         "device": ranks.device.type,
         "batch_size": config.data.batch_size,
-        "cases": cases,
-        "ratios": ratios,
-        "turns": turns,
         **environment(),
     }
+    lines: list[Line] = [{"kind": "case", "case": name, "medians": figures} for name, figures in cases.items()]
+    lines += [{"kind": "ratio", "ratio": name, "median": value} for name, value in ratios.items()]
+    lines += [
+        {"kind": "turn", "case": name, "turn": turn, "figures": figures}
+        for name, measured in turns.items()
+        for turn, figures in enumerate(measured, start=1)
+    ]
     split = [_split_row(name, figures, turns[name]) for name, figures in cases.items()]
     detail = [{"ms": name, **{part: _milliseconds(figures[part]) for part in PARTS}} for name, figures in cases.items()]
     shown_ratios = [{"ratio of times": name, "": f"{value:.2f}"} for name, value in ratios.items()]
@@ -330,7 +339,7 @@ def _report(
     )
     note = [arguments.note] if arguments.note else []
     stem = arguments.output / f"step_{ranks.device.type}"
-    write(stem, title, [how, split, shown_ratios, detail, borders, *note], result)
+    write(stem, title, [how, split, shown_ratios, detail, borders, *note], about, lines)
 
 
 def _split_row(name: str, figures: Mapping[str, float], turns: Sequence[Mapping[str, float]]) -> dict[str, str]:

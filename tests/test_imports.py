@@ -106,6 +106,16 @@ def test_launch_imports_neither_torch_nor_recsys() -> None:
         assert not [name for name in imports(path.read_text(), set()) if within(name, {"torch", "torchrec", "recsys"})]
 
 
+def test_what_is_installed_does_not_need_the_benchmarks() -> None:
+    for path in [*RECSYS.values(), *modules("launch").values()]:
+        assert not [name for name in imports(path.read_text(), set()) if within(name, {"benchmarks"})], path
+
+
+def test_benchmarks_leave_the_drawing_of_tables_to_the_terminal() -> None:
+    for path in modules("benchmarks").values():
+        assert not [name for name in imports(path.read_text(), set()) if within(name, {"rich"})], path
+
+
 def test_no_module_is_named_like_one_of_the_standard_library() -> None:
     # A script's own folder is on sys.path, so recsys/profile.py would be the `profile` that torch imports.
     names = {path.stem for path in (ROOT / "recsys").iterdir()} | {path.stem for path in (ROOT / "launch").glob("*.py")}

@@ -85,8 +85,8 @@ def test_every_command_is_run_by_a_test_below() -> None:
         "docker compose",  # tests/test_docker.py reads what it would build; there is no engine to run it
         "python -m recsys.prepare validate",
         "python -m recsys.prepare movielens-1m",  # tests/test_prepare.py
-        "python benchmarks/quality.py",  # tests/benchmarks
-        "torchrun --nproc-per-node 2 benchmarks/step.py",  # tests/benchmarks
+        "python -m benchmarks.quality",  # tests/benchmarks
+        "torchrun --nproc-per-node 2 -m benchmarks.step",  # tests/benchmarks
         "torchx run -s local_cwd dist.ddp -j 1x2 recsys/train.py --config configs/movielens_1m.yaml",
     ]
     assert [line for line in COMMANDS if not any(line.startswith(start) for start in tested)] == []

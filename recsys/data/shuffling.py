@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import fbgemm_gpu  # noqa: F401  registers the kernel
 import numpy as np
 import pyarrow as pa
 import torch

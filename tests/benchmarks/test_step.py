@@ -1,4 +1,4 @@
-"""The benchmarks as a user runs them, on a config so small that the figures mean nothing but must be there."""
+"""The benchmark of a step as a user runs it, on a config so small that the figures mean nothing but must be there."""
 
 import json
 import math
@@ -12,21 +12,24 @@ from typing import Any
 import pytest
 from tiny import write_tiny_config, write_tiny_log
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from benchmarks.report import Line, read
+
+ROOT = Path(__file__).parents[2]
 
 
-def run(script: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCHMARKS / script), "--config", "tiny.yaml", "--output", "results", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.step", "--config", "tiny.yaml", "--output", "results", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def read(folder: Path, name: str) -> tuple[str, dict[str, Any]]:
+def read_result(folder: Path, name: str) -> tuple[str, dict[str, list[Line]]]:
     page = (folder / "results" / f"{name}.md").read_text()
-    result: dict[str, Any] = json.loads((folder / "results" / f"{name}.json").read_text())
+    result = read(folder / "results" / f"{name}.jsonl")
     assert str(folder) not in page + json.dumps(result)
+    (about,) = result["about"]
     for fact in ("commit", "hardware", "versions", "date", "command"):
-        assert result[fact] is not None or fact == "commit"  # none outside a checkout
+        assert about[fact] is not None or fact == "commit"  # none outside a checkout
         assert f"- {fact}: " in page
     return page, result
 
@@ -50,14 +53,17 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_step_tells_the_parts_of_every_case_and_their_ratios(folder: Path) -> None:
-    ended = run("step.py", folder, "--steps", "8", "--turns", "3", "device=cpu")
+    ended = run(folder, "--steps", "8", "--turns", "3", "device=cpu")
     assert (ended.returncode, ended.stderr) == (0, "")
-    page, result = read(folder, "step_cpu")
-    assert result["command"] == "python benchmarks/step.py --config tiny.yaml --steps 8 --turns 3 device=cpu"
-    assert list(result["cases"]) == ["dense tower", "HiLoMoE, backbone", "HiLoMoE, experts", "HiLoMoE, joint"]
+    page, result = read_result(folder, "step_cpu")
+    assert (
+        result["about"][0]["command"] == "python -m benchmarks.step --config tiny.yaml --steps 8 --turns 3 device=cpu"
+    )
+    cases = {line["case"]: line["medians"] for line in result["case"]}
+    assert list(cases) == ["dense tower", "HiLoMoE, backbone", "HiLoMoE, experts", "HiLoMoE, joint"]
     assert all(math.isfinite(number) for number in numbers(result))
-    assert all(ratio > 0 for ratio in result["ratios"].values())
-    for name, figures in result["cases"].items():
+    assert all(line["median"] > 0 for line in result["ratio"]) and len(result["ratio"]) == 3
+    for name, figures in cases.items():
         assert f"| {name} |" in page
         assert f"│ {name}" in ended.stdout
         rate, step, wait, rest = (figures.pop(key) for key in ("examples/s", "step", "data wait", "rest"))
@@ -69,13 +75,27 @@ def test_step_tells_the_parts_of_every_case_and_their_ratios(folder: Path) -> No
         assert (figures["sparse backward"] < 0.2 * figures["sparse forward"]) == (name == "HiLoMoE, experts")
         # Medians of the turns, whose parts sum up exactly; that they are near is not to be had on a busy machine.
         assert abs(rest) < step
-    for turn in (turn for turns in result["turns"].values() for turn in turns):
+    assert [(line["case"], line["turn"]) for line in result["turn"]] == [(c, turn) for c in cases for turn in (1, 2, 3)]
+    for turn in (line["figures"] for line in result["turn"]):
         rate, step = turn.pop("examples/s"), turn.pop("step")
         assert sum(turn.values()) == pytest.approx(step)
 
 
+def test_step_writes_the_embedded_log_for_all_ranks(tmp_path: Path) -> None:
+    rows = [f"data.synthetic.{split}_rows=600" for split in ("train", "valid", "test")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "benchmarks.step", "--config", "configs/small.yaml", "--output", str(tmp_path)]
+    command += ["--steps", "2", "--turns", "1", "device=cpu", "data.batch_size=32", *rows]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOGLEVEL": "WARNING"}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr
+    (about,) = read(tmp_path / "step_cpu.jsonl")["about"]
+    assert about["command"].startswith("torchrun --nproc-per-node 2 -m benchmarks.step --config configs/small.yaml ")
+    assert about["ranks"] == 2
+
+
 def test_step_needs_experts_to_compare(folder: Path) -> None:
-    ended = run("step.py", folder, "model.hilomoe=null")
+    ended = run(folder, "model.hilomoe=null")
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: model.hilomoe is null")
     assert not (folder / "results").exists()

@@ -414,7 +414,7 @@ class _FusedProjections(torch.autograd.Function):
 class _FusedExperts(torch.autograd.Function):
     """`_route` and the experts' sum, with a backward pass that stays in expert space and writes in place.
 
-    Autograd's own pays for each layer's slices and for slower GEMMs; benchmarks/results/hilomoe_*.md tell how much.
+    Autograd's own pays for each layer's slices and for slower GEMMs; benchmarks/results/layer_*.md tell how much.
     """
 
     @staticmethod

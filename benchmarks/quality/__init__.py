@@ -1,0 +1,1 @@
+"""Compare models: `python -m benchmarks.quality GRID.yaml` trains a grid of cases over seeds."""

@@ -1,0 +1,66 @@
+"""What the figures of runs come to, and which runs count."""
+
+from pathlib import Path
+
+import pytest
+from grids import leave, write_grid
+
+from benchmarks.quality.figures import Figures
+from benchmarks.quality.grid import cases_of, load_grid
+from recsys.config import ConfigError
+
+
+def test_a_search_is_ranked_by_the_valid_split_and_each_trial_has_one_seed(folder: Path) -> None:
+    rates = {"stages.backbone.learning_rate": [0.001, 1e-05], "model.tower.hidden": [[8], [16, 8]]}
+    grid = write_grid(folder, {"dense": {"search": rates}})
+    cases = cases_of(grid, Path("runs"))
+    assert [case.name for case in cases] == [
+        "dense[learning_rate=0.001, hidden=[8]]",
+        "dense[learning_rate=0.001, hidden=[16, 8]]",
+        "dense[learning_rate=1e-05, hidden=[8]]",
+        "dense[learning_rate=1e-05, hidden=[16, 8]]",
+    ]
+    assert [[run.seed for run in case.runs] for case in cases] == [[17]] * 4
+    config = cases[3].runs[0].config
+    assert (config.stages["backbone"].learning_rate, config.model.tower.hidden) == (1e-05, (16, 8))  # type: ignore[union-attr]
+    assert config.output_dir == f"runs/{cases[3].name}/seed-17"
+    for case, valid, auc in zip(cases, (0.6, 0.8, 0.7), (0.9, 0.5, 0.7), strict=False):
+        leave(case.runs[0], auc=auc, valid=valid)
+    figures = Figures(grid, cases)
+    searches = [line for line in figures.lines({}) if line["kind"] == "search"]
+    assert searches == [{"kind": "search", "case": "dense", "trials": [cases[index].name for index in (1, 2, 0)]}]
+    assert figures.case_rows() == []
+    page = "\n\n".join(part if isinstance(part, str) else str(part) for part in figures.parts({}))
+    assert "3 trials" in page
+    assert "0.90000" not in page.replace("test AUC 0.90000, log loss", "")  # the reference's
+
+
+def test_files_that_are_not_grids_or_figures_are_named(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read grid absent\.yaml: No such file"):
+        load_grid("absent.yaml")
+    grid = write_grid(folder, {"rival": {"rivals": {"file": "rivals.jsonl", "model": "DNN"}}})
+    faults = {
+        '{"kind": "run", "model": "DNN", "seed": "a", "figures": {}}': r"rivals\.jsonl:\n  run\.0\.seed",
+        '{"kind": "about"}\n[1': r"rivals\.jsonl, line 2: Expecting",
+        '{"models": {}}': r"rivals\.jsonl, line 1: no JSON object with a kind",
+    }
+    for text, message in faults.items():
+        (folder / "rivals.jsonl").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            Figures(grid, cases_of(grid, Path("runs")))
+
+
+def test_runs_on_another_number_of_ranks_do_not_count(folder: Path) -> None:
+    grid = write_grid(folder, {"tiny": {}})
+    cases = cases_of(grid, Path("runs"))
+    leave(cases[0].runs[0], auc=0.8, world_size=2)
+    leave(cases[0].runs[1], auc=0.8)
+    assert list(Figures(grid, cases).of["tiny"]) == [18]
+
+
+def test_an_undefined_figure_of_one_run_leaves_no_mean_of_the_others(folder: Path) -> None:
+    grid = write_grid(folder, {"tiny": {}})
+    cases = cases_of(grid, Path("runs"))
+    leave(cases[0].runs[0], auc=0.8)
+    leave(cases[0].runs[1], auc=None)
+    assert Figures(grid, cases).case_rows()[0]["test AUC"] == "-"
