@@ -62,6 +62,7 @@ def process_group(device: str) -> Iterator[Ranks]:
     if use_cuda:
         torch.cuda.set_device(chosen)
     keep_freed_memory()
+    set_precision()
     if "OMP_NUM_THREADS" not in os.environ:
         # One core stays free for the reader: OpenMP threads that lose theirs make all others spin.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size - 1))
@@ -73,6 +74,11 @@ def process_group(device: str) -> Iterator[Ranks]:
     yield Ranks(rank, world_size, local_rank, local_world_size, chosen)
     # Not in a finally: after a failure the other ranks may never come, and the process is about to end anyway.
     dist.destroy_process_group()
+
+
+def set_precision() -> None:
+    """Compute in float32 throughout: matrix products of float32 are not rounded to fewer bits on the way."""
+    torch.set_float32_matmul_precision("highest")
 
 
 def once_on_each_machine(ranks: Ranks, action: Callable[[], object]) -> None:

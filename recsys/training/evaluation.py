@@ -1,7 +1,7 @@
 """Evaluating a ranker on a split, over all ranks."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from recsys.sharding.shard import shard
 from recsys.terminal import console, say, table
 from recsys.training.checkpoint import VOCABULARIES, load_model, read_meta
 from recsys.training.counts import Counts, by_kind, in_words, reduce_counts
-from recsys.training.metrics import BinaryMetrics, Metrics
+from recsys.training.metrics import BinaryMetrics, GroupedMetrics, Metrics
 from recsys.training.predictions import writing_predictions
 
 
@@ -31,11 +31,13 @@ class Evaluation(NamedTuple):
         model: of the ranker.
         reference: of the reference column, if there is one.
         counts: how often values were cut, replaced or left out.
+        domains: of the ranker on each domain's rows, by the domain's name; empty where the config names no domains.
     """
 
     model: Metrics
     reference: Metrics | None
     counts: Counts
+    domains: Mapping[str, Metrics]
 
 
 def _ignore(output: RankerOutput) -> None:
@@ -81,14 +83,17 @@ def evaluate_checkpoint(
             if predictions
             else nullcontext(_ignore)
         ) as on_output:
-            model, reference, counts = evaluate(ranker, shards, config, ranks, on_output=on_output)
+            model, reference, counts, domains = evaluate(ranker, shards, config, ranks, on_output=on_output)
         results = {"model": model, **({"reference": reference} if reference else {})}
         if ranks.is_first and as_json:
             figures = {name: metrics.as_dict() for name, metrics in results.items()}
             about = {"checkpoint": directory, "split": split, "step": meta.step}
-            print(json.dumps({**about, **figures, "data": by_kind(counts)}, indent=2))
+            of_domains = {"domains": {name: it.as_dict() for name, it in domains.items()}} if domains else {}
+            print(json.dumps({**about, **figures, **of_domains, "data": by_kind(counts)}, indent=2))
         elif ranks.is_first:
             say(console(), table([_row(name, metrics) for name, metrics in results.items()], f"{directory}, {split}"))
+            if domains:
+                say(console(), table([_row(name, metrics) for name, metrics in domains.items()], "By domain"))
             if counts:
                 say(console(), f"warning: {split}: {in_words(counts)}")
         return results
@@ -118,8 +123,9 @@ def evaluate(
         on_output: given what the ranker says of each of this rank's batches.
     """
     epoch = eval_order(shards, config, ranks.world_size)
-    limits = config.metrics.model_dump()
+    limits, domain = config.metrics.model_dump(), config.data.domain
     model, reference = BinaryMetrics(**limits), BinaryMetrics(**limits)
+    by_domain = GroupedMetrics(domain.num_domains, **limits) if domain else None
     was_training = ranker.training
     ranker.eval()
     with open_loader(shards, [epoch], config, ranks) as loader:
@@ -128,11 +134,14 @@ def evaluate(
                 reference.update(_logits(batch.reference), batch.labels)
             _, output = ranker(batch.to(ranks.device, non_blocking=True))
             model.update(output.logits, output.labels)
+            if by_domain is not None:
+                by_domain.update(output.logits, output.labels, output.domain)
             on_output(output)
             on_batch(step + 1, epoch.num_steps)
     ranker.train(was_training)
     counts = reduce_counts(loader.counts, shards.columns.counted, ranks.device)
-    return Evaluation(model.compute(), reference.compute() if config.data.reference else None, counts)
+    domains = dict(zip(domain.labels, by_domain.compute(), strict=True)) if domain and by_domain else {}
+    return Evaluation(model.compute(), reference.compute() if config.data.reference else None, counts, domains)
 
 
 def _row(name: str, metrics: Metrics) -> dict[str, str]:

@@ -91,45 +91,22 @@ class BinaryMetrics:
         sums = torch.zeros(3, dtype=torch.float64) if self._sums is None else self._sums.cpu()
         totals = torch.cat([sums, torch.tensor([self._examples], dtype=torch.float64)])
         dist.all_reduce(totals)
-        positives, predicted, loss = totals[:3].tolist()
-        examples = int(totals[3])
+        positives, predicted, loss, examples = totals.tolist()
         if isnan(loss):
-            raise DivergedError("the model predicts NaN: training has diverged; lower the stage's learning rates")
-        if examples == 0:
-            return Metrics(0, 0, None, 0.0, None, None, None)
-        auc, error = self._exact_auc() if examples <= self._exact_examples else self._binned_auc()
-        rate = positives / examples
-        entropy = -(rate * log(rate) + (1 - rate) * log(1 - rate)) if 0 < rate < 1 else None
-        return Metrics(
-            examples=examples,
-            positives=int(positives),
-            auc=auc,
-            auc_error=error,
-            log_loss=loss / examples,
-            ne=loss / examples / entropy if entropy else None,
-            calibration=predicted / positives if positives else None,
-        )
+            raise _diverged()
+        auc, error = (None, 0.0) if not examples else self._auc(int(examples))
+        return _figures(positives, predicted, loss, int(examples), auc, error)
+
+    def _auc(self, examples: int) -> tuple[float | None, float]:
+        return self._exact_auc() if examples <= self._exact_examples else self._binned_auc()
 
     def _exact_auc(self) -> tuple[float | None, float]:
         """Every score goes to rank 0, which tells the result."""
         kept = torch.cat([torch.stack(pair) for pair in self._kept], 1).cpu() if self._kept else torch.empty(2, 0)
-        sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64)
-        sizes[dist.get_rank()] = kept.shape[1]
-        dist.all_reduce(sizes)
-        padded = torch.zeros(2, int(sizes.max()))
-        padded[:, : kept.shape[1]] = kept
-        gathered = [torch.empty_like(padded) for _ in sizes] if dist.get_rank() == 0 else None
-        dist.gather(padded, gathered)
+        gathered = _on_first_rank(kept)
         result = torch.zeros(1, dtype=torch.float64)
         if gathered is not None:
-            scores, labels = torch.cat([part[:, :size] for part, size in zip(gathered, sizes, strict=True)], 1).numpy()
-            order = np.argsort(scores, kind="stable")
-            scores, positive = scores[order], labels[order] == 1
-            starts = np.flatnonzero(np.concatenate(([True], scores[1:] != scores[:-1])))
-            negatives = np.add.reduceat(~positive, starts, dtype=np.int64)
-            positives = np.add.reduceat(positive, starts, dtype=np.int64)
-            auc, _ = _auc(negatives, positives)
-            result[0] = float("nan") if auc is None else auc
+            result[0] = _exact_auc(*gathered)
         dist.broadcast(result, 0)
         auc = result.item()
         return (None if np.isnan(auc) else auc), 0.0
@@ -147,11 +124,144 @@ class BinaryMetrics:
             device = self._kept[0][0].device if self._kept else None
             self._bins = torch.zeros(2 * self._num_bins, dtype=torch.int64, device=device).view(2, -1)
         for logits, labels in self._kept:
-            # NaN has no place, and fails when the figures are computed.
-            place = (logits.nan_to_num(0.0) / (2 * _LOGIT_RANGE) + 0.5).clamp(0, 1) * (self._num_bins - 1)
-            index = place.round().long() + labels.long() * self._num_bins
+            index = _bin(logits, self._num_bins) + labels.long() * self._num_bins
             self._bins.view(-1).scatter_add_(0, index, torch.ones_like(index))
         self._kept = []
+
+
+class GroupedMetrics:
+    """The figures of each group of examples, such as the rows of a domain: `BinaryMetrics` of many at once.
+
+    Accumulates on the examples' device without synchronising; `compute` is the one collective. AUC is exact up to
+    `exact_examples` over all groups and ranks, beyond it binned with a bound on each group's error.
+
+    Args:
+        num_groups: G.
+        exact_examples: limit of the exact AUC; each rank keeps at most this many examples (12 bytes each, and the
+            groups).
+        num_bins: bins beyond it, shared out among the groups; each has 1,024 at least.
+    """
+
+    def __init__(self, num_groups: int, *, exact_examples: int = 1 << 22, num_bins: int = 1 << 16) -> None:
+        self._num_groups, self._exact_examples = num_groups, exact_examples
+        self._num_bins = max(1024, num_bins // num_groups)
+        self._examples = 0
+        self._sums: Tensor | None = None  # (G, 4) positives, sum of probabilities, sum of losses, examples; float64
+        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._bins: Tensor | None = None  # (G, 2, num_bins) negatives and positives; int64
+
+    def update(self, logits: Tensor, labels: Tensor, groups: Tensor) -> None:
+        """Add examples: logits (B,), labels (B,) of 0 and 1 and groups (B,) of 0 .. G - 1, on one device."""
+        wide, truth = logits.detach().double(), labels.double()
+        losses = F.binary_cross_entropy_with_logits(wide, truth, reduction="none")
+        figures = torch.stack([truth, wide.sigmoid(), losses, torch.ones_like(wide)], 1)
+        if self._sums is None:
+            self._sums = figures.new_zeros(self._num_groups, 4)
+        self._sums.index_add_(0, groups, figures)
+        self._examples += len(labels)
+        self._kept.append((logits.detach().float(), labels.float(), groups))
+        if self._examples > self._exact_examples:
+            self._bin_kept()
+
+    def compute(self) -> list[Metrics]:
+        """The figures of each group over all ranks, the same on each; a collective call.
+
+        Raises:
+            DivergedError: a prediction is NaN.
+        """
+        sums = torch.zeros(self._num_groups, 4, dtype=torch.float64) if self._sums is None else self._sums.cpu()
+        dist.all_reduce(sums)
+        if bool(sums.isnan().any()):
+            raise _diverged()
+        exact = sums[:, 3].sum().item() <= self._exact_examples
+        figures = []
+        for (positives, predicted, loss, examples), (auc, error) in zip(
+            sums.tolist(), self._exact_aucs() if exact else self._binned_aucs(), strict=True
+        ):
+            figures.append(_figures(positives, predicted, loss, int(examples), auc, error))
+        return figures
+
+    def _exact_aucs(self) -> list[tuple[float | None, float]]:
+        kept = [torch.stack([logits, labels, groups.float()]) for logits, labels, groups in self._kept]
+        gathered = _on_first_rank(torch.cat(kept, 1).cpu() if kept else torch.empty(3, 0))
+        aucs = torch.full((self._num_groups,), torch.nan, dtype=torch.float64)
+        if gathered is not None:
+            scores, labels, groups = gathered
+            for group in np.unique(groups).astype(int).tolist():
+                of_group = groups == group
+                aucs[group] = _exact_auc(scores[of_group], labels[of_group])
+        dist.broadcast(aucs, 0)
+        return [(None if isnan(auc) else auc, 0.0) for auc in aucs.tolist()]
+
+    def _binned_aucs(self) -> list[tuple[float | None, float]]:
+        self._bin_kept()
+        assert self._bins is not None
+        bins = self._bins.cpu()
+        dist.all_reduce(bins)
+        return [_auc(negatives, positives) for negatives, positives in bins.numpy()]
+
+    def _bin_kept(self) -> None:
+        if self._bins is None:
+            device = self._kept[0][0].device if self._kept else None
+            self._bins = torch.zeros(self._num_groups, 2, self._num_bins, dtype=torch.int64, device=device)
+        for logits, labels, groups in self._kept:
+            index = (groups * 2 + labels.long()) * self._num_bins + _bin(logits, self._num_bins)
+            self._bins.view(-1).scatter_add_(0, index, torch.ones_like(index))
+        self._kept = []
+
+
+def _diverged() -> DivergedError:
+    return DivergedError("the model predicts NaN: training has diverged; lower the stage's learning rates")
+
+
+def _figures(
+    positives: float, predicted: float, loss: float, examples: int, auc: float | None, error: float
+) -> Metrics:
+    """Figures from the sums over all ranks of labels, probabilities and losses."""
+    if not examples:
+        return Metrics(0, 0, None, 0.0, None, None, None)
+    rate = positives / examples
+    entropy = -(rate * log(rate) + (1 - rate) * log(1 - rate)) if 0 < rate < 1 else None
+    return Metrics(
+        examples=examples,
+        positives=int(positives),
+        auc=auc,
+        auc_error=error,
+        log_loss=loss / examples,
+        ne=loss / examples / entropy if entropy else None,
+        calibration=predicted / positives if positives else None,
+    )
+
+
+def _on_first_rank(kept: Tensor) -> tuple[NDArray[np.float32], ...] | None:
+    """Rows (R, N) of all ranks side by side on the first, None on the others; a collective call, N may differ."""
+    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    sizes[dist.get_rank()] = kept.shape[1]
+    dist.all_reduce(sizes)
+    padded = torch.zeros(len(kept), int(sizes.max()))
+    padded[:, : kept.shape[1]] = kept
+    gathered = [torch.empty_like(padded) for _ in sizes] if dist.get_rank() == 0 else None
+    dist.gather(padded, gathered)
+    if gathered is None:
+        return None
+    return tuple(torch.cat([part[:, :size] for part, size in zip(gathered, sizes, strict=True)], 1).numpy())
+
+
+def _bin(logits: Tensor, num_bins: int) -> Tensor:
+    """The bin of each logit; NaN, which has no place, fails when the figures are computed."""
+    place = (logits.nan_to_num(0.0) / (2 * _LOGIT_RANGE) + 0.5).clamp(0, 1) * (num_bins - 1)
+    return place.round().long()
+
+
+def _exact_auc(scores: NDArray[np.float32], labels: NDArray[np.float32]) -> float:
+    """AUC of (N,) scores; NaN with one class only."""
+    order = np.argsort(scores, kind="stable")
+    scores, positive = scores[order], labels[order] == 1
+    starts = np.flatnonzero(np.concatenate(([True], scores[1:] != scores[:-1])))
+    negatives = np.add.reduceat(~positive, starts, dtype=np.int64)
+    positives = np.add.reduceat(positive, starts, dtype=np.int64)
+    auc, _ = _auc(negatives, positives)
+    return float("nan") if auc is None else auc
 
 
 def _auc(negatives: NDArray[np.int64], positives: NDArray[np.int64]) -> tuple[float | None, float]:

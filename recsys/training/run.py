@@ -32,7 +32,7 @@ from recsys.training.checkpoint import (
     save_checkpoint,
 )
 from recsys.training.counts import by_kind, in_words
-from recsys.training.evaluation import evaluate
+from recsys.training.evaluation import Evaluation, evaluate
 from recsys.training.metrics import Metrics
 from recsys.training.monitor import Monitor
 from recsys.training.optimizers import PhaseOptimizers, phase_lengths, phases
@@ -100,12 +100,12 @@ class Trainer:
         for name in self.config.stages:
             self._run_stage(name)
         # The last stage has just evaluated the valid split, so only the test split is new.
-        test, reference = self._evaluate("final", "test") if "test" in self.splits else (None, None)
-        summary = self._summary(test, reference)
+        test = self._evaluate("final", "test") if "test" in self.splits else None
+        summary = self._summary(test)
         self.monitor.close_run(summary, _hyperparameters(self.config))
         return summary
 
-    def _summary(self, test: Metrics | None, reference: Metrics | None) -> dict[str, Any]:
+    def _summary(self, test: Evaluation | None) -> dict[str, Any]:
         config, progress = self.config, self.progress
         stages = {name: _stage_summary(config.stages[name], totals) for name, totals in progress.totals.items()}
         seconds = sum(stage["seconds"] for stage in stages.values())
@@ -114,8 +114,11 @@ class Trainer:
             "steps": progress.step,
             "stages": stages,
             "valid": progress.valid.as_dict() if progress.valid else None,
-            "test": test.as_dict() if test else None,
-            "reference": {"column": config.data.reference, **reference.as_dict()} if reference else None,
+            "test": test.model.as_dict() if test else None,
+            "reference": {"column": config.data.reference, **test.reference.as_dict()}
+            if test and test.reference
+            else None,
+            "domains": {name: metrics.as_dict() for name, metrics in test.domains.items()} if test else {},
             "examples_per_second": sum(stage["examples"] for stage in stages.values()) / seconds,
             "data": {split: by_kind(counts) for split, counts in progress.counts.items()},
             "cost": self._cost.as_dict(),
@@ -172,7 +175,7 @@ class Trainer:
                     while not trainer.is_over:
                         trainer.train_epoch(self._epoch(progress.epoch), loader)
                     trainer.detach()
-                    progress.valid = self._evaluate(name, "valid")[0] if "valid" in self.splits else None
+                    progress.valid = self._evaluate(name, "valid").model if "valid" in self.splits else None
         totals = progress.of_stage
         totals.valid = progress.valid
         totals.checkpoint = self._best_directory.with_name(f"step-{progress.step}")
@@ -189,13 +192,13 @@ class Trainer:
         assert settings.patience is not None
         if progress.valid is None:
             self.monitor.say(f"{name:<10} valid before the first step:")
-            progress.valid, _ = self._evaluate(name, "valid")
+            progress.valid = self._evaluate(name, "valid").model
         best = progress.best = Best(0, progress.valid)
         self._save(self._best_directory, trainer.optimizers)
         while not trainer.is_over and progress.phase_epochs - best.epoch < settings.patience:
             trainer.train_epoch(self._epoch(progress.epoch), loader)
             trainer.detach()
-            metrics, _ = self._evaluate(name, "valid")
+            metrics = self._evaluate(name, "valid").model
             if _better(metrics, best.metrics, settings):
                 best = progress.best = Best(progress.phase_epochs, metrics)
                 self._save(self._best_directory, trainer.optimizers)
@@ -211,23 +214,23 @@ class Trainer:
         """The order of an epoch."""
         return train_order(self.splits["train"], self.config, self.ranks.world_size, number)
 
-    def _evaluate(self, source: str, split: str) -> tuple[Metrics, Metrics | None]:
+    def _evaluate(self, source: str, split: str) -> Evaluation:
         """Figures of a split and of its reference column, shown and recorded under a stage's name or `final`."""
         progress = self.progress
-        model, reference, counts = evaluate(
+        found = evaluate(
             self.sharded.ranker,
             self.splits[split],
             self.config,
             self.ranks,
             on_batch=partial(self.monitor.evaluating, split),
         )
-        self.monitor.evaluation(source, split, progress.step, model)
-        if counts != progress.counts[split]:  # they are the same each time
-            progress.counts[split] = counts
-            self.monitor.say(f"warning: {split}: {in_words(counts)}")
-        if reference is not None and split == "test":
-            self.monitor.evaluation("reference", split, progress.step, reference)
-        return model, reference
+        self.monitor.evaluation(source, split, progress.step, found.model)
+        if found.counts != progress.counts[split]:  # they are the same each time
+            progress.counts[split] = found.counts
+            self.monitor.say(f"warning: {split}: {in_words(found.counts)}")
+        if found.reference is not None and split == "test":
+            self.monitor.evaluation("reference", split, progress.step, found.reference)
+        return found
 
     def _save(self, directory: Path, optimizers: PhaseOptimizers) -> None:
         progress = self.progress

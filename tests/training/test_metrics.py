@@ -11,7 +11,7 @@ from ranks import run_ranks
 from torch import Tensor
 
 from recsys.runtime import Ranks
-from recsys.training.metrics import BinaryMetrics, DivergedError, Metrics
+from recsys.training.metrics import BinaryMetrics, DivergedError, GroupedMetrics, Metrics
 
 quickly = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -195,4 +195,48 @@ def test_a_model_that_predicts_nan_is_not_measured(process_group: None, exact_ex
     metrics = BinaryMetrics(exact_examples=exact_examples)
     metrics.update(torch.tensor([0.5, float("nan"), 1.0]), torch.tensor([0.0, 1.0, 1.0]))
     with pytest.raises(DivergedError, match="diverged; lower the stage's learning rates"):
+        metrics.compute()
+
+
+def grouped(ranks: Ranks, exact_examples: int) -> tuple[list[Metrics], list[Metrics]]:
+    """The figures of four groups, the last of no rows, at once and each alone."""
+    logits, labels = click_log(600)
+    groups = torch.arange(600) % 7 % 3
+    mine = slice(ranks.rank, None, ranks.world_size)
+    metrics = GroupedMetrics(4, exact_examples=exact_examples, num_bins=4096)
+    for part in zip(logits[mine].split(50), labels[mine].split(50), groups[mine].split(50), strict=True):
+        metrics.update(*part)
+    alone = []
+    for group in range(4):
+        of_group = groups[mine] == group
+        one = BinaryMetrics(exact_examples=exact_examples if exact_examples > 600 else 1, num_bins=1024)
+        one.update(logits[mine][of_group], labels[mine][of_group])
+        alone.append(one.compute())
+    return metrics.compute(), alone
+
+
+@pytest.mark.parametrize("exact_examples", [1000, 100])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_grouped_figures_are_those_of_each_group_alone(world_size: int, exact_examples: int) -> None:
+    for together, alone in run_ranks(world_size, grouped, exact_examples):
+        assert [metrics.examples for metrics in together] == [257, 172, 171, 0]
+        for one, other in zip(together, alone, strict=True):
+            for figure, value in other.as_dict().items():
+                wanted = value if value is None else pytest.approx(value, abs=1e-9, rel=1e-9)
+                assert one.as_dict()[figure] == wanted, figure
+        assert (together[0].auc_error > 0) == (exact_examples < 600)
+
+
+def test_a_group_of_one_class_has_no_auc(process_group: None) -> None:
+    metrics = GroupedMetrics(2)
+    metrics.update(torch.tensor([0.5, 1.0, -1.0]), torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0, 0, 1]))
+    one, other = metrics.compute()
+    assert (one.auc, other.auc) == (None, None)
+    assert (one.positives, other.positives) == (2, 0)
+
+
+def test_nan_in_one_group_is_not_measured(process_group: None) -> None:
+    metrics = GroupedMetrics(2)
+    metrics.update(torch.tensor([float("nan"), 1.0]), torch.tensor([1.0, 0.0]), torch.tensor([0, 1]))
+    with pytest.raises(DivergedError):
         metrics.compute()

@@ -56,6 +56,8 @@ def test_a_run_leaves_what_it_says(run: Path) -> None:
     assert summary["stages"]["backbone"]["examples"] == 1800
     assert (summary["valid"]["examples"], summary["test"]["examples"]) == (200, 251)
     assert summary["reference"]["auc"] > 0.7
+    assert list(summary["domains"]) == ["home", "search", "cart"]
+    assert sum(metrics["examples"] for metrics in summary["domains"].values()) == 251
     assert summary["cost"] == cost_report(load_config(run / "config.yaml")).as_dict()
     assert load_config(run / "config.yaml").name == "tiny"
     assert "table_wise" in (run / "plan.txt").read_text()
@@ -95,6 +97,8 @@ def test_evaluate_reproduces_the_runs_test_figures_on_any_world_size(run: Path, 
     assert not any(rank.stdout for rank in others)
     found = json.loads(first.stdout)
     assert found["model"] == pytest.approx(summary["test"], abs=1e-6)
+    for name, figures in summary["domains"].items():
+        assert found["domains"][name] == pytest.approx(figures, abs=1e-6)
     assert {"column": "truth", **found["reference"]} == pytest.approx(summary["reference"], abs=1e-6)
     assert (found["split"], found["step"]) == ("test", 65)
 
