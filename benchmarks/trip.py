@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 from types import CodeType, FrameType
@@ -64,6 +65,7 @@ def trip(folder: Path) -> list[CodeType]:
         sys.setprofile(note)
         try:
             with open_loader(shards, [epoch], config, ranks) as loader:
+                time.sleep(1.0)  # the batch is made before it is asked for, so that the order is always the same
                 loss, _ = ranker(next(iter(loader)))
         finally:
             sys.setprofile(None)

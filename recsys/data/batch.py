@@ -170,7 +170,9 @@ def _fill_lengths(parts: Sequence[_Placed], layout: SparseLayout, target: NDArra
         for rows, taken, place in parts:
             if lists:
                 for of_feature, jagged in zip(of_run[:, place], rows.lists[features], strict=True):
-                    of_feature[:] = jagged.lengths(taken)
+                    np.subtract(
+                        jagged.offsets[1:][taken], jagged.offsets[:-1][taken], out=of_feature, casting="same_kind"
+                    )
             else:
                 of_run[:, place] = rows.single[features, taken] >= 0 if rows.has_empty else 1
         held += of_run.sum(1).tolist()
@@ -193,7 +195,7 @@ def _fill_values(
             for feature in range(features.start, features.stop):
                 for rows, taken, _ in parts:
                     jagged = rows.lists[feature]
-                    ids = jagged.ids(taken)
+                    ids = slice(int(jagged.offsets[taken.start]), int(jagged.offsets[taken.stop]))
                     end = begin + ids.stop - ids.start
                     values[begin:end] = jagged.values[ids]
                     if weights is not None and jagged.weights is not None:

@@ -128,6 +128,7 @@ class Loader:
         held: deque[list[Rows]] = deque()
         first = 0  # number of the window that is held first
         for step, taken in enumerate(epoch.batches(self._rank), start=epoch.first_step):
+            loss_scale = epoch.world_size / epoch.global_batch_rows(step)
             parts = []
             for part in taken:
                 while part.window >= first + len(held):
@@ -137,7 +138,7 @@ class Loader:
                 parts,
                 self._shards.layout,
                 len(self._shards.columns.dense),
-                loss_scale=epoch.world_size / epoch.global_batch_rows(step),
+                loss_scale=loss_scale,
                 pin_memory=self._pin_memory,
             )
             while taken and first < taken[-1].window:

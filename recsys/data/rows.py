@@ -19,13 +19,9 @@ class Jagged(NamedTuple):
     offsets: NDArray[np.int64]
     weights: NDArray[np.float32] | None = None
 
-    def lengths(self, rows: slice = slice(None)) -> NDArray[np.int32]:
-        """How many ids each of the rows has."""
-        return np.subtract(self.offsets[1:][rows], self.offsets[:-1][rows], dtype=np.int32, casting="same_kind")
-
-    def ids(self, rows: slice) -> slice:
-        """Where the ids of rows start up to stop stand among `values`."""
-        return slice(int(self.offsets[rows.start]), int(self.offsets[rows.stop]))
+    def lengths(self) -> NDArray[np.int32]:
+        """How many ids each row has."""
+        return np.diff(self.offsets).astype(np.int32)
 
 
 def offsets_of(lengths: NDArray[Any]) -> NDArray[np.int64]:

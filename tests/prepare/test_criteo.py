@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import xxhash
-from criteo import generate
 
+from benchmarks.conversion import generate
 from recsys.config import load_config
 from recsys.data.storage import DataError
 from recsys.prepare import writing
