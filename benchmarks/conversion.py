@@ -37,13 +37,14 @@ _BATCH = 100_000
 
 
 def main() -> None:
+    """Convert what the command line asks for, and report."""
     parser = argparse.ArgumentParser(
         prog="benchmarks.conversion", description="Convert generated files of Criteo's form."
     )
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 5_000_000], help="(default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where files and shards go (default: a temporary place)")
     parser.add_argument("--note", help="what a reader of the figures must know, such as what else the machine did")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go (default: beside this file)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go (benchmarks/results)")
     arguments = parser.parse_args()
     run_entry(lambda: _benchmark(arguments))
 

@@ -69,6 +69,7 @@ class Formula(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute every layer's scores and experts from its own query."""
         layer = self.layer
         query, y = x, nn.functional.linear(x, layer.weight, layer.bias)
         keys, ups = layer.lora_A.split(layer.num_experts), layer.lora_B.split(layer.num_experts, 1)
@@ -98,6 +99,7 @@ class Device:
         return time.perf_counter()
 
     def run(self, module: nn.Module, x: Tensor, d_y: Tensor, kind: str) -> None:
+        """Take one pass of a kind."""
         with torch.autocast(self.name, self.dtype, enabled=self.name == "cuda"):
             if kind == "forward":
                 with torch.no_grad():
@@ -108,6 +110,7 @@ class Device:
 
 
 def main() -> None:
+    """Measure what the command line asks for, and report."""
     parser = argparse.ArgumentParser(prog="benchmarks.layer", description="Time the expert layer.")
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128, 512, 1024], help="widths (%(default)s)")
     parser.add_argument(
@@ -119,7 +122,7 @@ def main() -> None:
         "--compiled", nargs="*", metavar="LxK", help="the sizes to compile too, which takes minutes (default: all)"
     )
     parser.add_argument("--note", help="what a reader of the figures must know, such as what else the machine did")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go (default: beside this file)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go (benchmarks/results)")
     arguments = parser.parse_args()
     if min(arguments.batch, arguments.turns, *arguments.dims) < 1:
         parser.error("--dims, --batch and --turns must be at least 1")
@@ -285,7 +288,7 @@ def _report(
         rows = [{"": of["sizes"], **{form: f"{ratio:.2f}" for form, ratio in of["ratios"].items()}} for of in growth]
         show("Growth", rows)
         explained = (
-            "The ratio to `dense` of the most layers over that of the fewest, at the same width and experts a layer."
+            "The ratio to `dense` of the most layers over that of the fewest, at the same width and experts per layer."
         )
         parts += ["## Growth with L", explained, rows]
     parts += ["## Memory", "MiB, beside input, parameters and their gradients.", _memory_rows(memory)]

@@ -52,6 +52,7 @@ Measured = dict[str, float]
 
 
 def main() -> None:
+    """Measure every way of reading in turns, or in a child process the one that is asked for."""
     parser = argparse.ArgumentParser(prog="benchmarks.reading", description="Time reading, beside raw decoding.")
     parser.add_argument("--rows", type=int, default=2_000_000, help="of each data set (default: %(default)s)")
     parser.add_argument("--many", type=int, default=50_000_000, help="rows of the long read (default: %(default)s)")
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="where the data sets are or go (default: a temporary place)")
     parser.add_argument("--fuxictr", nargs=2, metavar=("CHECKOUT", "PYTHON"), help="measure its loader as well")
     parser.add_argument("--note", help="what a reader of the figures must know, such as what else the machine did")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go (default: beside this file)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go (benchmarks/results)")
     parser.add_argument("--way", nargs=4, metavar=("WAY", "CONFIG", "CORES", "THREADS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.way:
@@ -100,8 +101,8 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         for turn, figures in enumerate(measured, start=1)
     ]
     parts: list[Any] = [
-        f"Rows a second from Parquet (zstd, row groups of {ROW_GROUP_ROWS:,}) to batches of {BATCH_SIZE:,}; medians of "
-        f"{arguments.rounds} turns, each way a process of its own on the cores that it is given. Raw decoding is "
+        f"Rows per second from Parquet (zstd, row groups of {ROW_GROUP_ROWS:,}) to batches of {BATCH_SIZE:,}; medians "
+        f"of {arguments.rounds} turns, each way a process of its own on the cores that it is given. Raw decoding is "
         "pyarrow's, of the same columns, in the faster of two ways: a row group at a time on all threads, or as many "
         "row groups at a time as there are threads; it keeps nothing of what it reads. Raw, shuffled, is the least "
         "that shuffling adds in numpy: each column, unchecked, into an order that is there already and once into "
@@ -122,7 +123,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         f"{SMALL_FILES:,} files of {SMALL_FILE_ROWS:,} rows: footers and schemas {start['open']:.2f} s, first batch "
         f"{start['first batch']:.2f} s after that, {start['open'] + start['first batch']:.2f} s in all.",
         "## Training",
-        f"`recsys.train` on the first data set, {training['dense FLOPs']:,.0f} FLOPs a row: "
+        f"`recsys.train` on the first data set, {training['dense FLOPs']:,.0f} FLOPs per row: "
         f"{training['examples/s']:,.0f} examples/s, {training['data wait']:.2%} of the time waiting for data, over one "
         "epoch with its cold start.",
         *([arguments.note] if arguments.note else []),
@@ -283,7 +284,7 @@ def _small_files(root: Path) -> str:
 
 
 def _training(root: Path, config: str) -> Measured:
-    """What a run of the trainer says of its waiting."""
+    """Train, and take what the trainer says of its waiting."""
     output = root / "training"
     command = [sys.executable, "-m", "recsys.train", "--config", config, f"output_dir={output}"]
     print("training", flush=True)

@@ -63,7 +63,7 @@ def write(
     *,
     quiet: bool = False,
 ) -> None:
-    """Write `<stem>.md` and `<stem>.jsonl`, and say so unless `quiet`.
+    """Write `<stem>.md` and `<stem>.jsonl`, and say so.
 
     Args:
         stem: the files' path without its ending.
@@ -72,6 +72,7 @@ def write(
         about: what `environment` tells, the `command`, and whatever else holds for all of the result. It is the first
             of the JSON lines and ends the page, so that a figure never stands without how it came about.
         lines: the further JSON lines, in the form that `read` takes.
+        quiet: say nothing.
     """
     hardware = about["hardware"]
     facts = {

@@ -35,6 +35,7 @@ _OF_THE_RUN = {"versions", "commit", "checkpoint", "name"}
 
 
 def main() -> None:
+    """Compare the working tree with the commit that the command line names; exit with 1 where a bit differs."""
     parser = argparse.ArgumentParser(prog="benchmarks.same_bits", description=__doc__.splitlines()[0])
     parser.add_argument("commit", help="the state before the change")
     parser.add_argument("--config", action="append", choices=CONFIGS, help="only this one; may be repeated")
@@ -63,7 +64,7 @@ def main() -> None:
 
 
 def recorded(tree: Path, folder: Path, name: str, *, keep: bool) -> dict[str, dict[str, Any]]:
-    """What a tree's code makes of a config; of a record that is there already, if it may be kept."""
+    """What a tree's code makes of a config, from the record of it where there is one and it may be kept."""
     record = folder / f"{name}.json"
     if not (keep and record.exists()):
         print(f"training {name} in {tree}", flush=True)
@@ -128,6 +129,7 @@ def tensors(checkpoints: Path) -> Iterator[tuple[str, str]]:
 
 
 def digest(content: bytes) -> str:
+    """SHA-256 in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
 

@@ -78,13 +78,14 @@ class Case:
 
 
 def main() -> None:
+    """Measure what the command line asks for, and report."""
     parser = argparse.ArgumentParser(prog="benchmarks.step", description="Time the training step and its parts.")
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file; its stages are not used (%(default)s)")
     parser.add_argument("--data", help="where the synthetic log of the config is or goes (default: a temporary place)")
     parser.add_argument("--steps", type=int, default=30, help="steps of a turn (default: %(default)s)")
     parser.add_argument("--turns", type=int, default=7, help="of each case (default: %(default)s)")
     parser.add_argument("--note", help="what a reader of the figures must know, such as what else the machine did")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go (default: beside this file)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go (benchmarks/results)")
     parser.add_argument("overrides", nargs="*", metavar="path.to.key=value", help="settings that replace the file's")
     arguments = parser.parse_args()
     if arguments.steps < 1 or arguments.turns < 1:
@@ -180,28 +181,28 @@ class _Stream:
 
 
 def _turn(case: Case, sharded: ShardedRanker, stream: _Stream, ranks: Ranks, steps: int) -> dict[str, float]:
-    """Seconds a step of a case takes, whole and in parts, over all ranks; a collective call."""
+    """Measure a case: seconds per step, whole and in parts, over all ranks; a collective call."""
     stage = begin_phase(sharded, case.dense_arch, case.config, case.stage, num_steps=WARM_UP + steps)
     sharded.ranker.train()
     whole = _whole_steps(sharded.ranker, stage, stream, ranks, steps)
-    parts = _parted_steps(sharded.ranker, stage, list(islice(stream.batches, 1 + steps)), ranks)
+    parts = _divided_steps(sharded.ranker, stage, list(islice(stream.batches, 1 + steps)), ranks)
     figures = torch.tensor(
         [whole["examples"], whole["step"], whole["data wait"], *(parts[name] for name in PARTS)], dtype=torch.float64
     )
     dist.all_reduce(figures)
     examples, *seconds = figures.tolist()
-    step, wait, *parted = [value / ranks.world_size for value in seconds]
+    step, wait, *divided = [value / ranks.world_size for value in seconds]
     return {
         "examples/s": examples / steps / step,
         "step": step,
         "data wait": wait,
-        **dict(zip(PARTS, parted, strict=True)),
-        "rest": step - wait - sum(parted),
+        **dict(zip(PARTS, divided, strict=True)),
+        "rest": step - wait - sum(divided),
     }
 
 
 def _whole_steps(ranker: Ranker, stage: PhaseOptimizers, stream: _Stream, ranks: Ranks, steps: int) -> dict[str, float]:
-    """Examples of this rank in all steps; seconds of a step, and of its wait for data, in the mean."""
+    """Take steps as the trainer does: this rank's examples in all; mean seconds per step and of its wait for data."""
     pipeline = TrainPipelineSparseDist(ranker, stage.all, ranks.device)
     metrics = BinaryMetrics(exact_examples=1 << 22, num_bins=1 << 16)
     examples, began, waited = 0, 0.0, 0.0
@@ -221,8 +222,8 @@ def _whole_steps(ranker: Ranker, stage: PhaseOptimizers, stream: _Stream, ranks:
     }
 
 
-def _parted_steps(ranker: Ranker, stage: PhaseOptimizers, batches: Sequence[Batch], ranks: Ranks) -> dict[str, float]:
-    """Seconds of each part of a step, in the mean over all batches but the first, which is to warm up."""
+def _divided_steps(ranker: Ranker, stage: PhaseOptimizers, batches: Sequence[Batch], ranks: Ranks) -> dict[str, float]:
+    """Take steps in parts: mean seconds of each, over all batches but the first, which is to warm up."""
     seconds = dict.fromkeys(PARTS, 0.0)
     cut = _Cut(ranks)
     handle = ranker.dense_arch.register_forward_pre_hook(cut)
@@ -255,7 +256,7 @@ def _parted_steps(ranker: Ranker, stage: PhaseOptimizers, batches: Sequence[Batc
 
 
 class _Cut:
-    """Hook before the dense arch that parts the graph there and notes when the forward pass came by.
+    """Hook before the dense arch that divides the graph there and notes when the forward pass came by.
 
     Attributes:
         pooled: end of the sparse part, with its graph unless the embeddings are frozen.

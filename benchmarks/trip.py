@@ -25,6 +25,7 @@ ROOT = Path.cwd() / "recsys"
 
 
 def main() -> None:
+    """Count, and list if asked to."""
     parser = argparse.ArgumentParser(prog="benchmarks.trip", description=__doc__.splitlines()[0])
     parser.add_argument("--list", action="store_true", help="name every function, in order")
     listing = parser.parse_args().list

@@ -34,12 +34,14 @@ _WHERE = '--checkout "$HILOREC_FUXICTR" --python "$HILOREC_FUXICTR_PYTHON"'
 
 
 def main() -> None:
+    """Train and measure what the command line asks for."""
     arguments = parse(sys.argv[1:])
     run_entry(lambda: benchmark(arguments))
 
 
 def parse(command_line: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.fuxictr", description="Train FuxiCTR's models once a seed.")
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="benchmarks.fuxictr", description="Train FuxiCTR's models once per seed.")
     parser.add_argument("--checkout", type=Path, required=True, help="clone of https://github.com/reczoo/FuxiCTR")
     parser.add_argument("--python", type=Path, required=True, help="interpreter of the environment made for it")
     parser.add_argument("--config", required=True, help="YAML file whose rows and features are used")
@@ -58,7 +60,7 @@ def parse(command_line: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--note", help="what a reader of the figures must know, such as what else the machine did")
     parser.add_argument("--runs", type=Path, default=Path("outputs/fuxictr"), help="where the runs go")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go (default: beside this file)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go (benchmarks/results)")
     parser.add_argument("overrides", nargs="*", metavar="path.to.key=value", help="settings that replace the config's")
     arguments = parser.parse_args(command_line)
     if arguments.jobs < 1:
@@ -67,6 +69,11 @@ def parse(command_line: Sequence[str]) -> argparse.Namespace:
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
+    """Search on the first seed, train every seed with what was best, and report.
+
+    Raises:
+        UserError: a setting, the checkout or its environment is not fit, or a run failed; what ended well is reported.
+    """
     config = load_config(arguments.config, arguments.overrides)
     settings = {model: settings_of(model, arguments.set) for model in arguments.models}
     grid = points(arguments.search)

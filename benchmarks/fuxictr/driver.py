@@ -21,12 +21,14 @@ PACKAGES = ("torch", "numpy", "pandas", "polars", "pyarrow", "scikit-learn")
 
 
 def print_versions(checkout: Path) -> None:
+    """Print the versions of FuxiCTR and of the packages in its environment, as JSON."""
     sys.path.insert(0, str(checkout))
     versions = {"fuxictr": import_module("fuxictr").__version__, "python": platform.python_version()}
     print(json.dumps(versions | {package: metadata.version(package) for package in PACKAGES}))
 
 
 def train(checkout: Path, rows: Path, run: Path) -> None:
+    """Train the model that the run's params.json describes, and leave its scores."""
     params: dict[str, Any] = json.loads((run / "params.json").read_text(encoding="utf-8"))
     name = params["model"]
     zoo = checkout / "model_zoo" / name

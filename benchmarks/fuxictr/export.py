@@ -26,9 +26,9 @@ LABEL = ".label"
 
 
 def export_rows(config: Config, directory: Path) -> Path:
-    """Write a config's rows as FuxiCTR trains from them; returns the folder, named by what it holds.
+    """Write a config's rows as FuxiCTR trains from them, into a folder named by what it holds; returns that folder.
 
-    `<split>.parquet` holds a column a feature and the label, `feature_map.json` the features. Ids are those of our
+    `<split>.parquet` holds a column per feature and the label, `feature_map.json` the features. Ids are those of our
     tables plus 1, because FuxiCTR pads with 0: an empty bag is 0, as it pools to zeros with us. Features with more than
     one id somewhere are lists padded to the longest, pooled as their table's `pooling` says; features that share a
     table share FuxiCTR's.

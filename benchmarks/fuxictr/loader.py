@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 
 def main() -> None:
+    """Read all files once, and print what it took."""
     checkout, pattern, batch_size, cores = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     os.environ["POLARS_MAX_THREADS"] = str(cores)
@@ -52,6 +53,7 @@ def main() -> None:
 
 
 def cpu_seconds() -> float:
+    """Of this process and those of its children that have ended."""
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 

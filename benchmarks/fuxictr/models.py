@@ -87,6 +87,7 @@ def points(searches: Sequence[str]) -> list[Settings]:
 
 
 def assignment(text: str, option: str) -> tuple[str, str]:
+    """Divide `key=value`."""
     key, separator, value = text.partition("=")
     if not (separator and key and value):
         raise UserError(f"{option} {text}: not of the form key=value")

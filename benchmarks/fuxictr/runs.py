@@ -35,7 +35,7 @@ _FIXED: Settings = {
     "metrics": ["AUC", "logloss"],
     "monitor_mode": "max",
     "save_best_only": True,
-    "eval_steps": None,  # once an epoch
+    "eval_steps": None,  # once per epoch
     "data_format": "parquet",
     "shuffle": True,
     "streaming": False,

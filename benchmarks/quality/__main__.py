@@ -29,6 +29,7 @@ _LOG_LINES = 15
 
 
 def main() -> None:
+    """Train and compare what the command line asks for."""
     parser = argparse.ArgumentParser(prog="benchmarks.quality", description="Train a grid of cases, compare them.")
     parser.add_argument("grid", metavar="GRID.yaml", help="cases, seeds and questions; docs/benchmarks.md has the keys")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--keep-checkpoints", action="store_true", help="of runs that end well; else they are removed")
     parser.add_argument("--note", help="what a reader of the figures must know, such as what else the machine did")
     parser.add_argument("--runs", type=Path, default="outputs/quality", help="where the runs go (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go (default: beside this file)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go (benchmarks/results)")
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         parser.error("--jobs must be at least 1")

@@ -101,7 +101,7 @@ class Figures:
         """
         devices = ", ".join(self.told("device")) or "no device of its own"
         parts: list[str | Rows] = [
-            f"Mean ± standard deviation over seeds; ranks a run: {self.grid.nproc}, on {devices}. Best valid AUC is "
+            f"Mean ± standard deviation over seeds; ranks per run: {self.grid.nproc}, on {devices}. Best valid AUC is "
             "the highest after any stage. FLOPs are those of the dense arch's forward pass, dense parameters its own; "
             "parameters include the tables. Training seconds are the stages', without evaluation.",
         ]

@@ -21,7 +21,7 @@ Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
 
 
 class RivalsConfig(_Section):
-    """Another program's figures: those of `model` in a file of JSON lines, of which two kinds are read
+    """Another program's figures: those of `model` in a file of JSON lines, of which two kinds are read.
 
     {"kind": "model", "model": "<model>", "name": "<its full name>"}
     {"kind": "run", "model": "<model>", "seed": <seed>, "figures": {"test AUC": ..., ...}}
@@ -111,14 +111,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Case:
-    """A row of the report: settings that are trained once a seed, or the file with what others trained.
+    """A row of the report: settings that are trained once per seed, or the file with what others trained.
 
     Attributes:
         name: the case's, and for a trial of a search its values.
         section: the case's own name, which a search's trials share.
         config: path of the YAML file; empty for rivals.
         overrides: the grid's, the case's and the trial's.
-        runs: one a seed; none for rivals.
+        runs: one per seed; none for rivals.
         rivals: where their figures are.
     """
 
@@ -134,14 +134,14 @@ def load_grid(path: str | Path) -> GridConfig:
     """Read a grid.
 
     Raises:
-        ConfigError: the file cannot be read or a value is not allowed; every fault is listed, one a line.
+        ConfigError: the file cannot be read or a value is not allowed; every fault is listed, one per line.
     """
     raw = read_yaml(Path(path), "grid", remedy="benchmarks/grids has some")
     return validate(GridConfig, raw, source=str(path))
 
 
 def cases_of(grid: GridConfig, runs: Path) -> list[Case]:
-    """All cases in the grid's order, a search as one case a trial, their configs loaded.
+    """All cases in the grid's order, a search as one case per trial, their configs loaded.
 
     Args:
         grid: what to compare.

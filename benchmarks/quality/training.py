@@ -62,6 +62,11 @@ def train(runs: Sequence[Run], nproc: int, jobs: int) -> Generator[tuple[Run, in
 
 
 def start(run: Run, nproc: int, threads: int) -> subprocess.Popen[bytes]:
+    """Start a run that holds the lock on its log as long as it lives.
+
+    Raises:
+        UserError: a process started earlier still does.
+    """
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)] if nproc > 1 else []
     command = [sys.executable, *launch, "-m", "recsys.train", "--config", run.path, *run.overrides]
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"}
