@@ -1,4 +1,4 @@
-"""YAML as configs and schemas are written: one value a key, every key a text, `1e-4` a number."""
+"""YAML as configs and schemas are written: one value for each key, every key a text, `1e-4` a number."""
 
 import re
 from pathlib import Path

@@ -23,7 +23,7 @@ def validate(schema: type[_Model], raw: Mapping[str, Any], *, source: str) -> _M
     """Make a model of what was read from `source`.
 
     Raises:
-        ConfigError: a value is not allowed; every fault is listed with its path, one a line.
+        ConfigError: a value is not allowed; every fault is listed with its path, on a line of its own.
     """
     # Through JSON, because pydantic's strict mode takes a JSON array for a tuple but not a Python list.
     try:

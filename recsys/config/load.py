@@ -26,7 +26,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises:
         ConfigError: a file cannot be read or includes itself, an override is no `path=value`, or a value is not
-            allowed; every fault of the config is listed, one a line.
+            allowed; every fault of the config is listed, on a line of its own.
     """
     path = Path(path)
     raw = _read_including(path, ())

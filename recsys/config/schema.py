@@ -141,7 +141,7 @@ IdsConfig = Annotated[
 
 
 class ListTextConfig(Section):
-    """A text that holds a list of `items`, strings or integers, parted by `separator`; an empty one holds none."""
+    """A text that holds a list of `items`, strings or integers, between `separator`s; an empty one holds none."""
 
     separator: Annotated[str, Field(min_length=1)]
     items: Literal["strings", "ints"] = "strings"
@@ -236,7 +236,7 @@ class SyntheticConfig(Section):
 
 
 class DomainConfig(Section):
-    """What parts the rows: integer column `column` of 0 .. `num_domains` - 1, and how reports call each."""
+    """What divides the rows in reports: integer column `column` of 0 .. `num_domains` - 1, and a name for each."""
 
     column: str
     num_domains: PositiveInt
@@ -261,7 +261,7 @@ class DataConfig(Section):
     an expression over columns such as `rating >= 4`; `label_null` says whether a row without one is an error or left
     out. `weight` names a column that multiplies each row's loss. `reference` is a column of probabilities whose metrics
     are reported beside the model's (the model in production, or the true probability of a synthetic log); `domain` what
-    parts the rows in reports. `batch_size` is per rank. Rows are shuffled within windows of `window_row_groups` row
+    divides the rows in reports. `batch_size` is per rank. Rows are shuffled within windows of `window_row_groups` row
     groups, which are themselves in random order; two windows are in memory at a time. `reader_threads` decode, on each
     rank; their number changes nothing that is read.
     """

@@ -1,4 +1,4 @@
-"""The unit that travels from the reader through the pipeline to the model, and how parts of decoded rows become one."""
+"""What travels from the reader through the pipeline to the model, and how decoded rows become it."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

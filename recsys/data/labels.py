@@ -80,7 +80,7 @@ def parse_expression(text: str, *, source: str) -> Expression:
 
 
 class _Unknown(Exception):
-    """Holds the part of an expression that is of no kind there is."""
+    """A part of an expression that is of no kind there is."""
 
     def __init__(self, node: ast.AST) -> None:
         super().__init__(repr(ast.unparse(node)))

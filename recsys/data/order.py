@@ -7,7 +7,7 @@ An epoch's order is defined in four steps:
    border is split; both ranks decode it and keep their own part. There may be fewer row groups than ranks.
 3. Each lane is cut into windows of `window_row_groups` slices, which are (parts of) row groups. Within a window the
    rows of each slice are shuffled, and the slices are dealt in proportion: any batch has of each slice its fair share.
-4. Every rank takes `batch_size` rows a step along its lane, the last batch short, and all take `num_steps` batches,
+4. Every rank takes `batch_size` rows per step along its lane, the last batch short, and all take `num_steps` batches,
    some perhaps empty: nothing is dropped, nothing repeated, and no rank waits for a batch that another does not have.
 
 A `Position` says how far an epoch has been read: the steps taken, and by how many ranks with which batch size. Where
@@ -128,7 +128,7 @@ class Piece(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Among whom an epoch's rows are dealt: how many ranks, how many rows each takes a step."""
+    """Among whom an epoch's rows are dealt: how many ranks, how many rows each takes per step."""
 
     world_size: int
     batch_size: int
@@ -184,7 +184,7 @@ class Epoch:
     Args:
         row_counts: rows of every row group, over all files.
         world_size: number of ranks.
-        batch_size: rows a rank takes in a step.
+        batch_size: rows that a rank takes in a step.
         seed: of the order.
         epoch: which epoch, from 0; each has an order of its own.
         shuffle: False keeps the order of the files, for evaluation.

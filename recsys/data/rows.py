@@ -33,7 +33,7 @@ def offsets_of(lengths: NDArray[Any]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class SparseLayout:
-    """Which features have at most one id a row, and which have lists.
+    """Which features have at most one id per row, and which have lists.
 
     Attributes:
         keys: sparse features, in the order of a batch.
@@ -71,7 +71,7 @@ class Rows:
         reference: (N,) float64, or (0,) where there is none.
         domain: (N,) int64, or (0,) where there is none.
         dense: (F_d, N) float32.
-        single: (S, N) ids of the features with at most one a row, in the order of `SparseLayout.single`; -1 for none.
+        single: (S, N) ids of the features with at most one per row, in the order of `SparseLayout.single`; -1 for none.
         lists: the other features.
         weight: (N,) float32, of the rows in the loss, or (0,) where there is none.
         counts: what was cut, replaced or left out.

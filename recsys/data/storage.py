@@ -128,7 +128,7 @@ class Place(NamedTuple):
 
     @contextmanager
     def writing(self) -> Iterator[Path]:
-        """Yields a path of this machine to write to; the file appears here, whole, when the block ends without error.
+        """Give a path of this machine to write to; the file appears here, whole, when the block ends without error.
 
         Raises:
             DataError: it cannot be written.
@@ -195,7 +195,7 @@ def find_files(patterns: Sequence[str], *, source: str) -> list[Place]:
     """The files that any of the patterns names, sorted, once each.
 
     A pattern is a path or URL (see `locate`) of a file, or of a directory for every `*.parquet` below it; a glob of
-    such paths, `**` standing for any directories; or `@list.txt`, a file of patterns, one a line, `#` beginning a
+    such paths, `**` standing for any directories; or `@list.txt`, a file with a pattern on each line, `#` beginning a
     comment. Names that begin with `_` or `.` are left out below a directory and from where a glob begins, as Spark and
     Hive do.
 
@@ -283,7 +283,7 @@ def _matching(infos: list[fs.FileInfo], pattern: str) -> list[fs.FileInfo]:
 
 @contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Makes of a failure of storage, or of what was read from it, a `DataError` that begins with `where`."""
+    """Make of a failure of storage, or of what was read from it, a `DataError` that begins with `where`."""
     try:
         yield
     except UserError:

@@ -1,1 +1,1 @@
-"""The model: HiLoMoE linears, the towers built of them, and the ranker around both."""
+"""The model: towers, the experts that are attached to them, and the ranker around both."""

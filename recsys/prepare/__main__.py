@@ -1,4 +1,4 @@
-"""Writes data sets as Parquet shards and vocabularies of them, and validates what a config reads.
+"""Write data sets as Parquet shards and vocabularies of them, and validate what a config reads.
 
 `python -m recsys.prepare synthetic --output DIR`; `python -m recsys.prepare validate --config FILE`.
 """
@@ -169,7 +169,7 @@ def _text(options: argparse.Namespace, sources: Sequence[Path], schema: Schema) 
 
 
 class _Passes(Progress):
-    """Shows how far each pass over the files is: a bar where there is a terminal, a line each tenth where not."""
+    """How far each pass over the files is: a bar where there is a terminal, a line for each tenth where not."""
 
     def __init__(self) -> None:
         columns = (
@@ -332,7 +332,7 @@ def _draw(console: Console, columns: Sequence[str], cells: Sequence[Sequence[str
 
 
 def _report(output: Path) -> None:
-    """Prints the splits of a data set as a table."""
+    """Print the splits of a data set as a table."""
     summary = writing.read_summary(output)
     assert summary is not None  # it has just been written
     rows = [

@@ -24,7 +24,7 @@ def criteo_schema(
     test: float = 0.1,
     embedding_dim: int = EMBEDDING_DIM,
 ) -> Schema:
-    """What Criteo's lines are: a label, 13 integers and 26 hashed values, parted by tabs, blank where unknown.
+    """What Criteo's lines are: a label, 13 integers and 26 hashed values, separated by tabs, blank where unknown.
 
     A blank stays null: an empty bag, or the dense feature's `fill` of 0. The negative integers, -1 to -3 and few, mean
     what nobody has said; they are raised to 0, as Meta's DLRM does, so that log(1 + x) exists. Each of C1 to C26 has a

@@ -1,4 +1,4 @@
-"""What the converters of public data sets share: official files to read, splits, and the data set they leave."""
+"""Official files of public data sets, their customary splits, and the data set that a converter leaves."""
 
 import io
 import re
@@ -225,7 +225,7 @@ def write_data_set(
         columns: what each column of `table` means.
         vocabularies: what the ids of a column stand for, in their order.
         sparse: the columns of ids that are features, each with its table.
-        domain: what parts the rows, as the config has it, if anything does.
+        domain: what divides the rows in reports, as the config has it, if anything does.
         overwrite: replace the data set that is at `output`.
 
     Raises:

@@ -28,7 +28,7 @@ from recsys.prepare.sketches import HyperLogLog, RowSample
 from recsys.prepare.synthetic import write_embedded
 
 SHOWN = 3
-"""Faults of one feature in one split that are told of; the rest are counted."""
+"""Faults of one feature in one split that are listed; the rest are counted."""
 
 PSI_THRESHOLD = 0.1
 """The customary border of a moderate shift (Siddiqi, "Credit Risk Scorecards", 2006)."""
@@ -558,7 +558,7 @@ class _Split:
                 yield path, rows, table
 
     def figures(self, scan: _Scan, config: Config) -> SplitFigures:
-        """What is told of a split."""
+        """The figures of a split."""
         histograms = scan.whole()
         negative, positive = histograms.get(("data.label", "rate"), np.zeros(2))
         counts = self.tables.row_counts

@@ -23,7 +23,7 @@ MAX_SHOWN_DOMAINS = 64
 
 
 class Monitor:
-    """Shows and records a run, while entered. On all ranks but the first every method does nothing.
+    """What shows and records a run, while entered. On all ranks but the first every method does nothing.
 
     One live bar where the terminal is one, plain lines where it is not.
 

@@ -17,7 +17,7 @@ ROW_GROUP_ROWS = 1 << 17
 
 @contextmanager
 def writing_predictions(directory: str, ranks: Ranks, *, with_domain: bool) -> Iterator[Callable[[RankerOutput], None]]:
-    """Yields what takes the output for each of this rank's batches, in order; entering it is a collective call.
+    """Give what takes the output for each of this rank's batches, in order; entering it is a collective call.
 
     They become `part-<rank>-of-<ranks>.parquet`, with columns `label` (int8), `probability` (float32) and perhaps
     `domain` (int64). The file appears, whole, when the block ends without error.

@@ -1,6 +1,6 @@
 """Expert health: how the linears with experts route over many steps and all ranks.
 
-Shapes: N inputs of a linear in a step (rows, or in a transformer their tokens), L layers, K experts a layer, D domains.
+Shapes: N inputs of a linear in a step (rows, or in a transformer their tokens), L layers of K experts, D domains.
 """
 
 from collections.abc import Iterator, Mapping
@@ -91,7 +91,7 @@ class RoutingSummary:
 
 
 class RoutingStatistics:
-    """Sums of how the linears of a dense arch route, on its device: a small product a linear and step, and no sync.
+    """Sums of how the linears of a dense arch route, on its device: a small product for each linear and step, and no sync.
 
     Those linears count whose experts are active when this is made.
 

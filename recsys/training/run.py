@@ -62,7 +62,7 @@ def train(config: Config) -> dict[str, Any]:
 
 
 class Trainer:
-    """Trains one config's ranker; see `train`.
+    """The training of one config's ranker; see `train`.
 
     Args:
         config: the run.

@@ -69,7 +69,7 @@ class Window:
 
 
 class PhaseTrainer:
-    """Trains one phase of a stage, epoch by epoch.
+    """The training of one phase of a stage, epoch by epoch.
 
     Args:
         config: the run.
@@ -77,7 +77,7 @@ class PhaseTrainer:
         sharded: the ranker on its ranks.
         dense_arch: its replicated part, never wrapped.
         progress: how far the run has come; moved on at every step.
-        monitor: told of every step.
+        monitor: shows and records every step.
         counted: kinds and features of values that may be cut, replaced or left out.
         num_steps: optimizer steps the phase lasts at most.
         evaluate: called in mid-epoch every `logging.eval_every_steps`.

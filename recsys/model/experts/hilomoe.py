@@ -1,6 +1,6 @@
 """HiLoMoE: a linear layer with a hierarchical mixture of rank-1 LoRA experts (arXiv 2510.10432).
 
-Shapes: N rows (all leading dimensions of the input), D_in and D_out widths, L layers of experts, K experts a layer.
+Shapes: N rows (all leading dimensions of the input), D_in and D_out widths, L layers of K experts.
 
 For an input row x the layer computes, with one query q and one simplex of scores s a layer of experts,
 
@@ -68,7 +68,7 @@ class Routing:
         return self.logits.logsumexp(-1).square().sum(0) / max(self.logits.shape[0], 1)
 
     def entropy(self) -> Tensor:
-        """Mean over rows of the scores' entropy in nats for each layer, (L,): log K is uniform, 0 one expert a row."""
+        """Mean over rows of the scores' entropy in nats for each layer, (L,): log K is uniform, 0 one expert for each row."""
         total: Tensor = torch.special.entr(self.scores).sum((0, -1))
         return total / max(self.scores.shape[0], 1)
 
