@@ -49,9 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m recsys.prepare", description=__doc__.splitlines()[0], allow_abbrev=False)
-    data_sets = parser.add_subparsers(title="what to do", required=True, metavar="WHAT")
+    commands = parser.add_subparsers(title="what to do", required=True, metavar="WHAT")
     output = ArgumentParser(add_help=False)
     output.add_argument("--output", type=Path, required=True, help="folder to write")
+    _add_converters(commands, output)
+    _add_synthetic(commands, output)
+    _add_examiners(commands)
+    return parser
+
+
+def _add_converters(commands: "argparse._SubParsersAction[ArgumentParser]", output: ArgumentParser) -> None:
     replace = ArgumentParser(add_help=False)
     replace.add_argument("--overwrite", action="store_true", help="replace the data set that is there")
     text = ArgumentParser(add_help=False)
@@ -70,11 +77,11 @@ def _parser() -> ArgumentParser:
         "movielens-1m": (convert_movielens_1m, "MovieLens-1M", "ml-1m.zip, or the folder it unpacks to"),
     }
     for name, (convert, title, source) in converters.items():
-        public = data_sets.add_parser(name, parents=[output, replace], help=f"{title} from its official files")
+        public = commands.add_parser(name, parents=[output, replace], help=f"{title} from its official files")
         public.add_argument("--source", type=Path, required=True, help=source)
         public.set_defaults(run=_public, convert=convert)
 
-    criteo = data_sets.add_parser(
+    criteo = commands.add_parser(
         "criteo",
         parents=[output, replace, text],
         help="Criteo's click logs of the Kaggle challenge or the terabyte",
@@ -89,11 +96,13 @@ def _parser() -> ArgumentParser:
     criteo.add_argument("--embedding-dim", type=int, default=writing.EMBEDDING_DIM, help="that dataset.yaml says")
     criteo.set_defaults(run=_criteo)
 
-    csv = data_sets.add_parser("csv", parents=[output, replace, text], help="any CSV or JSON Lines, by a schema")
+    csv = commands.add_parser("csv", parents=[output, replace, text], help="any CSV or JSON Lines, by a schema")
     csv.add_argument("--schema", type=Path, required=True, help="YAML file that says what is in the files")
     csv.set_defaults(run=lambda options: _text(options, options.source, load_schema(options.schema)))
 
-    synthetic = data_sets.add_parser(
+
+def _add_synthetic(commands: "argparse._SubParsersAction[ArgumentParser]", output: ArgumentParser) -> None:
+    synthetic = commands.add_parser(
         "synthetic",
         parents=[output],
         help="the embedded default: clicks on four surfaces, true probabilities known",
@@ -110,9 +119,11 @@ def _parser() -> ArgumentParser:
     synthetic.add_argument("--flat", action="store_true", help="draw what users like item by item, not by the tree")
     synthetic.set_defaults(run=_synthetic)
 
+
+def _add_examiners(commands: "argparse._SubParsersAction[ArgumentParser]") -> None:
     config = ArgumentParser(add_help=False)
     config.add_config_arguments()
-    vocabulary = data_sets.add_parser(
+    vocabulary = commands.add_parser(
         "vocabulary", parents=[config], help="the vocabularies of a config, counted in its train split"
     )
     vocabulary.add_argument("--feature", action="append", default=[], help="only this one's; may be repeated")
@@ -120,13 +131,12 @@ def _parser() -> ArgumentParser:
     vocabulary.add_argument("--overwrite", action="store_true", help="replace files that are there")
     vocabulary.set_defaults(run=_vocabulary)
 
-    validate = data_sets.add_parser(
+    validate = commands.add_parser(
         "validate", parents=[config], help="check what a config's splits hold before training reads them"
     )
     validate.add_argument("--sample", type=_count, metavar="N", help="read about N rows of each split, not all")
     validate.add_argument("--json", action="store_true", help="print JSON instead of tables")
     validate.set_defaults(run=_validate)
-    return parser
 
 
 def _public(options: argparse.Namespace) -> None:

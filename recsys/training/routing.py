@@ -91,7 +91,7 @@ class RoutingSummary:
 
 
 class RoutingStatistics:
-    """Sums of how the linears of a dense arch route, on its device: a small product for each linear and step, and no sync.
+    """Sums of how the linears of a dense arch route, on its device: a small product per linear and step, no sync.
 
     Those linears count whose experts are active when this is made.
 

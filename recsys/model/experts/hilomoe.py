@@ -68,7 +68,7 @@ class Routing:
         return self.logits.logsumexp(-1).square().sum(0) / max(self.logits.shape[0], 1)
 
     def entropy(self) -> Tensor:
-        """Mean over rows of the scores' entropy in nats for each layer, (L,): log K is uniform, 0 one expert for each row."""
+        """Mean over rows of the scores' entropy in nats per layer, (L,): log K is uniform, 0 one expert per row."""
         total: Tensor = torch.special.entr(self.scores).sum((0, -1))
         return total / max(self.scores.shape[0], 1)
 
