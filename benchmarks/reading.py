@@ -77,7 +77,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     place = nullcontext(str(arguments.data)) if arguments.data else TemporaryDirectory(prefix="hilorec-data-")
     with place as directory:
         root = Path(directory)
-        configs = {name: _write_data(root / name, table, arguments.rows) for name, table in DATA_SETS.items()}
+        configs = {name: write_data(root / name, table, arguments.rows) for name, table in DATA_SETS.items()}
         turns = {name: _turns(arguments, root / name, config) for name, config in configs.items()}
         speed = {name: _medians(of) for name, of in turns.items()}
         for name, measured in speed.items():
@@ -169,7 +169,7 @@ DATA_SETS: dict[str, Callable[[int, np.random.Generator], pa.Table]] = {
 }
 
 
-def _write_data(directory: Path, table: Callable[[int, np.random.Generator], pa.Table], rows: int) -> str:
+def write_data(directory: Path, table: Callable[[int, np.random.Generator], pa.Table], rows: int) -> str:
     """Write a data set and the config that reads it, unless they are there; the config's path."""
     config = directory / f"{rows}.yaml"
     if config.exists():
