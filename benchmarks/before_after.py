@@ -129,9 +129,9 @@ def _report(arguments: argparse.Namespace, commit: str, turns: Mapping[str, Mapp
     command = f"python -m benchmarks.before_after {commit} --turns {arguments.turns} --rows {arguments.rows}"
     about: dict[str, Any] = {"command": command, "before": commit, "note": arguments.note, **environment()}
     how = (
-        f"Medians of {arguments.turns} turns, in which either tree goes first in turn; ratios are after to before of each "
-        f"turn, with their range. Reading: {arguments.rows:,} rows, each time a process of its own. Training: {STEPS} "
-        "steps of two stages of `configs/default.yaml` on two ranks, evaluation left out."
+        f"Medians of {arguments.turns} turns, in which either tree goes first in turn; ratios are after to before of "
+        f"each turn, with their range. Reading: {arguments.rows:,} rows, each time a process of its own. Training: "
+        f"{STEPS} steps of two stages of `configs/default.yaml` on two ranks, evaluation left out."
     )
     parts: list[Any] = [how, rows, *([arguments.note] if arguments.note else [])]
     write(arguments.output / "before_after_cpu", title, parts, about, lines)

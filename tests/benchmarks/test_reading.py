@@ -19,7 +19,7 @@ ROWS = 3000
 def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.setattr(reading, "FILE_ROWS", 1000)
     monkeypatch.setattr(reading, "ROW_GROUP_ROWS", 300)
-    return {name: reading._write_data(tmp_path / name, table, ROWS) for name, table in reading.DATA_SETS.items()}
+    return {name: reading.write_data(tmp_path / name, table, ROWS) for name, table in reading.DATA_SETS.items()}
 
 
 def test_every_way_reads_all_rows(configs: dict[str, str]) -> None:
