@@ -36,10 +36,10 @@ export VIRTUAL_ENV := $(VENV)
 export PATH := $(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup train test lint format tensorboard doctor lock
+.PHONY: help setup train test test-long lint format tensorboard doctor lock
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 setup: $(READY) ## install the pinned packages into .venv
 
@@ -69,8 +69,11 @@ train: export LOGLEVEL ?= WARNING
 train: $(READY) ## train: NPROC processes, ARGS to recsys/train.py
 	torchx run -s local_cwd dist.ddp -j 1x$(NPROC) recsys/train.py $(ARGS)
 
-test: $(READY) ## run the tests: ARGS to pytest
-	pytest $(ARGS)
+test: $(READY) ## run the tests, all but the long ones: ARGS to pytest
+	pytest -m "not slow" $(ARGS)
+
+test-long: $(READY) ## run the long tests: ARGS to pytest
+	pytest -m slow $(ARGS)
 
 lint: $(READY) ## check style and types
 	ruff check .

@@ -93,6 +93,7 @@ def test_every_command_is_run_by_a_test_below() -> None:
     assert [start for start in tested if not any(line.startswith(start) for line in COMMANDS)] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "start",
     [

@@ -28,6 +28,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_every_form_of_every_size_is_timed_and_weighed(tmp_path: Path) -> None:
     sizes = ("--dims", "8", "16", "--experts", "1x2", "3x2", "--batch", "32", "--turns", "3")
     ended = run(tmp_path, *sizes, "--compiled", "--note", "The machine did nothing else.")

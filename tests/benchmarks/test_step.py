@@ -81,6 +81,7 @@ def test_step_tells_the_parts_of_every_case_and_their_ratios(folder: Path) -> No
         assert sum(turn.values()) == pytest.approx(step)
 
 
+@pytest.mark.slow
 def test_step_writes_the_embedded_log_for_all_ranks(tmp_path: Path) -> None:
     rows = [f"data.synthetic.{split}_rows=600" for split in ("train", "valid", "test")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

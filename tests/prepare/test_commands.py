@@ -203,6 +203,7 @@ def test_vocabulary_tells_what_it_kept(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_validate_tells_and_fails_on_what_would_corrupt_training(tmp_path: Path) -> None:
     write_tiny_log(tmp_path / "log")
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny_config(tmp_path / "log", tmp_path / "out")))

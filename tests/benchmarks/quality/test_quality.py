@@ -48,6 +48,7 @@ def rows(page: str, title: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
 
 
+@pytest.mark.slow
 def test_a_grid_trains_goes_on_and_names_what_failed(folder: Path) -> None:
     write_tiny_log(folder / "log", rows={"train": 300, "valid": 60, "test": 60})
     cases = {"tiny": {}, "bad": {"overrides": ["data.train=nowhere/*.parquet"]}}

@@ -138,6 +138,7 @@ def test_outputs_and_gradients_equal_those_of_the_literal_formula(options: dict[
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @every_option
 def test_fused_form_is_differentiable_once_and_twice(options: dict[str, Any]) -> None:
     layer = make(4, 3, 3, 3, **options)
