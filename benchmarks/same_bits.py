@@ -5,8 +5,9 @@
 COMMIT is checked out under outputs/same_bits/ and trained there, once; then the working tree is. Both train
 configs/default.yaml and configs/small.yaml, and configs/movielens_1m.yaml where HILOREC_DATA leads to ml-1m, on two
 ranks and a CPU. What is compared: every scalar of TensorBoard but throughput, every figure of summary.json but speed,
-a SHA-256 of each tensor of each checkpoint, and one of each Parquet shard that was written. What was there before and
-differs after makes it exit with 1; what is there only after is counted.
+a SHA-256 of each tensor of each checkpoint, and one of each Parquet shard that was written. The last checkpoint from
+before is opened as well, and must have the test figures that it had. What was there before and differs after makes it
+exit with 1; what is there only after is counted.
 """
 
 import argparse
@@ -57,6 +58,12 @@ def main() -> None:
             counts = {"values": len(old), "differ": len(different), "only after": added}
             rows.append({"config": name, "compared": kind, **{count: f"{of:,}" for count, of in counts.items()}})
             differences += [f"{name}, {kind}: {key}" for key in sorted(different)]
+        told, wrong = reopened(before / f"runs/{name}")
+        counts = {"values": len(told), "differ": len(wrong), "only after": 0}
+        rows.append(
+            {"config": name, "compared": "old checkpoint, opened", **{n: f"{of:,}" for n, of in counts.items()}}
+        )
+        differences += [f"{name}, old checkpoint: {key}" for key in wrong]
     say(console(), table(rows, f"{commit} and the working tree", left=["config", "compared"]))
     for difference in differences[:40]:
         print(f"differs: {difference}")
@@ -94,6 +101,18 @@ def trained(tree: Path, folder: Path, name: str) -> dict[str, dict[str, Any]]:
         "checkpoints' tensors": dict(tensors(output / "checkpoints")),
         "shards": {str(file.relative_to(data)): digest(file.read_bytes()) for file in sorted(data.rglob("*.parquet"))},
     }
+
+
+def reopened(run_before: Path) -> tuple[dict[str, Any], list[str]]:
+    """Test figures that the working tree gets of the last checkpoint from before, and those that are others.
+
+    They are of one rank instead of two, so that a rounding may differ.
+    """
+    summary = json.loads((run_before / "summary.json").read_text(encoding="utf-8"))
+    evaluate = [sys.executable, "-m", "recsys.evaluate", "--checkpoint", summary["checkpoint"], "--json"]
+    told = json.loads(run(*evaluate))["model"]
+    known = summary["test"]
+    return known, [key for key in known if abs((told[key] or 0) - (known[key] or 0)) > 1e-9 * abs(known[key] or 1)]
 
 
 def figures(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,8 +6,10 @@ import os
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from ranks import run_module, run_ranks
 from runs import as_config, train_on
 from tiny import tiny_config, write_tiny_log
@@ -50,6 +52,24 @@ def test_a_folder_without_meta_is_no_checkpoint_and_those_below_it_are_named(che
     with pytest.raises(CheckpointError, match="no complete checkpoint") as error:
         read_meta(checkpoint.parent)
     assert str(checkpoint) in str(error.value)
+
+
+def test_a_checkpoint_from_before_options_were_retired_opens(checkpoint: Path) -> None:
+    def figures() -> Any:
+        (done,) = run_module(1, "recsys.evaluate", "--checkpoint", str(checkpoint), "--json")
+        assert done.code == 0, done.stderr
+        return json.loads(done.stdout)
+
+    now = figures()
+    config = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    retired = {"query_projection": False, "learned_temperature": False, "detach_query": False, "expert_dropout": 0.0}
+    assert not set(retired) & set(config["model"]["hilomoe"])
+    config["model"]["hilomoe"].update(retired)
+    for features in config["features"].values():
+        for feature in features.values():
+            feature.pop("minimum"), feature.pop("list_text", None)  # keys that there were not
+    (checkpoint / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    assert figures() == now
 
 
 def test_another_format_is_refused(checkpoint: Path) -> None:
