@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,12 @@ class LossSums:
         values = torch.stack(list(losses.values()))
         self._names, self._sums = tuple(losses), values if self._sums is None else self._sums + values
         self._steps += 1
+
+    def merge(self, other: Self) -> None:
+        """The steps of other sums as well, which are of the same losses."""
+        if other._sums is not None:
+            self._names, self._sums = other._names, other._sums if self._sums is None else self._sums + other._sums
+            self._steps += other._steps
 
     def means(self) -> dict[str, float]:
         """Mean of each loss over steps and ranks; a collective call, after one step at least on every rank."""
@@ -132,11 +138,11 @@ class PhaseTrainer:
         for epoch_step in range(min(epoch.num_steps, steps_left)):
             rates = self.optimizers.set_learning_rates(progress.phase_steps)
             output = self._step(batches, epoch.global_batch_rows(epoch_step), window)
-            losses.add(output.losses)
             routing.update(output.domain)
             if self._is_due(self._config.logging.every_steps):
                 self._log(window, loader, rates)
                 self._monitor.routing(progress.step, routing.window())
+                losses.merge(window.losses)
                 window = self._window(loader)
             if self._is_due(self._config.logging.eval_every_steps):
                 stopped = time.perf_counter()
@@ -153,6 +159,7 @@ class PhaseTrainer:
         progress.epoch_done()
         if counts:
             self._monitor.say(f"warning: {progress.stage} epoch {totals.epochs}: {in_words(counts)}")
+        losses.merge(window.losses)
         totals.losses, totals.routing = losses.means(), routing.epoch()
         self._report_routing(totals.routing, totals.examples - examples_before)
 
