@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from criteo import generate
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from ranks import run_module
 from test_movielens import MOVIES, USERS, USERS_100K, write_100k, write_atomic, write_official
 
+from benchmarks.conversion import generate
 from recsys.config import Config, ConfigError, load_config
 from recsys.data.features import Columns
 from recsys.data.hashing import hash_ids
