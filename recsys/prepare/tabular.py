@@ -23,12 +23,12 @@ from recsys.config import (
     HashIdsConfig,
     ListTextConfig,
     Name,
+    Salt,
     SparseFeatureConfig,
     VocabularyIdsConfig,
     read_yaml,
     validate,
 )
-from recsys.config.schema import Salt
 from recsys.data.arrow import is_list, raised, split_texts, whole
 from recsys.data.ids import IdMapping, PlainIds, VocabularyIds, build_ids
 from recsys.data.storage import DataError
