@@ -160,7 +160,7 @@ class SparseFeatureConfig(Section):
     table: Name
     column: str | None = None
     list_text: ListTextConfig | None = None
-    minimum: int | None = None
+    minimum: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     ids: IdsConfig | None = None
     out_of_range: Literal["error", "hash", "clip_to_oov"] = "error"
     weights: str | None = None

@@ -71,3 +71,35 @@ def filled(numbers: pa.Array, value: float) -> NDArray[Any]:
     found &= held.view(bits) ^ instead
     found ^= instead
     return found.view(held.dtype)
+
+
+def split_texts(texts: pa.Array, separator: str) -> pa.Array:
+    """The lists of strings that texts hold; an empty text holds none, and is null."""
+    return pc.split_pattern(pc.if_else(pc.equal(texts, ""), pa.scalar(None, texts.type), texts), separator)
+
+
+def raised(numbers: pa.Array, minimum: float) -> pa.Array:
+    """Numbers, those below a minimum raised to it; nulls, NaN and infinities as they are, so that none is hidden."""
+    numbers = plain(numbers)
+    kind = numbers.type
+    if is_integer(kind) and minimum < np.iinfo(kind.to_pandas_dtype()).min:
+        return numbers
+    if not holds(kind, minimum):  # integers of few bytes are widened
+        kind = pa.int64() if is_integer(kind) and holds(pa.int64(), minimum) else pa.float64()
+    numbers, least = numbers.cast(kind, safe=False), pa.scalar(minimum).cast(kind)
+    below = pc.less(numbers, least)
+    if not pc.any(below, min_count=0).as_py():
+        return numbers
+    if pa.types.is_floating(kind):
+        below = pc.and_(below, pc.is_finite(numbers))
+    return pc.if_else(below, least, numbers)
+
+
+def holds(kind: pa.DataType, value: float) -> bool:
+    """Whether a value of a type can be just this number."""
+    if pa.types.is_floating(kind):
+        return bool(pa.types.is_float64(kind) or (pa.types.is_float32(kind) and np.float32(value) == value))
+    if not is_integer(kind):
+        return False
+    limits = np.iinfo(kind.to_pandas_dtype())
+    return float(value).is_integer() and bool(limits.min <= value <= limits.max)

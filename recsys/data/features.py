@@ -15,8 +15,18 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from recsys.config import DenseFeatureConfig, DomainConfig, SparseFeatureConfig
-from recsys.data.arrow import filled, flat, is_integer, is_list, is_number, is_string, value_type
-from recsys.data.ids import HashedIds, IdMapping, PlainIds, VocabularyIds, count
+from recsys.data.arrow import (
+    filled,
+    flat,
+    holds,
+    is_integer,
+    is_list,
+    is_number,
+    is_string,
+    raised,
+    value_type,
+)
+from recsys.data.ids import HashedIds, IdMapping, PlainIds, VocabularyIds, count, listed
 from recsys.data.labels import Expression, parse_expression
 from recsys.data.rows import Counts, Jagged, Rows, SparseLayout, offsets_of
 from recsys.data.storage import DataError
@@ -286,7 +296,7 @@ class _Decoding:
         settings, mapping = self.columns.sparse[name]
         values = self.arrays[settings.column or name]
         if settings.minimum is not None:
-            values = _raised(values, settings.minimum)
+            values = raised(values, settings.minimum)
         ids, counted = mapping.map(values, f"{self.where}: sparse feature {name} (column {settings.column or name!r})")
         for kind, mask in counted.items():
             self.count(kind, name, mask)
@@ -299,7 +309,7 @@ class _Decoding:
         column = settings.column or name
         array, what = self.arrays[column], f"{self.where}: sparse feature {name} (column {column!r})"
         if settings.list_text is not None and not is_list(array.type):
-            array = _parted(array, settings, what)
+            array = listed(array, settings.list_text, what)
         if is_list(array.type):
             lengths, values = flat(array)
         else:
@@ -317,7 +327,7 @@ class _Decoding:
                 f"{what} has {values.null_count} nulls inside lists; leave them out when the shards are written"
             )
         if settings.minimum is not None:
-            values = _raised(values, settings.minimum)
+            values = raised(values, settings.minimum)
         ids, counted = mapping.map(values, what)
         offsets = offsets_of(lengths)
         for kind, mask in counted.items():
@@ -430,14 +440,14 @@ class _Decoding:
         """A column of numbers, those below a minimum raised to it, nulls filled."""
         column = self.arrays[name]
         if minimum is not None:
-            column = _raised(column, minimum)
+            column = raised(column, minimum)
         if column.null_count:
             if fill is None:
                 raise DataError(
                     f"{self.where}: column {name!r} has {column.null_count} nulls; "
                     "give a dense feature a fill, or leave such rows out when the shards are written"
                 )
-            if not _holds(column.type, fill):
+            if not holds(column.type, fill):
                 column = column.cast(pa.float64(), safe=False)  # large integers are rounded
             return filled(column, fill)
         values: NDArray[Any] = column.to_numpy(zero_copy_only=False)  # only booleans are copied
@@ -452,36 +462,6 @@ class _Decoding:
     def count(self, kind: str, name: str, happened: NDArray[Any]) -> None:
         """Note how often something happened in each row."""
         self.counts[kind, name] = self.ordered(happened, np.int32)
-
-
-def _raised(values: pa.Array, minimum: float) -> pa.Array:
-    """Numbers, those below a minimum raised to it, nulls as they are."""
-    kind = values.type if _holds(values.type, minimum) else pa.float64()
-    return pc.max_element_wise(values.cast(kind, safe=False), pa.scalar(minimum).cast(kind), skip_nulls=False)
-
-
-def _parted(texts: pa.Array, settings: SparseFeatureConfig, what: str) -> pa.Array:
-    """The lists that texts hold; an empty one holds none."""
-    assert settings.list_text is not None
-    texts = pc.if_else(pc.equal(texts, ""), pa.scalar(None, texts.type), texts)
-    lists = pc.split_pattern(texts, settings.list_text.separator)
-    if settings.list_text.items == "strings":
-        return lists
-    try:
-        return lists.cast(pa.list_(pa.int64()))
-    except pa.ArrowInvalid as error:
-        cause = str(error).splitlines()[0]
-        raise DataError(f"{what} has a text that holds no list of integers: {cause}") from None
-
-
-def _holds(kind: pa.DataType, value: float) -> bool:
-    """Whether a value of a type can be just this number."""
-    if pa.types.is_floating(kind):
-        return bool(pa.types.is_float64(kind) or (pa.types.is_float32(kind) and np.float32(value) == value))
-    if not is_integer(kind):
-        return False
-    limits = np.iinfo(kind.to_pandas_dtype())
-    return float(value).is_integer() and bool(limits.min <= value <= limits.max)
 
 
 def _check_finite(values: NDArray[Any], what: str, how: str) -> None:

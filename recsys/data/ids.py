@@ -17,10 +17,11 @@ from recsys.config import (
     BucketizeIdsConfig,
     DatetimeIdsConfig,
     HashIdsConfig,
+    ListTextConfig,
     SparseFeatureConfig,
     VocabularyIdsConfig,
 )
-from recsys.data.arrow import filled, is_integer, is_string, plain
+from recsys.data.arrow import filled, is_integer, is_string, plain, split_texts
 from recsys.data.hashing import hash_ids
 from recsys.data.storage import DataError
 from recsys.data.vocabulary import Vocabulary
@@ -275,6 +276,27 @@ def build_ids(feature: SparseFeatureConfig, num_embeddings: int, vocabulary: Voc
         case VocabularyIdsConfig(out_of_vocabulary=unknown):
             assert vocabulary is not None
             return VocabularyIds(vocabulary, unknown_is_row_0=unknown == "row_0")
+
+
+def listed(texts: pa.Array, settings: ListTextConfig, what: str) -> pa.Array:
+    """The lists that texts hold.
+
+    Args:
+        texts: strings.
+        settings: how they hold them.
+        what: feature or column, and file, for messages.
+
+    Raises:
+        DataError: a text holds something else.
+    """
+    lists = split_texts(texts, settings.separator)
+    if settings.items == "strings":
+        return lists
+    try:
+        return lists.cast(pa.list_(pa.int64()))
+    except pa.ArrowInvalid as error:
+        cause = str(error).splitlines()[0]
+        raise DataError(f"{what} has a text that holds no list of integers: {cause}") from None
 
 
 def count(mask: NDArray[np.bool_]) -> str:

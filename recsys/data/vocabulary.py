@@ -26,7 +26,7 @@ from recsys.data.hashing import hash_values, map_values
 from recsys.data.storage import DataError
 
 _DIGESTS = "digests.json"
-_REMEDY = "build it with python -m recsys.prepare vocabulary"
+_REMEDY = "build it with python -m recsys.prepare vocabulary, or convert anew what a converter wrote"
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from recsys.config import BucketizeIdsConfig, IdsConfig, SparseFeatureConfig, VocabularyIdsConfig
+from recsys.prepare.mapping import vocabulary_file
 from recsys.prepare.sources import Ints, Source, SourceFile, check_free, split_at_random, split_by_time, write_data_set
 
 GENDERS = ("F", "M")
@@ -62,16 +64,9 @@ GENRES_100K = ("unknown", *GENRES_1M)  # in the order of u.item's flags
 YEARS_1M = range(1919, 2001)
 YEARS_100K = range(1922, 1999)
 
-_TABLES = {
-    "user_id": "user",
-    "movie_id": "movie",
-    "gender": "gender",
-    "age": "age",
-    "occupation": "occupation",
-    "zip_prefix": "zip_prefix",
-    "genres": "genre",
-    "year": "year",
-}
+_ZIP_PREFIX = 3
+_PLACES = {"domain_gender": "gender", "domain_age": "age", "domain_occupation": "occupation", "domain_genre": "genres"}
+"""Columns to divide the rows by, each with the feature by whose mapping its values become numbers."""
 _AGE_NAMES = ("under 18", "18-24", "25-34", "35-44", "45-49", "50-55", "56 and over")
 _DOMAIN = {"column": "domain_age", "num_domains": len(AGES), "names": list(_AGE_NAMES)}
 _POSITIVE_RATING = 4
@@ -83,7 +78,7 @@ _NOT_KNOWN = ("unknown", "unkonwn (unkonwn)")
 
 
 def convert_movielens_1m(source: Path, output: Path, *, overwrite: bool = False) -> None:
-    """Converts MovieLens-1M to Parquet shards split at random into 80 % train, 10 % valid and 10 % test.
+    """Convert MovieLens-1M to Parquet shards split at random into 80 % train, 10 % valid and 10 % test.
 
     The split is the permutation `numpy.random.default_rng(2024).permutation(rows)` of the rows in the order
     of the ratings file, and the shards keep the order of the permutation, so reading them in order is already
@@ -114,22 +109,23 @@ def convert_movielens_1m(source: Path, output: Path, *, overwrite: bool = False)
     else:
         file = files.read("ratings.dat")
         ratings = file.numbers(_RATING_FIELDS, "::")
-    table = _join(file, ratings, users, movies)
+    raw = _join(file, ratings, users, movies)
     write_data_set(
         output,
-        table,
-        split_at_random(table.num_rows),
+        raw,
+        split_at_random(raw.num_rows),
         name="movielens-1m",
-        columns=_columns(table, users, movies, "official code", OCCUPATIONS_1M),
+        columns=_columns(raw, users, movies, "official code", OCCUPATIONS_1M),
         vocabularies=_vocabularies(users, movies),
-        sparse=_TABLES,
+        sparse=_features(),
+        mapped_as=_PLACES,
         domain=_DOMAIN,
         overwrite=overwrite,
     )
 
 
 def convert_movielens_100k(source: Path, output: Path, *, overwrite: bool = False) -> None:
-    """Converts MovieLens-100K to Parquet shards split by time.
+    """Convert MovieLens-100K to Parquet shards split by time.
 
     Of each user's n ratings in the order of their timestamps, those of one second in the order of the file,
     the last n // 10 are test, the n // 10 before them valid and the rest train. Every split's shards are in
@@ -166,43 +162,64 @@ def convert_movielens_100k(source: Path, output: Path, *, overwrite: bool = Fals
         movies = _movies_100k(files.read("u.item"))
         file = files.read("u.data")
     ratings = file.numbers(_RATING_FIELDS, "\t")
-    table = _join(file, ratings, users, movies)
+    raw = _join(file, ratings, users, movies)
     write_data_set(
         output,
-        table,
+        raw,
         split_by_time(ratings["user"], ratings["timestamp"]),
         name="movielens-100k",
-        columns=_columns(table, users, movies, "place in the vocabulary", len(OCCUPATIONS_100K)),
+        columns=_columns(raw, users, movies, "place in the vocabulary", len(OCCUPATIONS_100K)),
         vocabularies={**_vocabularies(users, movies), "occupation": list(OCCUPATIONS_100K)},
-        sparse=_TABLES,
+        sparse=_features(occupation=_by_vocabulary("occupation")),
+        mapped_as=_PLACES,
         domain=_DOMAIN,
         overwrite=overwrite,
     )
 
 
+def _by_vocabulary(feature: str) -> VocabularyIdsConfig:
+    file = f"${{here}}/{vocabulary_file(feature)}"
+    return VocabularyIdsConfig(type="vocabulary", file=file, out_of_vocabulary="empty", applied=True)
+
+
+def _features(occupation: IdsConfig | None = None) -> dict[str, SparseFeatureConfig]:
+    """Each feature, with the mapping from its raw values; `occupation` is that one's, None for official codes."""
+    return {
+        "user_id": SparseFeatureConfig(table="user"),
+        "movie_id": SparseFeatureConfig(table="movie"),
+        "gender": SparseFeatureConfig(table="gender", ids=_by_vocabulary("gender")),
+        "age": SparseFeatureConfig(
+            table="age", ids=BucketizeIdsConfig(type="bucketize", boundaries=tuple(map(float, AGES[1:])), applied=True)
+        ),
+        "occupation": SparseFeatureConfig(table="occupation", ids=occupation),
+        "zip_prefix": SparseFeatureConfig(table="zip_prefix", ids=_by_vocabulary("zip_prefix")),
+        "genres": SparseFeatureConfig(table="genre", ids=_by_vocabulary("genres")),
+        "year": SparseFeatureConfig(table="year", ids=_by_vocabulary("year")),
+    }
+
+
 @dataclass(frozen=True)
 class _Users:
-    """Columns of a file of users, each of shape (users,); `row` maps an id to a place in them, -1 for no user."""
+    """Raw columns of a file of users, each of shape (users,); `row` maps an id to a place in them, -1 for no user."""
 
     file: str
     row: Ints
-    gender: Ints
-    age: Ints
-    occupation: Ints
-    zip_prefix: Ints
-    zip_prefixes: list[str]
+    gender: pa.StringArray
+    age: pa.Int64Array
+    occupation: pa.Array
+    zip_prefix: pa.StringArray
 
 
 @dataclass(frozen=True)
 class _Movies:
-    """Columns of a file of movies; `row` maps an id to a place in the others, -1 for no movie."""
+    """Raw columns of a file of movies; `row` maps an id to a place in the others, -1 for no movie."""
 
     file: str
     row: Ints
     year: pa.Int64Array
     years: range
     genres: pa.ListArray
-    first_genre: Ints
+    first_genre: pa.StringArray
     genre_names: Sequence[str]
 
 
@@ -215,15 +232,9 @@ def _users_1m(file: SourceFile) -> _Users:
         user, gender, age, occupation, zip_code = fields
         if int(occupation) >= OCCUPATIONS_1M:
             raise file.wrong(line, f"occupation is {occupation}, not in 0..{OCCUPATIONS_1M - 1}")
-        rows.append(
-            (
-                int(user),
-                _place(file, line, "gender", gender, GENDERS),
-                _place(file, line, "age", int(age), AGES),
-                int(occupation),
-                zip_code,
-            )
-        )
+        _check_known(file, line, "gender", gender, GENDERS)
+        _check_known(file, line, "age", int(age), AGES)
+        rows.append((int(user), gender, int(age), int(occupation), zip_code))
     return _users(file, rows)
 
 
@@ -236,30 +247,22 @@ def _users_100k(file: SourceFile, separator: str) -> _Users:
         user, age, gender, occupation, zip_code = fields
         if int(age) < AGES[0]:
             raise file.wrong(line, f"age is {age}, below {AGES[0]}")
-        rows.append(
-            (
-                int(user),
-                _place(file, line, "gender", gender, GENDERS),
-                int(np.searchsorted(AGES, int(age), side="right")) - 1,
-                _place(file, line, "occupation", occupation, OCCUPATIONS_100K),
-                zip_code,
-            )
-        )
+        _check_known(file, line, "gender", gender, GENDERS)
+        _check_known(file, line, "occupation", occupation, OCCUPATIONS_100K)
+        rows.append((int(user), gender, int(age), occupation, zip_code))
     return _users(file, rows)
 
 
-def _users(file: SourceFile, rows: Sequence[tuple[int, int, int, int, str]]) -> _Users:
-    """Puts rows of id, gender, age, occupation and zip code into columns."""
+def _users(file: SourceFile, rows: Sequence[tuple[int, str, int, int | str, str]]) -> _Users:
+    """Put rows of id, gender, age, occupation and zip code into columns."""
     ids, genders, ages, occupations, zip_codes = zip(*rows, strict=True) if rows else ((),) * 5
-    vocabulary, zip_prefix = np.unique(np.array([code[:3] for code in zip_codes], dtype=str), return_inverse=True)
     return _Users(
         file=file.name,
         row=_row_of_id(file, ids),
-        gender=np.array(genders, np.int64),
-        age=np.array(ages, np.int64),
-        occupation=np.array(occupations, np.int64),
-        zip_prefix=zip_prefix.astype(np.int64),
-        zip_prefixes=vocabulary.tolist(),
+        gender=pa.array(genders, pa.string()),
+        age=pa.array(ages, pa.int64()),
+        occupation=pa.array(occupations),
+        zip_prefix=pa.array([code[:_ZIP_PREFIX] for code in zip_codes], pa.string()),
     )
 
 
@@ -293,7 +296,7 @@ def _movies_100k_atomic(file: SourceFile) -> _Movies:
     for line, text in file.lines():
         fields = text.split("\t")
         if len(fields) != 4 or not _are_ids(fields[0]):
-            raise file.wrong(line, f"{text!r} is not id, title, year and genres, parted by tabs")
+            raise file.wrong(line, f"{text!r} is not id, title, year and genres, separated by tabs")
         movie, title, year, genres = fields
         # The year is what the last brackets of the official title hold, even where that is the V of a video.
         rows.append((int(movie), f"{title} ({year})", genres.split()))
@@ -303,9 +306,9 @@ def _movies_100k_atomic(file: SourceFile) -> _Movies:
 def _movies(
     file: SourceFile, rows: Sequence[tuple[int, str, list[str]]], years: range, genre_names: Sequence[str]
 ) -> _Movies:
-    """Puts rows of id, title with year, and names of genres into columns."""
+    """Put rows of id, title with year, and names of genres into columns."""
     ids: list[int] = []
-    year_places: list[int | None] = []
+    released: list[int | None] = []
     genres = []
     for line, (movie, title, names) in enumerate(rows, start=file.first_line):
         year = re.match(r".*\((\d{4})\)", title)
@@ -316,21 +319,23 @@ def _movies(
         if not names:
             raise file.wrong(line, "the movie has no genre")
         ids.append(movie)
-        year_places.append(None if year is None else years.index(int(year[1])))
-        genres.append([_place(file, line, "genre", name, genre_names) for name in names])
+        released.append(None if year is None else int(year[1]))
+        for name in names:
+            _check_known(file, line, "genre", name, genre_names)
+        genres.append(names)
     return _Movies(
         file=file.name,
         row=_row_of_id(file, ids),
-        year=pa.array(year_places, pa.int64()),
+        year=pa.array(released, pa.int64()),
         years=years,
-        genres=pa.array(genres, pa.list_(pa.int64())),
-        first_genre=np.array([one[0] for one in genres], np.int64),
+        genres=pa.array(genres, pa.list_(pa.string())),
+        first_genre=pa.array([one[0] for one in genres], pa.string()),
         genre_names=genre_names,
     )
 
 
 def _join(file: SourceFile, ratings: dict[str, Ints], users: _Users, movies: _Movies) -> pa.Table:
-    """Puts what is known of its user and movie beside each rating, in the order of the file."""
+    """Put the raw values of its user and movie beside each rating, in the order of the file."""
 
     def refuse(bad: npt.NDArray[np.bool_], what: str, why: str) -> None:
         if bad.any():
@@ -342,19 +347,20 @@ def _join(file: SourceFile, ratings: dict[str, Ints], users: _Users, movies: _Mo
     user, movie = _rows_of(ratings["user"], users.row), _rows_of(ratings["movie"], movies.row)
     refuse(user < 0, "user", f"is not in {users.file}")
     refuse(movie < 0, "movie", f"is not in {movies.file}")
+    of_user, of_movie = pa.array(user), pa.array(movie)
     columns = {
         "user_id": pa.array(ratings["user"]),
         "movie_id": pa.array(ratings["movie"]),
-        "gender": pa.array(users.gender[user]),
-        "age": pa.array(users.age[user]),
-        "occupation": pa.array(users.occupation[user]),
-        "zip_prefix": pa.array(users.zip_prefix[user]),
-        "genres": movies.genres.take(pa.array(movie)),
-        "year": movies.year.take(pa.array(movie)),
-        "domain_gender": pa.array(users.gender[user]),
-        "domain_age": pa.array(users.age[user]),
-        "domain_occupation": pa.array(users.occupation[user]),
-        "domain_genre": pa.array(movies.first_genre[movie]),
+        "gender": users.gender.take(of_user),
+        "age": users.age.take(of_user),
+        "occupation": users.occupation.take(of_user),
+        "zip_prefix": users.zip_prefix.take(of_user),
+        "genres": movies.genres.take(of_movie),
+        "year": movies.year.take(of_movie),
+        "domain_gender": users.gender.take(of_user),
+        "domain_age": users.age.take(of_user),
+        "domain_occupation": users.occupation.take(of_user),
+        "domain_genre": movies.first_genre.take(of_movie),
         "rating": pa.array(rating.astype(np.int8)),
         "label": pa.array((rating >= _POSITIVE_RATING).astype(np.int8)),
     }
@@ -364,7 +370,7 @@ def _join(file: SourceFile, ratings: dict[str, Ints], users: _Users, movies: _Mo
 
 
 def _columns(
-    table: pa.Table, users: _Users, movies: _Movies, occupation: str, occupations: int
+    raw: pa.Table, users: _Users, movies: _Movies, occupation: str, occupations: int
 ) -> dict[str, dict[str, Any]]:
     """What each column means; an id column's size is one more than its largest id can be."""
 
@@ -379,7 +385,7 @@ def _columns(
         "gender": ids(len(GENDERS), "place in the vocabulary"),
         "age": ids(len(AGES), "place of the age bracket in the vocabulary"),
         "occupation": ids(occupations, occupation),
-        "zip_prefix": ids(len(users.zip_prefixes), "place of the zip code's first 3 characters in the vocabulary"),
+        "zip_prefix": ids(len(_zip_prefixes(users)), "place of the zip code's first 3 characters in the vocabulary"),
         "genres": ids(genres, "places in the vocabulary", "list<int64>"),
         "year": ids(len(movies.years), f"of release, less {movies.years[0]}{unknown}"),
         "domain_gender": ids(len(GENDERS), "gender again, to part the rows by"),
@@ -390,23 +396,26 @@ def _columns(
         "label": {"type": "int8", "meaning": f"1 for a rating of {_POSITIVE_RATING} or more"},
         "timestamp": {"type": "int64", "meaning": "of the rating, in seconds since 1970"},
     }
-    return {name: columns[name] for name in table.column_names}
+    return {name: columns[name] for name in raw.column_names}
+
+
+def _zip_prefixes(users: _Users) -> list[str]:
+    return sorted(set(users.zip_prefix.to_pylist()))
 
 
 def _vocabularies(users: _Users, movies: _Movies) -> dict[str, Sequence[Any]]:
     return {
         "gender": list(GENDERS),
         "age": list(AGES),
-        "zip_prefix": users.zip_prefixes,
+        "zip_prefix": _zip_prefixes(users),
         "genres": list(movies.genre_names),
         "year": list(movies.years),
     }
 
 
-def _place(file: SourceFile, line: int, what: str, value: int | str, vocabulary: Sequence[int | str]) -> int:
-    if value not in vocabulary:
-        raise file.wrong(line, f"{what} is {value!r}, not one of {', '.join(map(str, vocabulary))}")
-    return vocabulary.index(value)
+def _check_known(file: SourceFile, line: int, what: str, value: int | str, known: Sequence[int | str]) -> None:
+    if value not in known:
+        raise file.wrong(line, f"{what} is {value!r}, not one of {', '.join(map(str, known))}")
 
 
 def _are_ids(*fields: str) -> bool:
@@ -414,7 +423,7 @@ def _are_ids(*fields: str) -> bool:
 
 
 def _row_of_id(file: SourceFile, ids: Sequence[int]) -> Ints:
-    """Returns an array that maps each id to its place in `ids`, and any other up to the largest to -1."""
+    """An array that maps each id to its place in `ids`, and any other up to the largest to -1."""
     if not ids:
         raise ValueError(f"{file.path} is empty; {file.where}")
     if max(ids) > 1_000_000:
@@ -428,6 +437,6 @@ def _row_of_id(file: SourceFile, ids: Sequence[int]) -> Ints:
 
 
 def _rows_of(ids: Ints, row: Ints) -> Ints:
-    """Looks up `ids` in what `_row_of_id` made; -1 for those it does not know."""
+    """Look up `ids` in what `_row_of_id` made; -1 for those it does not know."""
     known = (ids >= 0) & (ids < len(row))
     return np.where(known, row[np.where(known, ids, 0)], -1)

@@ -15,8 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
+from recsys.config import SparseFeatureConfig, VocabularyIdsConfig
+from recsys.data.arrow import whole
+from recsys.data.ids import build_ids
 from recsys.data.storage import DataError
 from recsys.prepare import writing
+from recsys.prepare.mapping import mapped, vocabulary_file
+from recsys.prepare.vocabularies import vocabulary_of
 
 Ints = npt.NDArray[np.int64]
 
@@ -119,7 +124,7 @@ class SourceFile:
     def numbers(self, names: Sequence[str], separator: str) -> dict[str, Ints]:
         """Parse lines of whole numbers separated by `separator`, one character or the same one several times.
 
-        Arrow parts fields by one character only. Of a separator of several, all but the first make empty columns
+        Arrow separates fields by one character only. Of a separator of several, all but the first make empty columns
         between the real ones, which are read as nulls and dropped.
 
         Returns:
@@ -205,32 +210,51 @@ def check_free(output: Path, overwrite: bool) -> None:
 
 def write_data_set(
     output: Path,
-    table: pa.Table,
+    raw: pa.Table,
     splits: Mapping[str, Ints],
     *,
     name: str,
     columns: Mapping[str, Any],
     vocabularies: Mapping[str, Any],
-    sparse: Mapping[str, str],
+    sparse: Mapping[str, SparseFeatureConfig],
+    mapped_as: Mapping[str, str],
     domain: Mapping[str, Any] | None,
     overwrite: bool,
 ) -> None:
-    """Write the Parquet shards of each split, `dataset.json` and `dataset.yaml`, all at once.
+    """Write the Parquet shards of each split, `dataset.json`, `dataset.yaml` and vocabularies, all at once.
 
     Args:
         output: becomes the data set.
-        table: all rows, with a column `label`.
-        splits: the rows of `table` in each split, in the order to write them in.
+        raw: all rows of raw values, with a column `label`.
+        splits: the rows of `raw` in each split, in the order to write them in.
         name: of the data set.
-        columns: what each column of `table` means.
-        vocabularies: what the ids of a column stand for, in their order.
-        sparse: the columns of ids that are features, each with its table.
-        domain: what divides the rows in reports, as the config has it, if anything does.
+        columns: what each column means.
+        vocabularies: what the ids of a column stand for, in their order; those of features with a vocabulary are
+            written, with how often each value is found in the train split.
+        sparse: the columns of ids that are features, with the mappings that make rows of their raw values.
+        mapped_as: other columns of raw values, each with the feature by whose mapping they become numbers.
+        domain: what divides the rows, as the config has it, if anything does.
         overwrite: replace the data set that is at `output`.
 
     Raises:
         FileExistsError: `output` was taken in the meantime.
+        DataError: a value that its mapping refuses.
     """
+    held = {
+        feature: vocabulary_of(
+            vocabularies[feature], whole(raw, feature).take(pa.array(splits["train"])), vocabulary_file(feature)
+        )
+        for feature, settings in sparse.items()
+        if isinstance(settings.ids, VocabularyIdsConfig)
+    }
+    mappings = {
+        feature: build_ids(settings, columns[feature]["size"], held.get(feature))
+        for feature, settings in sparse.items()
+    }
+    table = raw
+    for column, feature in {**{feature: feature for feature in sparse}, **mapped_as}.items():
+        rows = mapped(whole(raw, column), mappings[feature], f"{name}: column {column!r}")
+        table = table.set_column(table.schema.get_field_index(column), column, rows)
     with new_data_set(output, overwrite=overwrite) as stage:
         told = {}
         for split, rows in splits.items():
@@ -239,6 +263,8 @@ def write_data_set(
             for number, (start, end) in enumerate(bounds):
                 writing.write_part(part.slice(start, end - start), stage, split, number, row_group_rows=_ROW_GROUP_ROWS)
             told[split] = {"rows": len(rows), "files": len(bounds), "label_rate": pc.mean(part["label"]).as_py()}
+        for feature, vocabulary in held.items():
+            vocabulary.write(stage / vocabulary_file(feature))
         summary = {"name": name, "columns": columns, "vocabularies": vocabularies, "splits": told}
         writing.write_summary(stage, summary)
         writing.write_config(stage, summary, sparse=sparse, dense={}, data={"domain": domain} if domain else {})

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from recsys.config import Config, ConfigError
+from recsys.config import Config, ConfigError, DenseFeatureConfig, SparseFeatureConfig
 from recsys.data.storage import DataError
 from recsys.prepare import writing
 
@@ -72,12 +72,13 @@ _TABLES = {
     "device_id": "device",
     "domain": "domain",
 }
-_DENSE: dict[str, dict[str, Any]] = {
-    "time_of_day": {},
-    "session_depth": {"log1p": True},
-    "freshness": {"fill": 0.0},
-    "discount": {"fill": 0.0},
-    "price": {"log1p": True},
+_SPARSE = {column: SparseFeatureConfig(table=table) for column, table in _TABLES.items()}
+_DENSE = {
+    "time_of_day": DenseFeatureConfig(),
+    "session_depth": DenseFeatureConfig(log1p=True),
+    "freshness": DenseFeatureConfig(fill=0.0),
+    "discount": DenseFeatureConfig(fill=0.0),
+    "price": DenseFeatureConfig(log1p=True),
 }
 _DATA = {"reference": "true_probability", "domain": {"column": "domain", "num_domains": NUM_DOMAINS}}
 
@@ -156,7 +157,7 @@ def write_synthetic(
         splits = {split: _write_split(stage, split, spec, world) for split in _SPLITS}
         summary = {"name": "synthetic", "spec": spec.summary(), "columns": _columns(spec), "splits": splits}
         writing.write_summary(stage, summary)
-        writing.write_config(stage, summary, sparse=_TABLES, dense=_DENSE, data=_DATA)
+        writing.write_config(stage, summary, sparse=_SPARSE, dense=_DENSE, data=_DATA)
 
 
 @dataclass(frozen=True)

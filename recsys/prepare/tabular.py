@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -17,12 +17,27 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
-from recsys.config import DenseFeatureConfig, DomainConfig, Name, read_yaml, validate
+from recsys.config import (
+    DenseFeatureConfig,
+    DomainConfig,
+    HashIdsConfig,
+    ListTextConfig,
+    Name,
+    Salt,
+    SparseFeatureConfig,
+    VocabularyIdsConfig,
+    read_yaml,
+    validate,
+)
+from recsys.data.arrow import is_list, raised, split_texts, whole
+from recsys.data.ids import IdMapping, PlainIds, VocabularyIds, build_ids
 from recsys.data.storage import DataError
+from recsys.data.vocabulary import Vocabulary
 from recsys.prepare import writing
-from recsys.prepare.encoding import HashedIds, Ids, KeptIds, ValueCounts, VocabularyIds
+from recsys.prepare.mapping import ANY_ROW, mapped, vocabulary_file
 from recsys.prepare.sources import check_free, new_data_set
 from recsys.prepare.text import BLOCK_BYTES, Block, Malformed, Progress, TextFiles, TextFormat, quietly
+from recsys.prepare.vocabularies import ValueCounts
 
 MAX_VALUES = 50_000_000
 """Different values that are counted for all vocabularies together, unless the caller says otherwise."""
@@ -55,20 +70,38 @@ class TableSchema(_Section):
     """How values become rows of one embedding table.
 
     `ids`: `keep` (whole numbers from 0), `vocabulary` (from 1 by descending count in the train split, ties by value, of
-    the values that occur `min_count` times; all others are row 0) or `hash` (XXH3-64 under `seed`, modulo `buckets`).
+    the values that occur `min_count` times; all others are row 0) or `hash` (XXH3-64 seeded with `salt`, modulo
+    `buckets`). The last two are those of a config's `ids`: strings and integers are mapped as what they are.
     """
 
     ids: Literal["keep", "vocabulary", "hash"]
     min_count: PositiveInt = 1
     buckets: PositiveInt | None = None
-    seed: NonNegativeInt = 0
+    salt: Salt = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _seed_was_the_name_of_salt(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or "seed" not in raw:
+            return raw
+        if "salt" in raw:
+            raise ValueError("seed is the former name of salt; remove it")
+        return {"salt" if key == "seed" else key: value for key, value in raw.items()}
 
     @model_validator(mode="after")
     def _settings_matter(self) -> Self:
         if (self.ids == "hash") != (self.buckets is not None):
             raise ValueError("ids hash needs buckets, and nothing else takes them")
-        self._refuse_idle("ids", {"vocabulary": {"min_count"}, "hash": {"buckets", "seed"}}.get(self.ids, set()))
+        self._refuse_idle("ids", {"vocabulary": {"min_count"}, "hash": {"buckets", "salt"}}.get(self.ids, set()))
         return self
+
+    def ids_of(self, name: str) -> HashIdsConfig | VocabularyIdsConfig | None:
+        """The mapping as a config has it, applied to the shards; `name` is the table's."""
+        if self.ids == "hash":
+            return HashIdsConfig(type="hash", salt=self.salt, buckets=self.buckets, applied=True)
+        if self.ids == "vocabulary":
+            return VocabularyIdsConfig(type="vocabulary", file=f"${{here}}/{vocabulary_file(name)}", applied=True)
+        return None
 
 
 class ColumnSchema(_Section):
@@ -88,6 +121,11 @@ class ColumnSchema(_Section):
     minimum: float | None = None
 
     @property
+    def items(self) -> Literal["strings", "ints"]:
+        """What a column with a table has in each row, one or any number of."""
+        return "ints" if self.type in ("int", "ints") else "strings"
+
+    @property
     def is_list(self) -> bool:
         """Whether a row has any number of values."""
         return self.type in ("ints", "strings")
@@ -102,8 +140,11 @@ class ColumnSchema(_Section):
             raise ValueError("dense is for bool, int and float, and takes no column of its own; use source")
         if self.minimum is not None and self.type not in ("int", "float"):
             raise ValueError(f"minimum is for int and float, not for {self.type}")
-        if self.type == "int" and self.minimum is not None and not self.minimum.is_integer():
-            raise ValueError(f"minimum of an int must be whole, not {self.minimum}")
+        if self.type == "int" and self.minimum is not None:
+            if not self.minimum.is_integer():
+                raise ValueError(f"minimum of an int must be whole, not {self.minimum}")
+            if not -(2.0**63) <= self.minimum < 2.0**63:
+                raise ValueError(f"minimum of an int must fit 64 bits, unlike {self.minimum}")
         return self
 
 
@@ -176,6 +217,30 @@ class Schema(_Section):
         return {name: column.table for name, column in self.read.items() if column.table is not None}
 
     @property
+    def sparse_features(self) -> dict[str, SparseFeatureConfig]:
+        """Each column of ids as a config has it: how its raw values become rows of its table."""
+        features = {}
+        for name, table in self.sparse.items():
+            column, as_text = self.read[name], self.read[name].is_list and self.format == "csv"
+            features[name] = SparseFeatureConfig(
+                table=table,
+                list_text=ListTextConfig(separator=column.separator, items=column.items) if as_text else None,
+                minimum=None if column.minimum is None else int(column.minimum),
+                ids=self.tables[table].ids_of(table),
+            )
+        return features
+
+    @property
+    def dense_features(self) -> dict[str, DenseFeatureConfig]:
+        """Each column of numbers as a config has it."""
+        features = {}
+        for name, column in self.read.items():
+            if (dense := column.dense) is not None:
+                bounds = [bound for bound in (column.minimum, dense.minimum) if bound is not None]
+                features[name] = dense.model_copy(update={"minimum": max(bounds)}) if bounds else dense
+        return features
+
+    @property
     def boundaries(self) -> tuple[int, int] | None:
         """The first time of valid and that of test as numbers in the unit of their column.
 
@@ -207,9 +272,16 @@ class Schema(_Section):
             raise ValueError("split.boundaries: test begins before valid")
         if not self.sparse:
             raise ValueError("columns: none has a table, and a model needs one")
+        kinds_of: dict[str, tuple[str, str]] = {}
         for name, table in self.sparse.items():
             if table not in self.tables:
                 raise ValueError(f"columns.{name}.table: no table {table!r}; tables has {', '.join(self.tables)}")
+            first, items = kinds_of.setdefault(table, (name, self.read[name].items))
+            if self.tables[table].ids == "vocabulary" and items != self.read[name].items:
+                raise ValueError(
+                    f"columns.{name}: one vocabulary cannot hold {self.read[name].items} and the {items} of "
+                    f"{first!r}; give it a table of its own, or read both as strings"
+                )
             if self.tables[table].ids == "keep" and not kinds[name].startswith("int"):
                 raise ValueError(f"columns.{name}: ids of {kinds[name]} cannot be kept; hash them or use a vocabulary")
         if unused := set(self.tables) - set(self.sparse.values()):
@@ -224,7 +296,7 @@ class Schema(_Section):
 
 
 def load_schema(path: Path) -> Schema:
-    """Reads a schema from YAML; `name` defaults to the file's stem.
+    """Read a schema from YAML; `name` defaults to the file's stem.
 
     Raises:
         ConfigError: the file cannot be read, or says something that is not allowed; every fault is listed.
@@ -244,7 +316,7 @@ def convert_text(
     progress: Progress = quietly,
     block_bytes: int = BLOCK_BYTES,
 ) -> None:
-    """Converts text files to Parquet shards, in memory that does not grow with the rows.
+    """Convert text files to Parquet shards, in memory that does not grow with the rows.
 
     It grows with the vocabularies alone, which `max_values` bounds.
 
@@ -273,34 +345,29 @@ def convert_text(
         progress=progress,
     )
     start = _split_rule(schema, files)
-    counted = {name: table for name, table in schema.tables.items() if table.ids == "vocabulary"}
-    vocabularies = _count(files, schema, counted, start(), max_values) if counted else {}
+    vocabularies = _count(files, schema, start, max_values)
+    features = schema.sparse_features
+    mappings = {name: build_ids(it, ANY_ROW, vocabularies.get(it.table)) for name, it in features.items()}
     with new_data_set(output, overwrite=overwrite) as stage:
-        ids: dict[str, Ids] = {}
-        for name, table in schema.tables.items():
-            if table.ids == "vocabulary":
-                ids[name] = VocabularyIds(vocabularies[name]["value"].combine_chunks())
-                (stage / "vocabularies").mkdir(exist_ok=True)
-                pq.write_table(vocabularies[name], stage / f"vocabularies/{name}.parquet", compression="zstd")
-            else:
-                ids[name] = HashedIds(table.buckets, table.seed) if table.buckets else KeptIds()
-        told, unknown = _write(files, schema, ids, start(), stage)
-        if not told["train"]["rows"]:
-            raise DataError(f"no row is in the train split, of {sum(one['rows'] for one in told.values())} in all")
+        for name, vocabulary in vocabularies.items():
+            vocabulary.write(stage / vocabulary_file(name))
+        written = _write(files, schema, mappings, start(), stage)
+        if not written.splits["train"]["rows"]:
+            rows = sum(split["rows"] for split in written.splits.values())
+            raise DataError(f"no row is in the train split, of {rows} in all")
         summary = {
             "name": schema.name,
-            "columns": _meanings(pq.read_schema(writing.part_path(stage, "train", 0)), schema, ids, unknown),
-            "vocabularies": {name: f"vocabularies/{name}.parquet" for name in vocabularies},
-            "splits": told,
+            "columns": _meanings(pq.read_schema(writing.part_path(stage, "train", 0)), schema, written),
+            "vocabularies": {name: vocabulary_file(name) for name in vocabularies},
+            "splits": written.splits,
             "skipped": {str(path): count for path, count in zip(sources, files.skipped, strict=True) if count},
         }
         writing.write_summary(stage, summary)
-        dense = {name: column.dense for name, column in schema.read.items() if column.dense is not None}
         writing.write_config(
             stage,
             summary,
-            sparse=schema.sparse,
-            dense={name: one.model_dump(mode="json", exclude_defaults=True) for name, one in dense.items()},
+            sparse=features,
+            dense=schema.dense_features,
             data={
                 "label": schema.label,
                 **({"domain": schema.domain.model_dump(mode="json", exclude_none=True)} if schema.domain else {}),
@@ -310,7 +377,7 @@ def convert_text(
 
 
 _Assign = Callable[[Block], NDArray[np.int64]]
-"""Tells the split of each row of a block, as its place in SPLITS."""
+"""The split of each row of a block, as its place in SPLITS."""
 
 
 def _split_rule(schema: Schema, files: TextFiles) -> Callable[[], _Assign]:
@@ -386,46 +453,59 @@ def _quantiles(split: SplitSchema, column: str, files: TextFiles) -> tuple[int, 
     return int(sample[valid]), int(sample[test])
 
 
-def _count(
-    files: TextFiles, schema: Schema, counted: Mapping[str, TableSchema], assign: _Assign, limit: int
-) -> dict[str, pa.Table]:
+def _count(files: TextFiles, schema: Schema, start: Callable[[], _Assign], limit: int) -> dict[str, Vocabulary]:
     """The vocabulary of each table that has one, counted in the train split."""
-    counts = ValueCounts(set(counted), limit)
+    tables = {name: table for name, table in schema.tables.items() if table.ids == "vocabulary"}
+    if not tables:
+        return {}
+    assign, counts = start(), ValueCounts(tables, limit)
     for block in files.blocks("counting values"):
         train = _rows(block.table, assign(block) == 0)
         for name, table in schema.sparse.items():
-            if table in counted:
-                counts.add(table, _items(train[name].combine_chunks()))
-    return {name: counts.vocabulary(name, table.min_count) for name, table in counted.items()}
+            if table in tables:
+                counts.add(table, whole(train, name), f"column {name!r}")
+    return {name: counts.vocabulary(name, table.min_count, vocabulary_file(name)) for name, table in tables.items()}
+
+
+class _Written(NamedTuple):
+    """What became of the rows.
+
+    Attributes:
+        splits: what `dataset.json` says of each split.
+        sizes: rows that a table needs for the ids of each column.
+        unknown: values that are not in the vocabulary, of each column that has one, by split.
+    """
+
+    splits: dict[str, Any]
+    sizes: dict[str, int]
+    unknown: dict[str, dict[str, int]]
 
 
 def _write(
-    files: TextFiles, schema: Schema, ids: Mapping[str, Ids], assign: _Assign, stage: Path
-) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
-    """Writes the shards.
-
-    Returns:
-        What `dataset.json` tells of each split, and how many values of each column with a vocabulary are not in it.
-    """
+    files: TextFiles, schema: Schema, mappings: Mapping[str, IdMapping], assign: _Assign, stage: Path
+) -> _Written:
+    """Write the shards."""
+    kept = [name for name, mapping in mappings.items() if isinstance(mapping, PlainIds)]
+    sizes = {name: 1 if name in kept else mapping.num_rows for name, mapping in mappings.items()}
     unknown = {
-        name: dict.fromkeys(SPLITS, 0)
-        for name, table in schema.sparse.items()
-        if schema.tables[table].ids == "vocabulary"
+        name: dict.fromkeys(SPLITS, 0) for name, mapping in mappings.items() if isinstance(mapping, VocabularyIds)
     }
     with ExitStack() as stack:
         writers = {split: stack.enter_context(writing.SplitWriter(stage, split, schema.label)) for split in SPLITS}
         for block in files.blocks("writing shards"):
             table, place = block.table, assign(block)
-            for name, of in schema.sparse.items():
-                values = _mapped(table[name].combine_chunks(), ids[of])
-                table = table.set_column(table.schema.get_field_index(name), name, values)
+            for name, mapping in mappings.items():
+                ids = mapped(whole(table, name), mapping, f"{files.paths[block.file]}: column {name!r}")
+                if name in kept:
+                    sizes[name] = max(sizes[name], (pc.max(_items(ids)).as_py() or 0) + 1)
+                table = table.set_column(table.schema.get_field_index(name), name, ids)
             for number, split in enumerate(SPLITS):
                 part = _rows(table, place == number)
                 writers[split].write(part)
                 for name, counts in unknown.items():
-                    zeros = pc.sum(pc.equal(_items(part[name].combine_chunks()), 0)).as_py()
+                    zeros = pc.sum(pc.equal(_items(whole(part, name)), 0)).as_py()
                     counts[split] += zeros or 0
-    return {split: writer.told for split, writer in writers.items()}, unknown
+    return _Written({split: writer.told for split, writer in writers.items()}, sizes, unknown)
 
 
 def _rows(table: pa.Table, chosen: NDArray[np.bool_]) -> pa.Table:
@@ -434,21 +514,10 @@ def _rows(table: pa.Table, chosen: NDArray[np.bool_]) -> pa.Table:
 
 def _items(values: pa.Array) -> pa.Array:
     """The values of all rows end to end."""
-    return values.flatten() if pa.types.is_list(values.type) else values
+    return values.flatten() if is_list(values.type) else values
 
 
-def _mapped(values: pa.Array, ids: Ids) -> pa.Array:
-    """Ids in the place of values, in lists of the same lengths where there are lists."""
-    if not pa.types.is_list(values.type):
-        return ids.of(values)
-    lengths = pc.list_value_length(values).fill_null(0).to_numpy()
-    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-    return pa.ListArray.from_arrays(offsets, ids.of(values.flatten()), mask=values.is_null())
-
-
-def _meanings(
-    types: pa.Schema, schema: Schema, ids: Mapping[str, Ids], unknown: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
+def _meanings(types: pa.Schema, schema: Schema, written: _Written) -> dict[str, dict[str, Any]]:
     """What `dataset.json` says of each column."""
     told: dict[str, dict[str, Any]] = {}
     for name, column in schema.read.items():
@@ -457,19 +526,19 @@ def _meanings(
             table = schema.tables[column.table]
             how = {
                 "keep": "as in the files",
-                "hash": f"XXH3-64 with seed {table.seed}, modulo {table.buckets}",
-                "vocabulary": f"place from 1 in vocabularies/{column.table}.parquet; 0: not there",
+                "hash": f"XXH3-64 with salt {table.salt}, modulo {table.buckets}",
+                "vocabulary": f"place from 1 in {vocabulary_file(column.table)}; 0: not there",
             }
-            told[name] |= {"size": ids[column.table].size, "meaning": how[table.ids]}
-        if name in unknown:
-            told[name]["out_of_vocabulary"] = unknown[name]
+            told[name] |= {"size": written.sizes[name], "meaning": how[table.ids]}
+        if name in written.unknown:
+            told[name]["out_of_vocabulary"] = written.unknown[name]
     return told
 
 
 def _text_format(schema: Schema) -> TextFormat:
     types = {}
     for name, column in schema.read.items():
-        kind = _TYPES.get(column.type, pa.string())  # a list is a text until it is parted
+        kind = _TYPES.get(column.type, pa.string())  # a list is a text until it is split
         if schema.format == "jsonl" and column.is_list:
             kind = pa.list_(_TYPES[column.type.removesuffix("s")])
         types[column.source or name] = kind
@@ -505,28 +574,25 @@ def _typed(table: pa.Table, schema: Schema) -> pa.Table:
 
 
 def _checked(values: pa.Array, column: ColumnSchema, schema: Schema, needed: bool) -> pa.Array:
+    """Raw values as their mapping takes them, and others as shards hold them."""
     if needed and values.null_count:
         raise Malformed("no value")
-    if column.is_list and not pa.types.is_list(values.type):
-        values = pc.split_pattern(values, column.separator)
+    if column.is_list and not is_list(values.type):
+        values = split_texts(values, column.separator)
         if pc.any(pc.is_in(values.flatten(), pa.array(schema.nulls, pa.string()))).as_py():
             raise Malformed("an item of the list has no value")
         if column.type == "ints":
             values = values.cast(pa.list_(pa.int64()))
     if column.is_list and values.flatten().null_count:
         raise Malformed("an item of the list has no value")
-    if column.table is not None:
-        items = values.flatten() if column.is_list else values
-        if schema.tables[column.table].ids != "keep":
-            return values.cast(pa.list_(pa.string()) if column.is_list else pa.string())
-        if (pc.min(items).as_py() or 0) < 0:
-            raise Malformed(f"the id {pc.min(items)} is negative; ids that are kept count from 0")
-    if column.type == "float":
-        values = values.cast(pa.float32())
-        if not pc.all(pc.is_finite(values), min_count=0).as_py():
-            raise Malformed("the value is not finite in float32")
+    if column.type == "float" and not pc.all(pc.is_finite(values.cast(pa.float32())), min_count=0).as_py():
+        raise Malformed("the value is not finite in float32")
     if column.type == "bool":
         values = values.cast(pa.int8())
     if column.minimum is not None:
-        values = pc.max_element_wise(values, pa.scalar(column.minimum).cast(values.type), skip_nulls=False)
+        values = raised(values, column.minimum)
+    if column.table is not None and schema.tables[column.table].ids == "keep":
+        least = pc.min(_items(values)).as_py() or 0
+        if least < 0:
+            raise Malformed(f"the id {least} is negative; ids that are kept count from 0")
     return values

@@ -1,9 +1,10 @@
-"""Writing data sets: Parquet shards and what tells of them, which appear in their place all at once or not at all.
+"""Writing data sets: Parquet shards and what describes them, which appear in their place all at once or not at all.
 
 A data set is a folder:
 
     dataset.yaml                the data, tables and features of a config, which includes it
     dataset.json                what the columns mean, their sizes, rows and label rate of each split
+    vocabularies/item.parquet   the values behind the rows of a table, where they are counted
     train/part-00000.parquet    several files a split, several row groups a file
     valid/part-00000.parquet
     test/part-00000.parquet
@@ -26,6 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
+from recsys.config import DenseFeatureConfig, Section, SparseFeatureConfig
 from recsys.data.storage import DataError
 
 SUMMARY_FILE = "dataset.json"
@@ -39,7 +41,7 @@ def part_path(directory: Path, split: str, part: int) -> Path:
 
 
 def part_bounds(rows: int, files: int) -> list[tuple[int, int]]:
-    """Cut `rows` rows into `files` runs whose lengths differ by one at most.
+    """Divide `rows` rows into `files` runs whose lengths differ by one at most.
 
     Returns:
         `files` pairs of first row and end row, in order; fewer where there are fewer rows than files, so that
@@ -143,27 +145,27 @@ def write_config(
     directory: Path,
     summary: Mapping[str, Any],
     *,
-    sparse: Mapping[str, str],
-    dense: Mapping[str, Mapping[str, Any]],
+    sparse: Mapping[str, SparseFeatureConfig],
+    dense: Mapping[str, DenseFeatureConfig],
     data: Mapping[str, Any],
     embedding_dim: int = EMBEDDING_DIM,
 ) -> None:
     """Write `dataset.yaml`: with `model`, `stages` and `data.batch_size` beside it, a config is whole.
 
-    Its globs start with `${here}`, so that the data set can be moved.
+    Its globs and the files of its vocabularies start with `${here}`, so that the data set can be moved.
 
     Args:
         directory: the data set.
         summary: as `write_summary` writes it; a table is as large as the `size` of the largest of its columns, and a
             split without rows is left out.
-        sparse: the table of each column of ids.
-        dense: the settings of each column of numbers.
+        sparse: the feature of each column of ids, with the mapping that was applied to its raw values.
+        dense: the feature of each column of numbers.
         data: what else the section `data` says.
         embedding_dim: of every table.
     """
     sizes: dict[str, int] = {}
-    for column, table in sparse.items():
-        sizes[table] = max(sizes.get(table, 0), summary["columns"][column]["size"])
+    for column, feature in sparse.items():
+        sizes[feature.table] = max(sizes.get(feature.table, 0), summary["columns"][column]["size"])
     config = {
         "data": {
             **{split: f"${{here}}/{split}/*.parquet" for split, told in summary["splits"].items() if told["rows"]},
@@ -172,12 +174,17 @@ def write_config(
         },
         "tables": {table: {"num_embeddings": size, "embedding_dim": embedding_dim} for table, size in sizes.items()},
         "features": {
-            "sparse": {column: {"table": table} for column, table in sparse.items()},
-            "dense": {column: dict(settings) for column, settings in dense.items()},
+            "sparse": {column: _as_set(feature) for column, feature in sparse.items()},
+            "dense": {column: _as_set(feature) for column, feature in dense.items()},
         },
     }
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def _as_set(section: Section) -> dict[str, Any]:
+    """The keys that a section was made with."""
+    return section.model_dump(mode="json", exclude_unset=True, exclude_none=True)
 
 
 def is_complete(directory: Path, summary: dict[str, Any]) -> bool:

@@ -9,7 +9,8 @@ import yaml
 from pydantic import ValidationError
 from tiny import tiny_config
 
-from recsys.config import Config, ConfigError, load_config
+from recsys.config import Config, ConfigError, SparseFeatureConfig, VocabularyIdsConfig, load_config
+from recsys.data.splits import build_columns
 
 Raw = dict[str, Any]
 
@@ -485,6 +486,78 @@ def test_included_files_lie_beneath_the_own_keys_and_overrides_above(tmp_path: P
     (tmp_path / "again.yaml").write_text(config.to_yaml())
     assert "include" not in config.to_yaml()
     assert load_config(tmp_path / "again.yaml") == config
+
+
+def test_here_in_a_file_of_ids_is_the_folder_of_the_file_that_says_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    raw = tiny_config(Path("log"), Path("out"))
+    for name in ("user", "item"):
+        ids = {"type": "vocabulary", "file": f"${{here}}/vocabularies/{name}.parquet", "applied": True}
+        raw["features"]["sparse"][name]["ids"] = ids
+    write_configs(
+        tmp_path,
+        sets__log__dataset=yaml.safe_dump(raw),
+        mine__run="include: ../sets/log/dataset.yaml\n"
+        "features: {sparse: {item: {ids: {file: '${here}/own.parquet', applied: false}}}}\n",
+    )
+    config = load_config("mine/run.yaml")
+    ids = {name: feature.ids for name, feature in config.features.sparse.items()}
+    assert ids == {
+        "user": VocabularyIdsConfig(type="vocabulary", file="sets/log/vocabularies/user.parquet", applied=True),
+        "item": VocabularyIdsConfig(type="vocabulary", file="mine/own.parquet", applied=False),
+        "tags": None,
+    }
+    (tmp_path / "again.yaml").write_text(config.to_yaml())
+    assert load_config("again.yaml") == config  # as a checkpoint says it
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        "{type: hash, salt: 3, buckets: 20, applied: true}",
+        "{type: vocabulary, file: absent.parquet, out_of_vocabulary: empty, applied: true}",
+        "{type: bucketize, boundaries: [1.0, 2.0], applied: true}",
+        "{type: datetime, part: hour, applied: true}",
+    ],
+)
+def test_ids_that_are_applied_are_read_as_rows(load: Callable[..., Config], ids: str) -> None:
+    overrides = [f"features.sparse.user.ids={ids}", "features.sparse.user.minimum=0"]
+    feature = load(*overrides, "features.sparse.user.max_length=3").features.sparse["user"]
+    assert feature.ids is not None and feature.ids.applied
+    assert feature.stored == SparseFeatureConfig(table="user", max_length=3)
+    as_they_are = load(*overrides, "features.sparse.user.ids.applied=false").features.sparse["user"]
+    assert as_they_are.stored == as_they_are != feature
+    with pytest.raises(ConfigError, match=r"features\.sparse\.user: out_of_range is for ids as they are; ids of type"):
+        load(*overrides, "features.sparse.user.out_of_range=hash")
+
+
+def test_ids_need_no_more_rows_than_their_table_has(load: Callable[..., Config]) -> None:
+    ids = "features.sparse.user.ids={type: hash, buckets: %s, applied: %s}"
+    assert build_columns(load(ids % (40, "true"))).sparse["user"].ids.num_rows == 40
+    for applied in ("true", "false"):
+        with pytest.raises(ConfigError, match=r"^tables\.user\.num_embeddings: 40 rows are too few .*, which need 41$"):
+            build_columns(load(ids % (41, applied)))
+    with pytest.raises(ConfigError, match=r"features\.sparse\.user\.ids\.buckets: Input should be greater than 0"):
+        load(ids % (0, "true"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("list_text={items: ints}", "features.sparse.user.list_text.separator: missing, and has no default"),
+        ("list_text={separator: ''}", "features.sparse.user.list_text.separator: String should have at least 1 char"),
+        ("list_text={separator: x, items: floats}", "features.sparse.user.list_text.items: Input should be 'strings'"),
+        ("minimum=0.5", "features.sparse.user.minimum: Input should be a valid integer"),
+        (f"minimum={2**63}", f"features.sparse.user.minimum: Input should be less than {2**63}"),
+        ("ids={type: hash, applied: 1}", "features.sparse.user.ids.applied: Input should be a valid boolean"),
+    ],
+)
+def test_raw_values_that_cannot_be_meant(load: Callable[..., Config], override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(f"features.sparse.user.{override}")
+    assert message in str(error.value)
 
 
 def test_here_is_the_folder_of_the_file_that_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from recsys.data.ids import VocabularyIds
 from recsys.data.splits import build_columns
 from recsys.data.storage import DataError
 from recsys.data.vocabulary import Vocabulary, canonical, load_vocabularies, save_vocabularies
-from recsys.prepare.vocabularies import _Tally, build_vocabularies
+from recsys.prepare.vocabularies import ValueCounts, build_vocabularies
 
 
 def vocabulary(values: list[Any]) -> Vocabulary:
@@ -166,13 +166,13 @@ def test_many_values_are_merged_as_they_come(log: Path, monkeypatch: pytest.Monk
     for part in ("0", "1"):
         (log / "train" / f"{part}.parquet").unlink()
     sizes: list[int] = []
-    add = _Tally.add
+    add = ValueCounts.add
 
-    def spied(self: _Tally, array: pa.Array, what: str) -> None:
-        add(self, array, what)
-        sizes.append(self._rows)
+    def spied(self: ValueCounts, name: str, array: pa.Array, what: str) -> None:
+        add(self, name, array, what)
+        sizes.append(len(self))
 
-    monkeypatch.setattr(_Tally, "add", spied)
+    monkeypatch.setattr(ValueCounts, "add", spied)
     build_vocabularies(config_with(log, {"n": by_vocabulary(log / "n.parquet")}))
     distinct, numbers = np.unique(values, return_counts=True)
     assert dict(content(log / "n.parquet")) == dict(zip(distinct.tolist(), numbers.tolist(), strict=True))

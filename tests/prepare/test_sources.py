@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from recsys.config import SparseFeatureConfig
 from recsys.prepare import writing
 from recsys.prepare.sources import Source, split_at_random, split_by_time, write_data_set
 
@@ -71,7 +72,8 @@ def test_data_set_is_written_in_the_order_of_its_rows(tmp_path: Path) -> None:
         name="it",
         columns=columns,
         vocabularies={},
-        sparse={"x": "both", "y": "both"},
+        sparse={column: SparseFeatureConfig(table="both") for column in ("x", "y")},
+        mapped_as={},
         domain=domain,
         overwrite=False,
     )
