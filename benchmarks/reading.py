@@ -432,10 +432,10 @@ def _raw_shuffled(config: str, threads: int) -> Iterator[int]:
 
 
 def _ours(config: str, threads: int, shuffle: bool) -> Iterator[int]:
+    from recsys.data.features import build_columns
     from recsys.data.loader import Loader
     from recsys.data.order import Epoch
     from recsys.data.parquet import ParquetShards
-    from recsys.data.splits import build_columns
 
     read = load_config(config)
     yield 0
@@ -523,10 +523,10 @@ def _torch_rows(config: str, threads: int) -> Iterator[int]:
 
 def _start(config: str, threads: int) -> Iterator[int]:
     """After it is ready, yields when the shards are open, then at the first batch."""
+    from recsys.data.features import build_columns
     from recsys.data.loader import Loader
     from recsys.data.order import Epoch
     from recsys.data.parquet import ParquetShards
-    from recsys.data.splits import build_columns
 
     read = load_config(config)
     yield 0

@@ -1,6 +1,7 @@
 """Imports point one way: read from the source, so that what no test runs is held to it as well."""
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,3 +131,22 @@ def test_no_module_is_a_drawer_of_odds_and_ends() -> None:
 def test_the_reader_of_imports_sees_them_wherever_they_stand() -> None:
     source = "import a.b\nfrom recsys import data\ndef f():\n    from recsys.x import y\n    import torch as t\n"
     assert set(imports(source, {"recsys.data"})) == {"a.b", "recsys.data", "recsys.x", "torch"}
+
+
+def test_features_are_decoded_without_torch() -> None:
+    """As whoever serves a model will, from a config and raw values."""
+    code = """
+import sys
+import pyarrow as pa
+from recsys.config import load_config
+from recsys.data.features import build_columns
+columns = build_columns(load_config("configs/small.yaml"), raw=True)
+rows = pa.table({"user_id": [1, 2], "item_id": [3, None], "category_id": [0, 0], "recent_categories": [[1, 2], []],
+    "tag_ids": [[], [5]], "domain": [0, 1], "time_of_day": [0.5, 0.1], "discount": [None, 1.0], "price": [3.0, 4.0]})
+found = columns.decode_features(rows, columns.layout(columns.check_features(rows.schema, "rows")), "rows")
+assert found.single.tolist()[1] == [3, -1] and found.lists[0].values.tolist() == [1, 2]
+loaded = {"torch", "torchrec", "fbgemm_gpu", "tensorboard"} & set(sys.modules)
+sys.exit(f"{loaded} is loaded" if loaded else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ Neither torch nor TorchRec is needed.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from recsys.config import DenseFeatureConfig, DomainConfig, SparseFeatureConfig
+from recsys.config import Config, ConfigError, DenseFeatureConfig, DomainConfig, SparseFeatureConfig
 from recsys.data.arrow import (
     filled,
     flat,
@@ -26,11 +27,11 @@ from recsys.data.arrow import (
     raised,
     value_type,
 )
-from recsys.data.ids import HashedIds, IdMapping, PlainIds, VocabularyIds, count, listed
+from recsys.data.ids import HashedIds, IdMapping, PlainIds, VocabularyIds, build_ids, count, listed
 from recsys.data.labels import Expression, parse_expression
 from recsys.data.rows import Counts, Jagged, Rows, SparseLayout, offsets_of
 from recsys.data.storage import DataError
-from recsys.data.vocabulary import Vocabulary
+from recsys.data.vocabulary import Vocabulary, load_vocabularies
 
 LABEL = "label"
 """What the label is called where things are counted by feature."""
@@ -242,6 +243,46 @@ class Columns:
     @cached_property
     def _label(self) -> Expression | None:
         return parse_expression(self.label, source="data.label") if self.label else None
+
+
+def build_columns(config: Config, vocabularies: Path | None = None, *, raw: bool = False) -> Columns:
+    """What a config reads of each row.
+
+    Args:
+        config: the run's.
+        vocabularies: a folder that `save_vocabularies` wrote, such as that of a checkpoint; None takes the files that
+            the config names.
+        raw: whether rows hold raw values, as those that a model is asked about do, even where the shards hold rows of
+            tables already (`ids.applied`).
+
+    Raises:
+        ConfigError: the label is no expression, or a table has fewer rows than its ids need.
+        DataError: a vocabulary cannot be read, or is not the one that was saved.
+    """
+    read = load_vocabularies(config, vocabularies)
+    sparse = {}
+    for name, feature in config.features.sparse.items():
+        num_embeddings = config.tables[feature.table].num_embeddings
+        of_raw = build_ids(feature, num_embeddings, read.get(name))
+        if num_embeddings < of_raw.num_rows:
+            raise ConfigError(
+                f"tables.{feature.table}.num_embeddings: {num_embeddings} rows are too few for the ids of "
+                f"features.sparse.{name}, which need {of_raw.num_rows}"
+            )
+        settings = feature if raw else feature.stored
+        ids = of_raw if settings is feature else build_ids(settings, num_embeddings, None)
+        sparse[name] = SparseColumn(settings, ids)
+    data = config.data
+    return Columns(
+        label=data.label,
+        reference=data.reference,
+        dense=config.features.dense,
+        sparse=sparse,
+        domain=data.domain,
+        label_null=data.label_null,
+        weight=data.weight,
+        vocabularies=read,
+    )
 
 
 class _Decoding:

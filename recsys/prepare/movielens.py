@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from recsys.config import BucketizeIdsConfig, IdsConfig, SparseFeatureConfig, VocabularyIdsConfig
+from recsys.data.storage import DataError
 from recsys.prepare.mapping import vocabulary_file
 from recsys.prepare.sources import Ints, Source, SourceFile, check_free, split_at_random, split_by_time, write_data_set
 
@@ -388,10 +389,10 @@ def _columns(
         "zip_prefix": ids(len(_zip_prefixes(users)), "place of the zip code's first 3 characters in the vocabulary"),
         "genres": ids(genres, "places in the vocabulary", "list<int64>"),
         "year": ids(len(movies.years), f"of release, less {movies.years[0]}{unknown}"),
-        "domain_gender": ids(len(GENDERS), "gender again, to part the rows by"),
-        "domain_age": ids(len(AGES), "age again, to part the rows by"),
-        "domain_occupation": ids(occupations, "occupation again, to part the rows by"),
-        "domain_genre": ids(genres, "the first of genres, to part the rows by"),
+        "domain_gender": ids(len(GENDERS), "gender again, to divide the rows by"),
+        "domain_age": ids(len(AGES), "age again, to divide the rows by"),
+        "domain_occupation": ids(occupations, "occupation again, to divide the rows by"),
+        "domain_genre": ids(genres, "the first of genres, to divide the rows by"),
         "rating": {"type": "int8", "meaning": "1 to 5 stars: never a feature"},
         "label": {"type": "int8", "meaning": f"1 for a rating of {_POSITIVE_RATING} or more"},
         "timestamp": {"type": "int64", "meaning": "of the rating, in seconds since 1970"},
@@ -425,7 +426,7 @@ def _are_ids(*fields: str) -> bool:
 def _row_of_id(file: SourceFile, ids: Sequence[int]) -> Ints:
     """An array that maps each id to its place in `ids`, and any other up to the largest to -1."""
     if not ids:
-        raise ValueError(f"{file.path} is empty; {file.where}")
+        raise DataError(f"{file.path} is empty; {file.where}")
     if max(ids) > 1_000_000:
         raise file.wrong(ids.index(max(ids)) + file.first_line, f"id {max(ids)} is beyond reason")
     row = np.full(max(ids) + 1, -1, np.int64)

@@ -18,11 +18,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from recsys.config import Config, DenseFeatureConfig
-from recsys.data.features import Columns, SparseColumn
+from recsys.data.features import Columns, SparseColumn, build_columns
 from recsys.data.hashing import hash_values
 from recsys.data.parquet import ShardTables
 from recsys.data.rows import Rows
-from recsys.data.splits import build_columns
 from recsys.data.storage import DataError
 from recsys.prepare.sketches import HyperLogLog, RowSample
 from recsys.prepare.synthetic import write_embedded

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from tiny import tiny_config
 
 from recsys.config import Config, ConfigError, SparseFeatureConfig, VocabularyIdsConfig, load_config
-from recsys.data.splits import build_columns
+from recsys.data.features import build_columns
 
 Raw = dict[str, Any]
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tiny import tiny_config
 
 from recsys.config import Config, ConfigError, validate
+from recsys.data.features import build_columns
 from recsys.data.ids import VocabularyIds
-from recsys.data.splits import build_columns
 from recsys.data.storage import DataError
 from recsys.data.vocabulary import Vocabulary, canonical, load_vocabularies, save_vocabularies
 from recsys.prepare.vocabularies import ValueCounts, build_vocabularies

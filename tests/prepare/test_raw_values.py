@@ -22,10 +22,9 @@ from test_movielens import MOVIES, USERS, USERS_100K, write_100k, write_atomic, 
 
 from benchmarks.conversion import generate
 from recsys.config import Config, ConfigError, load_config
-from recsys.data.features import Columns
+from recsys.data.features import Columns, build_columns
 from recsys.data.hashing import hash_ids
 from recsys.data.rows import Rows
-from recsys.data.splits import build_columns
 from recsys.data.storage import DataError
 from recsys.data.vocabulary import save_vocabularies
 from recsys.prepare.criteo import CATEGORIES, INTEGERS, criteo_schema

@@ -17,7 +17,7 @@ from tiny import tiny_config
 
 from recsys.config import Config, SparseOptimizerConfig, validate
 from recsys.data.batch import Part, build_batch
-from recsys.data.splits import build_columns
+from recsys.data.features import build_columns
 from recsys.model.ranker import build_ranker
 from recsys.prepare.vocabularies import build_vocabularies
 from recsys.runtime import Ranks
