@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from recsys.config import (
     DenseFeatureConfig,
@@ -24,6 +24,7 @@ from recsys.config import (
     ListTextConfig,
     Name,
     Salt,
+    Section,
     SparseFeatureConfig,
     VocabularyIdsConfig,
     read_yaml,
@@ -57,9 +58,7 @@ _TYPES = {
 }
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
+class _Section(Section):
     def _refuse_idle(self, choice: str, taken: set[str]) -> None:
         """Refuse settings that mean nothing with what `choice` says."""
         if idle := self.model_fields_set - taken - {choice}:
@@ -201,7 +200,7 @@ class Schema(_Section):
     timestamp_format: str | None = None
     label: Name
     domain: DomainConfig | None = None
-    tables: dict[Name, TableSchema] = {}
+    tables: dict[Name, TableSchema] = Field(default_factory=dict)
     columns: Annotated[dict[Name, ColumnSchema | None], Field(min_length=1)]
     split: SplitSchema = SplitSchema()
     embedding_dim: Annotated[int, Field(gt=0, multiple_of=4)] = writing.EMBEDDING_DIM
