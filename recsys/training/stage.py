@@ -146,8 +146,9 @@ class PhaseTrainer:
                 window = self._window(loader)
             if self._is_due(self._config.logging.eval_every_steps):
                 stopped = time.perf_counter()
-                self._pipeline.detach()  # the next step attaches it again, batches in flight included
+                self._pipeline.detach()
                 self._evaluate()
+                self._attach()
                 paused += time.perf_counter() - stopped
                 window.began += time.perf_counter() - stopped
         counts = reduce_counts(loader.counts - counts_before, self._counted, self._ranks.device)
@@ -174,6 +175,13 @@ class PhaseTrainer:
         self._progress.step_done(examples)
         self._monitor.advance(self._progress.phase_steps)
         return output
+
+    def _attach(self) -> None:
+        """Put the ranker back into the pipeline, the batches in flight included."""
+        self._pipeline.attach()
+        if self._pipeline.contexts:
+            # TorchRec runs the input distribution of the next batch again, and would never wait for its sizes.
+            self._pipeline.wait_sparse_data_dist(self._pipeline.contexts[0])
 
     def _is_due(self, every_steps: int | None) -> bool:
         return every_steps is not None and self._progress.phase_steps % every_steps == 0

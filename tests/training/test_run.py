@@ -315,6 +315,22 @@ def test_the_first_stage_can_go_back_to_the_untrained_model(log: Path, tmp_path:
     assert not any(value.any() for value in experts.values())
 
 
+@pytest.mark.parametrize("every", [1, 14])
+def test_evaluating_before_a_batch_that_is_shorter_on_one_rank_does_not_disturb_training(
+    tmp_path: Path, every: int
+) -> None:
+    """901 rows: at the epoch's last step one rank has a row more than the other."""
+    write_tiny_log(tmp_path, rows={"train": 901, "valid": 50, "test": 50})
+    tensors = []
+    for name, eval_every_steps in (("plain", None), ("evaluating", every)):
+        raw = tiny_config(tmp_path, tmp_path / name)
+        raw["stages"] = {"joint": {**raw["stages"]["joint"], "steps": 20}}
+        raw["logging"]["eval_every_steps"] = eval_every_steps
+        run_ranks(2, train_on, as_config(raw, tmp_path))
+        tensors.append(checkpoint_tensors(tmp_path / name / "checkpoints" / "step-20", tmp_path))
+    assert not {name for name in tensors[0] if not torch.equal(tensors[0][name], tensors[1][name])}
+
+
 def test_evaluating_in_mid_epoch_does_not_disturb_training(run: Path, log: Path, tmp_path: Path) -> None:
     raw = tiny_config(log, tmp_path / "out")
     raw["logging"]["eval_every_steps"] = 4
