@@ -78,6 +78,8 @@ def shard(ranker: Ranker, config: Config, ranks: Ranks, *, seed: int) -> Sharded
             if config.tables[_table_of(table)].data_parallel:
                 replicated[table] = parameter
     ranker.dense_arch.to(ranks.device)
+    if ranker.mean_pooling is not None:
+        ranker.mean_pooling.to(ranks.device)
     return ShardedRanker(
         ranker=ranker,
         plan=plan,
