@@ -79,8 +79,8 @@ class MeanPooling(nn.Module):
     """From sums of embeddings to means, for the features whose tables pool so.
 
     All tables are declared to pool by sum, because means are not safe: TorchRec 1.6 to 1.8 divides twice where one
-    table is sharded by rows and another is not, and never under grid sharding; fbgemm 1.6 to 1.8 leaves gradients undivided
-    where ids have weights. A module of its own, so that a pipeline's symbolic tracing does not look inside.
+    table is sharded by rows and another is not, and never under grid sharding; fbgemm 1.6 to 1.8 leaves gradients
+    undivided where ids have weights. A module of its own, so that a pipeline's symbolic tracing does not look inside.
 
     Args:
         dims: width of each sparse feature's pooled embedding, in the order in which they enter the tower.

@@ -24,7 +24,7 @@ from recsys.config import Config
 from recsys.data.storage import THREADS, Place, naming
 from recsys.data.vocabulary import Vocabulary, save_vocabularies
 from recsys.errors import UserError
-from recsys.sharding.shard import ShardedRanker
+from recsys.sharding.shard import ShardedRanker, forget_cached_rows
 from recsys.training.dcp import UnreadableError, load_tensors
 
 FORMAT = 1
@@ -145,18 +145,19 @@ def load_model(directory: Path, sharded: ShardedRanker, dense_arch: nn.Module) -
     Raises:
         CheckpointError: a tensor is missing or has another shape than the config's model.
     """
-    _load(directory, _model_state(sharded, dense_arch))
+    _load(directory, sharded, _model_state(sharded, dense_arch))
 
 
 def load_model_and_tables_optimizers(directory: Path, sharded: ShardedRanker, dense_arch: nn.Module) -> None:
     """As `load_model`, with the state of the tables' optimizers, on as many ranks as wrote them."""
-    _load(directory, {**_model_state(sharded, dense_arch), **_table_optimizer_state(sharded)})
+    _load(directory, sharded, {**_model_state(sharded, dense_arch), **_table_optimizer_state(sharded)})
 
 
-def _load(directory: Path, state: dict[str, Any]) -> None:
+def _load(directory: Path, sharded: ShardedRanker, state: dict[str, Any]) -> None:
     """Fill the tensors of `state`, which share memory with the model, in place."""
     try:
         load_tensors(directory, state)
+        forget_cached_rows(sharded)
     except UnreadableError as error:
         raise CheckpointError(f"{directory}: cannot be loaded into the model of its config: {error}") from error
 
