@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -13,6 +14,7 @@ Drawn = Table
 """A table that is ready to be printed."""
 
 PIPED_WIDTH = 120
+_NO_LIMIT = 10_000
 
 
 def console(*, quiet: bool = False) -> Console:
@@ -23,8 +25,12 @@ def console(*, quiet: bool = False) -> Console:
 
 def say(terminal: Console, what: str | Drawn) -> None:
     """Print a table, or a line that stays one line however narrow the terminal is."""
-    # A table is laid out for the console's width.
-    terminal.print(what, highlight=False, markup=False, soft_wrap=isinstance(what, str))
+    if isinstance(what, str):
+        terminal.print(what, highlight=False, markup=False, soft_wrap=True)
+        return
+    # Wide enough for its words: a line that runs over is ugly, but a number that is cut in two is misread.
+    least = Measurement.get(terminal, terminal.options.update_width(_NO_LIMIT), what).minimum
+    terminal.print(what, width=max(terminal.width, least), crop=False, highlight=False, markup=False)
 
 
 def table(

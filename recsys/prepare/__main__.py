@@ -21,7 +21,7 @@ from recsys.prepare.criteo import by_day, criteo_schema
 from recsys.prepare.movielens import convert_movielens_1m, convert_movielens_100k
 from recsys.prepare.synthetic import write_synthetic
 from recsys.prepare.tabular import MAX_VALUES, Schema, convert_text, load_schema
-from recsys.terminal import Rows, table, without_empty
+from recsys.terminal import Rows, say, table, without_empty
 
 if TYPE_CHECKING:
     from recsys.prepare.validation import Finding, Report
@@ -247,7 +247,7 @@ def _vocabulary(options: argparse.Namespace) -> None:
         }
         for of in built
     ]
-    console.print(table(rows, left=("vocabulary", "features")))
+    say(console, table(rows, left=("vocabulary", "features")))
 
 
 def _table_rows(config: Config, features: Iterable[str]) -> Iterator[int]:
@@ -338,7 +338,7 @@ def _draw(console: Console, columns: Sequence[str], cells: Sequence[Sequence[str
     """Print rows with the columns that say anything; nothing where there are no rows."""
     rows: Rows = [dict(zip(columns, row, strict=True)) for row in cells]
     if rows:
-        console.print(table(without_empty(rows)))
+        say(console, table(without_empty(rows)))
 
 
 def _report(output: Path) -> None:
@@ -355,7 +355,7 @@ def _report(output: Path) -> None:
         for split, told in summary["splits"].items()
     ]
     console = Console(soft_wrap=True)
-    console.print(table(rows))
+    say(console, table(rows))
     for file, count in summary.get("skipped", {}).items():
         console.print(f"{file}: {count:,} malformed rows left out", highlight=False, markup=False)
     console.print(f"{summary['name']} written to {output}", highlight=False, markup=False)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from recsys.config import Config, StageConfig
+from recsys.config import Config, ConfigError, StageConfig
 from recsys.data.loader import Loader
 from recsys.data.order import Epoch
 from recsys.data.parquet import ParquetShards
@@ -265,13 +265,20 @@ def _better(metrics: Metrics, best: Metrics, stage: StageConfig) -> bool:
 
 
 def _make_way(output_dir: Path) -> None:
-    """Keep an earlier run of the same name under the time at which it ended."""
+    """Keep an earlier run of the same name under the time at which it ended.
+
+    Raises:
+        ConfigError: the directory cannot be made.
+    """
     if (output_dir / "config.yaml").exists():
         stamp = datetime.fromtimestamp(output_dir.stat().st_mtime).strftime("%Y%m%d-%H%M%S")
         kept = output_dir.with_name(f"{output_dir.name}-{stamp}")
         output_dir.rename(kept)
         print(f"An earlier run was in {output_dir}; it is kept as {kept}", flush=True)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir: {output_dir} cannot be a directory: {error.strerror or error}") from None
 
 
 def _hyperparameters(config: Config) -> dict[str, str | int | float | bool]:
