@@ -30,7 +30,8 @@ def say(terminal: Console, what: str | Drawn) -> None:
         return
     # Wide enough for its words: a line that runs over is ugly, but a number that is cut in two is misread.
     least = Measurement.get(terminal, terminal.options.update_width(_NO_LIMIT), what).minimum
-    terminal.print(what, width=max(terminal.width, least), crop=False, highlight=False, markup=False)
+    what.width = least if least > terminal.width else None
+    terminal.print(what, crop=False, highlight=False, markup=False)
 
 
 def table(
