@@ -2,8 +2,8 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
+from rich.cells import cell_len
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -14,7 +14,6 @@ Drawn = Table
 """A table that is ready to be printed."""
 
 PIPED_WIDTH = 120
-_NO_LIMIT = 10_000
 
 
 def console(*, quiet: bool = False) -> Console:
@@ -28,9 +27,6 @@ def say(terminal: Console, what: str | Drawn) -> None:
     if isinstance(what, str):
         terminal.print(what, highlight=False, markup=False, soft_wrap=True)
         return
-    # Wide enough for its words: a line that runs over is ugly, but a number that is cut in two is misread.
-    least = Measurement.get(terminal, terminal.options.update_width(_NO_LIMIT), what).minimum
-    what.width = least if least > terminal.width else None
     terminal.print(what, crop=False, highlight=False, markup=False)
 
 
@@ -53,7 +49,14 @@ def table(
     drawn = Table(title=title, title_justify="left")
     for column in columns:
         is_left = column in left if left is not None else column == columns[0]
-        drawn.add_column(column, justify="left" if is_left else "right", overflow="fold")
+        # Wide enough for its words: a line that runs over is ugly, but a number that is cut in two is misread.
+        words = [word for cell in (column, *(row[column] for row in rows)) for word in cell.split()]
+        drawn.add_column(
+            column,
+            justify="left" if is_left else "right",
+            overflow="fold",
+            min_width=max(map(cell_len, words), default=1),
+        )
     for row in rows:
         drawn.add_row(*(Text(cell, (styles or {}).get(cell, "")) for cell in row.values()))
     return drawn
