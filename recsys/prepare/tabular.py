@@ -400,14 +400,15 @@ def _split_rule(schema: Schema, files: TextFiles) -> Callable[[], _Assign]:
 
 def _ends_by_order(split: SplitSchema, files: TextFiles) -> list[tuple[float, float]]:
     """The last line of train and that of valid, for each file and counted in it."""
-    rows = [last + 1 - files.first_line for last in files.last_lines("counting rows")]
-    test, valid = round(sum(rows) * split.test), round(sum(rows) * split.valid)
+    lines = files.row_lines("counting rows")
+    rows = sum(last - first + 1 for first, last in lines)
+    test, valid = round(rows * split.test), round(rows * split.valid)
     ends: list[tuple[float, float]] = []
     before = 0
-    for count in rows:
-        end = sum(rows) - test - before + files.first_line - 1
+    for first, last in lines:
+        end = rows - test - before + first - 1
         ends.append((end - valid, end))
-        before += count
+        before += last - first + 1
     return ends
 
 
@@ -422,8 +423,8 @@ def _ends_by_file(split: SplitSchema, files: TextFiles) -> list[tuple[float, flo
     ends = []
     for path, valid, test in zip(files.paths, *held_out, strict=True):
         if valid and test:
-            (last,) = replace(files, paths=[path]).last_lines(f"counting rows of {path.name}")
-            ends.append((0.0, (files.first_line + last) / 2))
+            (span,) = replace(files, paths=[path]).row_lines(f"counting rows of {path.name}")
+            ends.append((0.0, sum(span) / 2))
         else:
             ends.append((0.0, np.inf) if valid else (0.0, 0.0) if test else (np.inf, np.inf))
     return ends
