@@ -62,7 +62,9 @@ def _add_converters(commands: "argparse._SubParsersAction[ArgumentParser]", outp
     replace = ArgumentParser(add_help=False)
     replace.add_argument("--overwrite", action="store_true", help="replace the data set that is there")
     text = ArgumentParser(add_help=False)
-    text.add_argument("--source", type=Path, nargs="+", required=True, metavar="FILE", help="text files, also .gz")
+    text.add_argument(
+        "--source", type=Path, nargs="+", required=True, metavar="FILE", help="text files, also .gz, .bz2, .zst"
+    )
     text.add_argument("--skip-malformed", action="store_true", help="leave out and count rows that are wrong")
     text.add_argument(
         "--max-values", type=int, default=MAX_VALUES, help="different values to count for all vocabularies together"
@@ -358,6 +360,8 @@ def _report(output: Path) -> None:
     say(console, table(rows))
     for file, count in summary.get("skipped", {}).items():
         console.print(f"{file}: {count:,} malformed rows left out", highlight=False, markup=False)
+    for file in summary.get("empty", []):
+        console.print(f"{file}: no rows", highlight=False, markup=False)
     console.print(f"{summary['name']} written to {output}", highlight=False, markup=False)
 
 
