@@ -1,13 +1,13 @@
 """A label from an expression over columns: `rating >= 4`, `clicked and not (dwell < 3 or source in ('bot', 'test'))`.
 
 Comparisons of a column with a number, a text, a truth value or another column; `in` and `not in` a list of such
-values; `and`, `or`, `not`, and columns of booleans as they stand. It is read with Python's grammar and computed by
-Arrow: nothing in it can run. Null and NaN are unknown, as in SQL: what depends on them is null.
+values; `and`, `or`, `not`, and columns of booleans as they stand. It is read with Python's grammar, and nothing in it
+can run. Null and NaN are unknown, as in SQL: what depends on them is null.
 """
 
 import ast
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 
@@ -15,15 +15,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys.config import ConfigError
+from recsys.data.arrow import plain, usual
+from recsys.data.comparing import Comparison, Value, among, compare
 
-_COMPARISONS: dict[type[ast.cmpop], Callable[..., pa.ChunkedArray]] = {
-    ast.Lt: pc.less,
-    ast.LtE: pc.less_equal,
-    ast.Gt: pc.greater,
-    ast.GtE: pc.greater_equal,
-    ast.Eq: pc.equal,
-    ast.NotEq: pc.not_equal,
+_COMPARISONS: dict[type[ast.cmpop], Comparison] = {
+    ast.Lt: "<",
+    ast.LtE: "<=",
+    ast.Gt: ">",
+    ast.GtE: ">=",
+    ast.Eq: "==",
+    ast.NotEq: "!=",
 }
+_SURROGATE = re.compile("[\ud800-\udfff]")  # which no file can hold
+
+_DEEPEST = 100
+"""How deep `and`, `or` and `not` may be nested."""
+
+_SHOWN = 200
+"""Letters of an expression in messages."""
+
 _SIGNS = re.compile(r"[<>=!]|\b(and|or|not|in)\b")
 
 
@@ -41,13 +51,16 @@ class Expression:
     columns: tuple[str, ...]
     tree: ast.expr | None
 
-    def evaluate(self, table: pa.Table) -> pa.ChunkedArray:
+    def evaluate(self, columns: Mapping[str, pa.Array]) -> pa.Array:
         """The column as it stands, or (N,) booleans, null where unknown.
+
+        Args:
+            columns: (N,) values by name.
 
         Raises:
             pa.ArrowException: columns of types that cannot be compared so.
         """
-        return table.column(self.text) if self.tree is None else _truth(self.tree, table)
+        return columns[self.text] if self.tree is None else _truth(self.tree, columns)
 
 
 def parse_expression(text: str, *, source: str) -> Expression:
@@ -64,18 +77,18 @@ def parse_expression(text: str, *, source: str) -> Expression:
         return Expression(text, (text,), None)
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{source}: {text!r} is neither a column nor an expression: {error}") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"{source}: {_shown(text)} is neither a column nor an expression: {error}") from None
     try:
         _check_truth(tree)
     except _Unknown as error:
         raise ConfigError(
-            f"{source}: {text!r}: {error} is not understood; there are comparisons of columns with values or columns, "
-            "in, not in, and, or, not"
+            f"{source}: {_shown(text)}: {error} is not understood; there are comparisons of columns with values or "
+            "columns, in, not in, and, or, not"
         ) from None
     names = tuple(dict.fromkeys(node.id for node in ast.walk(tree) if isinstance(node, ast.Name)))
     if not names:
-        raise ConfigError(f"{source}: {text!r} names no column")
+        raise ConfigError(f"{source}: {_shown(text)} names no column")
     return Expression(text, names, tree)
 
 
@@ -83,18 +96,27 @@ class _Unknown(Exception):
     """A part of an expression that is of no kind there is."""
 
     def __init__(self, node: ast.AST) -> None:
-        super().__init__(repr(ast.unparse(node)))
+        try:
+            super().__init__(_shown(ast.unparse(node)))
+        except RecursionError:
+            super().__init__("an expression of so many levels")
 
 
-def _check_truth(node: ast.expr) -> None:
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
+
+
+def _check_truth(node: ast.expr, depth: int = 0) -> None:
+    if depth > _DEEPEST:
+        raise _Unknown(node)
     match node:
         case ast.Name():
             pass
         case ast.UnaryOp(op=ast.Not(), operand=operand):
-            _check_truth(operand)
+            _check_truth(operand, depth + 1)
         case ast.BoolOp(values=values):
             for value in values:
-                _check_truth(value)
+                _check_truth(value, depth + 1)
         case ast.Compare(left=left, ops=operators, comparators=others):
             _check_operand(left)
             for operator, other in zip(operators, others, strict=True):
@@ -114,48 +136,59 @@ def _check_operand(node: ast.expr) -> None:
         _value(node)
 
 
-def _value(node: ast.expr) -> bool | int | float | str:
+def _value(node: ast.expr) -> Value:
     """A constant, which may have a sign."""
     match node:
-        case ast.Constant(value=bool() | int() | float() | str() as value):
+        case ast.Constant(value=bool() | int() | float() as value):
             return value
+        case ast.Constant(value=str() as text) if text.isascii() or not _SURROGATE.search(text):
+            return text
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
             return -value
     raise _Unknown(node)
 
 
-def _truth(node: ast.expr, table: pa.Table) -> pa.ChunkedArray:
-    """(N,) booleans of a node that `_check_truth` has passed."""
+def _truth(node: ast.expr, columns: Mapping[str, pa.Array]) -> pa.Array | pa.Scalar:
+    """(N,) booleans of a node that `_check_truth` has passed, or one where it reads no column."""
     match node:
         case ast.UnaryOp(operand=operand):
-            return pc.invert(_truth(operand, table))
+            return pc.invert(_truth(operand, columns))
         case ast.BoolOp(op=operator, values=values):
             join = pc.and_kleene if isinstance(operator, ast.And) else pc.or_kleene
-            return reduce(join, [_truth(value, table) for value in values])
+            return reduce(join, [_truth(value, columns) for value in values])
         case ast.Compare(left=left, ops=operators, comparators=others):
             lefts = [left, *others[:-1]]
-            pairs = [_compared(*pair, table) for pair in zip(lefts, operators, others, strict=True)]
+            pairs = [_compared(*pair, columns) for pair in zip(lefts, operators, others, strict=True)]
             return reduce(pc.and_kleene, pairs)
-    # A column: `and` refuses it if it is not of booleans, and so must the rest.
-    return pc.and_kleene(_operand(node, table), True)
+    assert isinstance(node, ast.Name)
+    column = _column(node.id, columns)
+    if pa.types.is_null(column.type):
+        return column.cast(pa.bool_())
+    if not pa.types.is_boolean(column.type):
+        raise pa.ArrowTypeError(f"column {node.id!r} has type {column.type}, which is no truth value; compare it")
+    return column
 
 
-def _compared(left: ast.expr, operator: ast.cmpop, right: ast.expr, table: pa.Table) -> pa.ChunkedArray:
-    compared = _operand(left, table)
-    if isinstance(right, ast.Tuple | ast.List | ast.Set):
-        among = pa.array([_value(element) for element in right.elts]).cast(compared.type)
-        found = pc.if_else(pc.is_null(compared), None, pc.is_in(compared, value_set=among))
-        return pc.invert(found) if isinstance(operator, ast.NotIn) else found
-    return _COMPARISONS[type(operator)](compared, _operand(right, table))
+def _compared(
+    left: ast.expr, operator: ast.cmpop, right: ast.expr, columns: Mapping[str, pa.Array]
+) -> pa.Array | pa.Scalar:
+    names = [f"column {node.id!r}" for node in (left, right) if isinstance(node, ast.Name)]
+    try:
+        if isinstance(right, ast.Tuple | ast.List | ast.Set):
+            found = among(_operand(left, columns), [_value(element) for element in right.elts])
+            return pc.invert(found) if isinstance(operator, ast.NotIn) else found
+        return compare(_COMPARISONS[type(operator)], _operand(left, columns), _operand(right, columns))
+    except pa.ArrowException as error:
+        raise pa.ArrowTypeError(f"{' and '.join(names) or 'two values'}: {error}") from None
 
 
-def _operand(node: ast.expr, table: pa.Table) -> pa.ChunkedArray | pa.Scalar:
-    """A column, NaN made null, or a constant."""
-    if not isinstance(node, ast.Name):
-        return pa.scalar(_value(node))
-    column = table.column(node.id)
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
+def _operand(node: ast.expr, columns: Mapping[str, pa.Array]) -> pa.Array | Value:
+    return _column(node.id, columns) if isinstance(node, ast.Name) else _value(node)
+
+
+def _column(name: str, columns: Mapping[str, pa.Array]) -> pa.Array:
+    """A column of a type that `usual` gives, NaN made null."""
+    column = plain(usual(columns[name]))
     if pa.types.is_floating(column.type):
-        column = pc.if_else(pc.is_nan(column), None, column)
+        column = pc.if_else(pc.is_nan(column.cast(pa.float64())), None, column)
     return column

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys.config import Config, ConfigError, SparseFeatureConfig, VocabularyIdsConfig
-from recsys.data.arrow import flat, is_integer, is_list, is_string, plain, raised, value_type, whole
+from recsys.data.arrow import flat, integers, is_countable, is_list, is_string, plain, raised, usual, value_type, whole
 from recsys.data.ids import listed
 from recsys.data.storage import DataError
 from recsys.data.vocabulary import Vocabulary, canonical, is_value
@@ -47,6 +47,9 @@ class ValueCounts:
             DataError: values of another type than others of the vocabulary or than any may have, or more different
                 values than the limit.
         """
+        array = usual(array)
+        if pa.types.is_null(value_type(array.type)):
+            return
         if not is_value(value_type(array.type)):
             raise DataError(f"{what} has type {array.type}; strings, integers or lists of them are needed")
         values = canonical(plain(flat(array)[1] if is_list(array.type) else array).drop_null())
@@ -204,10 +207,12 @@ def build_vocabularies(
 
 def _raw_values(array: pa.Array, feature: SparseFeatureConfig, what: str) -> pa.Array:
     """What is counted of a column: the values that the feature's ids would be asked for."""
+    array = usual(array)
     if feature.list_text is not None and is_string(array.type):
         array = listed(array, feature.list_text, what)
-    if feature.minimum is not None and is_integer(value_type(array.type)):
-        array = raised(plain(flat(array)[1] if is_list(array.type) else array), feature.minimum)
+    if is_countable(value_type(array.type)):
+        array = integers(flat(array)[1] if is_list(array.type) else array)
+        array = array if feature.minimum is None else raised(plain(array), feature.minimum)
     return array
 
 

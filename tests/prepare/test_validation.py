@@ -14,6 +14,7 @@ import yaml
 from tiny import tiny_config, write_tiny_log
 
 from recsys.config import Config, load_config
+from recsys.data import labels
 from recsys.prepare.synthetic import write_synthetic
 from recsys.prepare.validation import (
     PSI_THRESHOLD,
@@ -397,3 +398,84 @@ def test_the_json_has_its_keys(log: Path) -> None:
     assert set(told["drift"][0]) == {
         *("of", "measure", "data", "rows", "psi", "noise", "share", "train_share", "warns"),
     }
+
+
+@pytest.mark.parametrize(
+    ("values", "label", "message"),
+    [
+        ([2**53 + 1, -1] * 250, "label == 1 or z > 1e300", None),
+        (pa.array([2**64 - 1, 0] * 250, pa.uint64()), "label == 1 and user < z", None),
+        (["0", "1"] * 250, "label == 1 or z in (0, 1)", "column 'z': type string does not compare with 0"),
+        (pa.array([0] * 500, pa.timestamp("ms")), "label == 1 and z < 5", "does not compare with 5"),
+    ],
+)
+def test_a_label_that_cannot_be_computed_leaves_the_rest_of_the_report(
+    log: Path, values: Any, label: str, message: str | None
+) -> None:
+    for file in sorted((log / "valid").glob("*.parquet")):
+        table = pq.read_table(file)
+        place = table.schema.get_field_index("z")
+        pq.write_table(table.set_column(place, "z", pa.array(values)[: len(table)]), file)
+    report = check(log, data__label=label)
+    found = [error for error in report.errors if error.of == "data.label"]
+    assert [error.split for error in found] == ["valid"] * 3 * (message is not None)
+    for part, error in enumerate(found):
+        assert error.message.startswith(f"{log}/valid/part-{part}.parquet: label {label!r} cannot be computed: ")
+        assert message is not None and message in error.message and "\n" not in error.message
+    assert set(report.splits) == set(ROWS) and report.splits["valid"].sparse["item"].values > 0
+
+
+def test_a_label_that_one_row_group_cannot_give_leaves_the_rest_of_the_report(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare = labels.compare
+
+    def refuse(comparison: Any, left: Any, right: Any) -> Any:
+        if len(left) and left[0].as_py() is None:
+            raise pa.ArrowInvalid("out of bounds")
+        return compare(comparison, left, right)
+
+    monkeypatch.setattr(labels, "compare", refuse)
+    rewrite(log, "valid", planted("x", 0, None), part="1")
+    rewrite(log, "valid", planted("x", 0, 0.0), part="[02]")
+    rewrite(log, "train", planted("x", 0, 0.0))
+    report = check(log, data__label="x > 0", data__label_null="skip")
+    found = [error for error in report.errors if error.split == "valid" and error.of == "data.label"]
+    assert [error.message for error in found] == [
+        f"{log}/valid/part-1.parquet, row group 0: label 'x > 0' cannot be computed: column 'x': out of bounds; "
+        "compare like with like, or cast columns when the shards are written"
+    ]
+    assert report.splits["valid"].rows_read == ROWS["valid"]
+
+
+def test_unusual_types_are_read_as_what_they_hold(log: Path) -> None:
+    expected = check(log)
+    changes: dict[str, pa.DataType] = {
+        "user": pa.int16(),
+        "tags": pa.list_view(pa.int64()),
+        "z": pa.decimal128(38, 20),
+        "label": pa.bool_(),
+    }
+    for column, kind in changes.items():
+
+        def change(given: pa.ChunkedArray, kind: pa.DataType = kind) -> pa.Array:
+            return pa.array(given.to_pylist(), kind) if pa.types.is_list_view(kind) else given.cast(kind, safe=False)
+
+        for split in ROWS:
+            rewrite(log, split, replaced(column, change))
+    found = check(log)
+    assert (found.errors, found.warnings) == ([], [])
+    for split in ROWS:
+        assert found.splits[split].sparse == expected.splits[split].sparse
+        assert found.splits[split].label_rate == expected.splits[split].label_rate
+        assert found.splits[split].dense["scale"].mean == pytest.approx(expected.splits[split].dense["scale"].mean)
+
+
+def test_a_file_whose_columns_are_of_no_type_has_nulls(log: Path) -> None:
+    for column in ("item", "tags", "x"):
+        rewrite(log, "train", replaced(column, lambda given: pa.nulls(len(given))), part="1")
+    report = check(log)
+    assert report.errors == []
+    train = report.splits["train"]
+    for rate in (train.sparse["item"].null_rate, train.sparse["tags"].null_rate, train.dense["x"].null_rate):
+        assert 1 / 3 < rate < 0.9
