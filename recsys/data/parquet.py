@@ -1,7 +1,9 @@
 """Parquet shards: footers, and decoding of row groups."""
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -10,7 +12,7 @@ import pyarrow.parquet as pq
 from recsys.data.features import AS_THEY_STAND, Columns, RowOrder
 from recsys.data.order import RowSlice
 from recsys.data.rows import Rows
-from recsys.data.storage import THREADS, DataError, Place, find_files, naming
+from recsys.data.storage import THREADS, DataError, Place, explain, find_files, is_of_storage, naming
 
 FOOTER_BYTES = 256 << 20
 """Memory for parsed footers, for each split on each rank. What does not fit is parsed again at each read."""
@@ -19,9 +21,33 @@ _PARSED = 8
 """Bytes of a parsed footer for each that it takes in the file, measured."""
 
 
+MOST_ROWS = (1 << 31) - 1
+"""Of a row group: what 32-bit offsets count. A footer that says more is damaged, or its rows fit no memory."""
+
+_WITHOUT_DICTIONARIES = frozenset({"DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"})
+"""Encodings of strings that Arrow cannot read as dictionaries."""
+
+_Leaf = tuple[str, bool]
+"""Of a column in the file: its path, whose first part is the column's name, and whether it is of strings."""
+
+
+class ColumnError(DataError):
+    """One column of a row group cannot be read.
+
+    Attributes:
+        column: its name.
+    """
+
+    def __init__(self, message: str, column: str) -> None:
+        super().__init__(message)
+        self.column = column
+
+
 class _File(NamedTuple):
     place: Place
     version: str
+    schema: pa.Schema
+    leaves: tuple[_Leaf, ...]
     footer: pq.FileMetaData | None
     partitions: Mapping[str, str | None]
     """Those on its path that are columns to be read."""
@@ -65,6 +91,7 @@ class ShardTables:
         self._row_groups: list[tuple[int, int]] = []  # file, row group within it
         row_counts: list[int] = []
         known: list[pa.Schema] = []  # most files have the schema of another
+        known_leaves: dict[tuple[_Leaf, ...], tuple[_Leaf, ...]] = {}
         room = FOOTER_BYTES // _PARSED
         with ThreadPoolExecutor(THREADS) as pool:
             for place, opened in zip(places, pool.map(self._open, places), strict=True):
@@ -79,12 +106,14 @@ class ShardTables:
                 self._row_groups += [(len(self.files), group) for group in groups]
                 self.files.append(str(place))
                 partitions = {name: it for name, it in place.partitions.items() if name in self._partition_types}
-                self._files.append(_File(place, version, footer if room >= 0 else None, partitions))
                 row_counts += [footer.row_group(group).num_rows for group in groups]
                 same = next((one for one in known if schema.equals(one)), None)
                 if same is None:
                     known.append(schema)
                 self.schemas.append(schema if same is None else same)
+                leaves = known_leaves.setdefault(leaves := _leaves(footer), leaves)
+                kept = footer if room >= 0 else None
+                self._files.append(_File(place, version, self.schemas[-1], leaves, kept, partitions))
         self.row_counts = tuple(row_counts)
         if not sum(row_counts):
             raise DataError(f"{source}: the {len(places)} files matching {', '.join(patterns)} hold no rows")
@@ -108,32 +137,27 @@ class ShardTables:
 
         Raises:
             DataError: the file can no longer be read, or was replaced by another.
+            ColumnError: a column cannot be decoded, or the file holds other than its footer says.
         """
         number, group = self._row_groups[row_group]
-        place, known, footer, partitions = self._files[number]
-        with naming(f"{self.where(row_group)}: cannot be read"):
-            file, version = place.open()
+        of, where = self._files[number], self.where(row_group)
+        with naming(f"{where}: cannot be read"):
+            file, version = of.place.open()
             with file:
-                if version != known:
+                if version != of.version:
                     raise DataError(
-                        f"{place}: changed since the run began; start again, and write new shards under new names "
+                        f"{of.place}: changed since the run began; start again, and write new shards under new names "
                         "instead of replacing those in use"
                     )
-                footer = footer or pq.read_metadata(file)
-                # Ranges of a file far away are asked for together; a disk is read as it is decoded.
-                parquet = pq.ParquetFile(
-                    file,
-                    metadata=footer,
-                    read_dictionary=_string_leaves(footer.schema, dictionaries) if dictionaries else None,
-                    pre_buffer=not place.is_local,
-                    page_checksum_verification=True,
-                )
-                in_file = [name for name in names if name not in partitions]
-                table = parquet.read_row_group(group, columns=in_file, use_threads=False)
+                footer = of.footer or pq.read_metadata(file)
+                reading = _Reading(file, of, footer, group, where)
+                in_file = tuple(name for name in names if name not in of.partitions)
+                table = reading.table(in_file, tuple(dictionaries), self.row_counts[row_group])
         for name in names:
-            if name in partitions:
+            if name in of.partitions:
                 kind = self._partition_types[name]
-                table = table.append_column(name, pa.repeat(_scalar(partitions[name], kind), len(table)))
+                values = pa.repeat(_scalar(of.partitions[name], kind), self.row_counts[row_group])
+                table = table.append_column(name, values)
         return table
 
     def _open(self, place: Place) -> tuple[str, pq.FileMetaData, pa.Schema] | DataError:
@@ -148,13 +172,20 @@ class ShardTables:
             file, version = place.open()
             with file:
                 footer = pq.read_metadata(file)
-                schema = footer.schema.to_arrow_schema()
-        row_groups = sum(footer.row_group(group).num_rows for group in range(footer.num_row_groups))
-        if row_groups != footer.num_rows:
+                # As rows are read, so that the types that are checked are those that come.
+                schema = _plain_schema(_opened(file, footer).schema_arrow)
+        counts = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+        if sum(counts) != footer.num_rows:
             raise DataError(
-                f"{place}: its footer is damaged: it counts {footer.num_rows} rows, its row groups hold {row_groups}; "
+                f"{place}: its footer is damaged: it counts {footer.num_rows} rows, its row groups hold {sum(counts)}; "
                 "write the file again"
             )
+        for group, rows in enumerate(counts):
+            if not 0 <= rows <= MOST_ROWS:
+                raise DataError(
+                    f"{place}, row group {group}: its footer says that it has {rows} rows, where 0 to {MOST_ROWS:,} "
+                    "can be read; write the file again, in smaller row groups"
+                )
         for name in place.partitions.keys() & self._partition_types:
             if name in schema.names:
                 raise DataError(
@@ -190,26 +221,158 @@ class ParquetShards(ShardTables):
                 checked[id(schema)] = columns.check_schema(schema, file)
         self.layout = columns.layout(frozenset[str]().union(*checked.values()))
 
-    def read(self, part: RowSlice, order: RowOrder = AS_THEY_STAND) -> Rows:
+    def read(self, part: RowSlice, order: RowOrder | Callable[[], RowOrder] = AS_THEY_STAND) -> Rows:
         """Decode and check the rows of a slice, and put them into an order; safe to call from several threads.
+
+        Args:
+            part: of a row group.
+            order: of the rows, or what makes one, which is asked when as many rows are there as the footer says.
 
         Raises:
             DataError: as `Columns.decode` and `ShardTables.table`.
         """
         table = self.table(part.row_group, self.columns.names, self._dictionaries)
         return self.columns.decode(
-            table.slice(part.start, part.stop - part.start), self.layout, self.where(part.row_group), order
+            table.slice(part.start, part.stop - part.start),
+            self.layout,
+            self.where(part.row_group),
+            order() if callable(order) else order,
         )
 
 
-def _string_leaves(schema: pq.ParquetSchema, columns: Collection[str]) -> list[str]:
-    """Paths of the leaves of strings in some columns, which may be lists."""
-    leaves = [schema.column(index) for index in range(len(schema))]
-    return [
-        leaf.path
-        for leaf in leaves
-        if leaf.physical_type == "BYTE_ARRAY" and any(f"{leaf.path}.".startswith(f"{name}.") for name in columns)
-    ]
+class _Reading:
+    """Columns of one row group, decoded together, or one by one where that fails."""
+
+    def __init__(self, file: pa.NativeFile, of: _File, footer: pq.FileMetaData, group: int, where: str) -> None:
+        self._file, self._of, self._footer, self._group, self._where = file, of, footer, group, where
+
+    def table(self, names: tuple[str, ...], dictionaries: tuple[str, ...], num_rows: int) -> pa.Table:
+        """Columns of the types and the length that the footer promises, each in one piece."""
+        found = self._footer.row_group(self._group)
+        as_dictionaries = []
+        for index, path, name, is_string in _leaves_of(self._of.leaves, names, dictionaries):
+            chunk = found.column(index)
+            # What is no list has just one value for each row; were there more, the rest would be left out.
+            if path == name and chunk.num_values > num_rows:
+                raise self._error(name, f"has {chunk.num_values} values for {num_rows} rows by its footer; {_AGAIN}")
+            if is_string and name in dictionaries and _WITHOUT_DICTIONARIES.isdisjoint(chunk.encodings):
+                as_dictionaries.append(path)
+        table = self._decoded(names, as_dictionaries)
+        for place, name in enumerate(names):
+            column = table.column(name)
+            if len(column) != num_rows:
+                raise self._error(name, f"has {len(column)} rows, but the footer says {num_rows}; {_AGAIN}")
+            kind = _plain_type(column.type)
+            if column.type != kind or column.num_chunks > 1:
+                table = table.set_column(place, name, self._in_one_piece(name, column.cast(kind)))
+        return table
+
+    def _decoded(self, names: tuple[str, ...], as_dictionaries: list[str]) -> pa.Table:
+        parquet = _opened(self._file, self._footer, as_dictionaries, pre_buffer=not self._of.place.is_local)
+
+        def read(names: tuple[str, ...]) -> pa.Table:
+            # Select, for a struct's "a.b" is read beside a column of that name.
+            return parquet.read_row_group(self._group, columns=list(names), use_threads=False).select(names)
+
+        try:
+            return read(names)
+        except _FAILURES as error:
+            if is_of_storage(error):
+                raise
+        # Which column it is, Arrow does not say.
+        parts = []
+        for name in names:
+            try:
+                parts.append(read((name,)))
+            except _FAILURES as error:
+                if is_of_storage(error):
+                    raise
+                way_out = _SMALLER if _IS_TOO_LARGE.search(str(error)) else _AGAIN
+                raise self._error(name, f"cannot be read: {explain(error)}; {way_out}") from None
+        columns = [part.column(0) for part in parts]
+        for name, column in zip(names, columns, strict=True):
+            if len(column) != len(columns[0]):
+                raise self._error(name, f"has {len(column)} rows, but others have {len(columns[0])}; {_AGAIN}")
+        return pa.table(columns, list(names))
+
+    def _in_one_piece(self, name: str, column: pa.ChunkedArray) -> pa.Array:
+        """A column whose values may be more than 32-bit offsets reach."""
+        try:
+            if pa.types.is_string(column.type) and column.nbytes > MOST_ROWS:
+                column = column.cast(pa.large_string())
+            return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+        except _FAILURES as error:
+            raise self._error(name, f"is too large: {explain(error)}; {_SMALLER}") from None
+
+    def _error(self, name: str, what: str) -> ColumnError:
+        return ColumnError(f"{self._where}: column {name!r} {what}", name)
+
+
+_FAILURES = (pa.ArrowException, OSError, ValueError)
+_AGAIN = "write the file again"
+_SMALLER = "write smaller row groups"
+_IS_TOO_LARGE = re.compile(r"chunked array outputs|more than 2\^?\d* |2147483646|[Cc]apacity|overflow", re.ASCII)
+
+
+def _opened(
+    file: pa.NativeFile,
+    footer: pq.FileMetaData,
+    as_dictionaries: Sequence[str] = (),
+    *,
+    pre_buffer: bool = False,
+) -> pq.ParquetFile:
+    # Ranges of a file far away are asked for together; a disk is read as it is decoded.
+    return pq.ParquetFile(
+        file,
+        metadata=footer,
+        read_dictionary=as_dictionaries or None,
+        pre_buffer=pre_buffer,
+        page_checksum_verification=True,
+        arrow_extensions_enabled=False,
+    )
+
+
+def _leaves(footer: pq.FileMetaData) -> tuple[_Leaf, ...]:
+    """The leaves of a file, in its order."""
+    if not footer.num_row_groups:
+        return ()
+    # By a row group, as `footer.schema` and the footer hold each other until the garbage collector comes.
+    group = footer.row_group(0)
+    columns = map(group.column, range(group.num_columns))
+    return tuple((column.path_in_schema, column.physical_type == "BYTE_ARRAY") for column in columns)
+
+
+@lru_cache(maxsize=256)
+def _leaves_of(
+    leaves: tuple[_Leaf, ...], names: tuple[str, ...], dictionaries: tuple[str, ...]
+) -> tuple[tuple[int, str, str, bool], ...]:
+    """Index and path of each leaf of some columns, the column, and whether it is of strings that may be encoded."""
+    return tuple(
+        (index, path, name, is_string)
+        for index, (path, is_string) in enumerate(leaves)
+        for name in names
+        if f"{path}.".startswith(f"{name}.")
+    )
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    """A type without the names that extensions give it."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _plain_type(kind.storage_type)
+    for is_kind, list_of in ((pa.types.is_list, pa.list_), (pa.types.is_large_list, pa.large_list)):
+        if is_kind(kind):
+            field = kind.value_field
+            plain = _plain_type(field.type)
+            return kind if plain == field.type else list_of(field.with_type(plain))
+    return kind
+
+
+def _plain_schema(schema: pa.Schema) -> pa.Schema:
+    for place, field in enumerate(schema):
+        plain = _plain_type(field.type)
+        if plain != field.type:
+            schema = schema.set(place, field.with_type(plain))
+    return schema
 
 
 def _partition_types(places: Iterable[Place], names: Sequence[str]) -> Mapping[str, pa.DataType]:

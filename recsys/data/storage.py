@@ -289,10 +289,11 @@ def naming(where: str) -> Iterator[None]:
     except UserError:
         raise
     except (pa.ArrowException, OSError, ValueError, ImportError) as error:
-        raise DataError(f"{where}: {_explain(error)}") from None
+        raise DataError(f"{where}: {explain(error)}") from None
 
 
-def _explain(error: BaseException) -> str:
+def explain(error: BaseException) -> str:
+    """A failure in one line, with the way out where it is the storage's."""
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -300,3 +301,10 @@ def _explain(error: BaseException) -> str:
         if re.search(marks, text):
             return remedy.format(credentials="set" if os.environ.get("AWS_ACCESS_KEY_ID") else "not set")
     return text
+
+
+def is_of_storage(error: BaseException) -> bool:
+    """Whether a failure is the storage's, which asking again would only repeat, and not of what was read from it."""
+    return (isinstance(error, OSError) and error.errno is not None) or any(
+        re.search(marks, str(error)) for marks in _REMEDIES
+    )

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from recsys.config import Config, DenseFeatureConfig
 from recsys.data.features import Columns, SparseColumn, build_columns
 from recsys.data.hashing import hash_values
-from recsys.data.parquet import ShardTables
+from recsys.data.parquet import ColumnError, ShardTables
 from recsys.data.rows import Rows
 from recsys.data.storage import DataError
 from recsys.prepare.sketches import HyperLogLog, RowSample
@@ -537,12 +537,20 @@ class _Split:
     ) -> Iterator[tuple[str, Rows, pa.Table]]:
         """The rows of each part that can be decoded; what cannot becomes a fault."""
         readable = [path for path in paths if path in self._readable[self.tables.file_of(row_group)]]
-        names = list(dict.fromkeys(name for path in readable for name in self.parts[path].names))
-        dictionaries = {name for path in readable for name in self.parts[path].dictionary_names}
-        try:
-            table = self.tables.table(row_group, names, dictionaries)
-        except DataError as error:
-            scan.fault(f"data.{self.name}", [str(error)])
+        while True:
+            names = list(dict.fromkeys(name for path in readable for name in self.parts[path].names))
+            dictionaries = {name for path in readable for name in self.parts[path].dictionary_names}
+            try:
+                table = self.tables.table(row_group, names, dictionaries)
+                break
+            except ColumnError as error:  # the others may be sound
+                for path in [path for path in readable if error.column in self.parts[path].names]:
+                    scan.fault(path, [str(error)])
+                    readable.remove(path)
+            except DataError as error:
+                scan.fault(f"data.{self.name}", [str(error)])
+                return
+        if not readable:
             return
         if taken is not None and taken < len(table):
             table = table.take(pa.array(_spread(len(table), taken)))

@@ -188,15 +188,34 @@ def test_a_split_none_of_whose_files_can_be_opened_is_told_file_by_file(log: Pat
     assert report.errors[-1].message == "data.test: 1 more files or row groups like these"
 
 
-def test_a_row_group_that_is_damaged_does_not_end_the_scan(log: Path) -> None:
-    with (log / "train/part-1.parquet").open("r+b") as file:
-        file.seek(4)
+def test_a_column_that_is_damaged_does_not_hide_the_others(log: Path) -> None:
+    path = log / "train/part-1.parquet"
+    names = pq.read_schema(path).names
+    column = pq.read_metadata(path).row_group(0).column(names.index("z"))
+    with path.open("r+b") as file:
+        file.seek(column.dictionary_page_offset or column.data_page_offset)
         file.write(bytes(60))
+    rewrite(log, "train", planted("user", 3, 99), part="2")
     report = check(log)
-    (found,) = report.errors
-    assert (found.split, found.of) == ("train", "data.train")
-    assert found.message.startswith(f"{log}/train/part-1.parquet, row group 0: cannot be read: ")
-    assert report.splits["train"].rows_read == 5_500
+    assert [(it.split, it.of) for it in report.errors] == [
+        ("train", "features.dense.scale"),
+        ("train", "features.sparse.user"),
+    ]
+    assert report.errors[0].message.startswith(f"{path}, row group 0: column 'z' cannot be read: ")
+    assert report.splits["train"].rows_read == 6_000
+
+
+def test_a_footer_that_says_more_rows_than_there_are_is_found(log: Path) -> None:
+    path = log / "valid/part-1.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.slice(0, 333), path)
+    content, old, new = path.read_bytes(), b"\x16\x9a\x05", b"\x16\xd0\x0f"  # 333, 1000
+    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    path.write_bytes(content[:start] + content[start:].replace(old, new))
+    errors = check(log).errors
+    assert {it.of for it in errors} >= {"data.label", "data.domain", "features.sparse.user", "features.dense.x"}
+    for it in errors:
+        assert it.message.startswith(f"{path}, row group 0: column '") and "write the file again" in it.message
 
 
 @pytest.mark.parametrize("sample", [None, 900])
