@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys.data.features import AS_THEY_STAND, Columns, RowOrder
+from recsys.data.kinds import Kinds
 from recsys.data.order import RowSlice
 from recsys.data.rows import Rows
 from recsys.data.storage import THREADS, DataError, Place, explain, find_files, is_of_storage, naming
@@ -53,6 +54,19 @@ class _File(NamedTuple):
     """Those on its path that are columns to be read."""
 
 
+class Found(NamedTuple):
+    """The files of a split, and what is to be said of them."""
+
+    places: list[Place]
+    warnings: list[str]
+
+
+def find(patterns: Sequence[str], *, source: str) -> Found:
+    """As `find_files`."""
+    warnings: list[str] = []
+    return Found(find_files(patterns, source=source, on_repeated=warnings.append), warnings)
+
+
 class ShardTables:
     """All row groups of a set of files, as tables.
 
@@ -63,6 +77,8 @@ class ShardTables:
         patterns: as in `find_files`.
         names: columns that will be read.
         source: config path of the patterns, for messages.
+        found: the files, where they were looked for already.
+        path_types: of columns on paths, as `partition_types` decides them, where more files than these have a say.
         on_unreadable: told why a file cannot be opened, which is then left out; without it, that is raised.
 
     Raises:
@@ -73,6 +89,7 @@ class ShardTables:
         files: sorted.
         schemas: of each file, columns on its path included.
         row_counts: rows of every row group, over all files.
+        warnings: what the user should know of the files, a line each.
     """
 
     def __init__(
@@ -81,12 +98,14 @@ class ShardTables:
         names: Sequence[str],
         *,
         source: str,
+        found: Found | None = None,
+        path_types: Mapping[str, pa.DataType] | None = None,
         on_unreadable: Callable[[DataError], None] | None = None,
     ) -> None:
-        places = find_files(patterns, source=source)
+        places, self.warnings = found or find(patterns, source=source)
         self.files: list[str] = []
         self.schemas: list[pa.Schema] = []
-        self._partition_types = _partition_types(places, names)
+        self._partition_types = {**partition_types(places, names), **(path_types or {})}
         self._files: list[_File] = []
         self._row_groups: list[tuple[int, int]] = []  # file, row group within it
         row_counts: list[int] = []
@@ -100,12 +119,11 @@ class ShardTables:
                         raise opened
                     on_unreadable(opened)
                     continue
-                version, footer, schema = opened
+                version, footer, schema, partitions = opened
                 room -= footer.serialized_size
                 groups = range(footer.num_row_groups)
                 self._row_groups += [(len(self.files), group) for group in groups]
                 self.files.append(str(place))
-                partitions = {name: it for name, it in place.partitions.items() if name in self._partition_types}
                 row_counts += [footer.row_group(group).num_rows for group in groups]
                 same = next((one for one in known if schema.equals(one)), None)
                 if same is None:
@@ -160,14 +178,14 @@ class ShardTables:
                 table = table.append_column(name, values)
         return table
 
-    def _open(self, place: Place) -> tuple[str, pq.FileMetaData, pa.Schema] | DataError:
-        """A file's version, footer and schema, columns on its path included; or why there are none."""
+    def _open(self, place: Place) -> "_Opened | DataError":
+        """What there is to know of a file; or why it cannot be known."""
         try:
             return self._footer(place)
         except DataError as error:
             return error
 
-    def _footer(self, place: Place) -> tuple[str, pq.FileMetaData, pa.Schema]:
+    def _footer(self, place: Place) -> "_Opened":
         with naming(f"{place}: not a readable Parquet file"):
             file, version = place.open()
             with file:
@@ -186,14 +204,31 @@ class ShardTables:
                     f"{place}, row group {group}: its footer says that it has {rows} rows, where 0 to {MOST_ROWS:,} "
                     "can be read; write the file again, in smaller row groups"
                 )
-        for name in place.partitions.keys() & self._partition_types:
-            if name in schema.names:
+        partitions = {name: value for name, value in place.partitions.items() if name in self._partition_types}
+        for name, value in list(partitions.items()):
+            kind = self._partition_types[name]
+            if name in schema.names and name in place.written_out:
+                del partitions[name]  # it merely lies there
+            elif name in schema.names:
                 raise DataError(
                     f"{place}: column {name!r} is in the file and is on its path as well; rename the directories, or "
                     "write the files without it"
                 )
-            schema = schema.append(pa.field(name, self._partition_types[name]))
-        return version, footer, schema
+            elif kind == pa.int64() and value is not None and not _is_integer(value):
+                raise DataError(
+                    f"{place}: {name}={value} on its path is no integer, as it was where the model was trained; rename "
+                    "the directory, or train again on all of these files"
+                )
+            else:
+                schema = schema.append(pa.field(name, kind))
+        return _Opened(version, footer, schema, partitions)
+
+
+class _Opened(NamedTuple):
+    version: str
+    footer: pq.FileMetaData
+    schema: pa.Schema
+    partitions: Mapping[str, str | None]
 
 
 class ParquetShards(ShardTables):
@@ -203,22 +238,38 @@ class ParquetShards(ShardTables):
         patterns: as in `find_files`.
         columns: what to read.
         source: config path of the patterns, for messages.
+        kinds: what features hold, as other splits or a checkpoint have it; what these files say is added.
+        found: as for `ShardTables`.
+        path_types: as for `ShardTables`.
 
     Raises:
-        DataError: as `ShardTables`; or a column is missing, or of a type that cannot be read as what it is for.
+        DataError: as `ShardTables`; or a column is missing, or of a type that cannot be read as what it is for, or
+            holds something else in one file than in another.
 
     Attributes:
         columns: what is read.
+        kinds: what features hold.
         layout: of the rows of all files; a feature that is a list in one file is one in all.
     """
 
-    def __init__(self, patterns: Sequence[str], columns: Columns, *, source: str) -> None:
-        super().__init__(patterns, columns.names, source=source)
+    def __init__(
+        self,
+        patterns: Sequence[str],
+        columns: Columns,
+        *,
+        source: str,
+        kinds: Kinds | None = None,
+        found: Found | None = None,
+        path_types: Mapping[str, pa.DataType] | None = None,
+    ) -> None:
+        super().__init__(patterns, columns.names, source=source, found=found, path_types=path_types)
         self.columns, self._dictionaries = columns, columns.dictionary_names
+        self.kinds = Kinds() if kinds is None else kinds
         checked: dict[int, frozenset[str]] = {}
         for file, schema in zip(self.files, self.schemas, strict=True):
             if id(schema) not in checked:
                 checked[id(schema)] = columns.check_schema(schema, file)
+                self.kinds.check(columns, schema, file)
         self.layout = columns.layout(frozenset[str]().union(*checked.values()))
 
     def read(self, part: RowSlice, order: RowOrder | Callable[[], RowOrder] = AS_THEY_STAND) -> Rows:
@@ -375,8 +426,8 @@ def _plain_schema(schema: pa.Schema) -> pa.Schema:
     return schema
 
 
-def _partition_types(places: Iterable[Place], names: Sequence[str]) -> Mapping[str, pa.DataType]:
-    """The type of each column that is read from paths."""
+def partition_types(places: Iterable[Place], names: Collection[str]) -> dict[str, pa.DataType]:
+    """The type of each column that is read from paths: integers where every value is one, else strings."""
     values: dict[str, set[str]] = {}
     for place in places:
         for name, value in place.partitions.items():

@@ -182,10 +182,8 @@ def test_a_split_none_of_whose_files_can_be_opened_is_told_file_by_file(log: Pat
     report = check(log)
     assert list(report.splits) == ["train", "valid"]
     assert [it.message.split(":")[0] for it in report.errors] == [
-        *(f"{log}/test/part-{number}.parquet" for number in range(SHOWN)),
-        "data.test",
+        f"{log}/test/part-{number}.parquet" for number in range(3)
     ]
-    assert report.errors[-1].message == "data.test: 1 more files or row groups like these"
 
 
 def test_a_column_that_is_damaged_does_not_hide_the_others(log: Path) -> None:
@@ -416,3 +414,43 @@ def test_the_json_has_its_keys(log: Path) -> None:
     assert set(told["drift"][0]) == {
         *("of", "measure", "data", "rows", "psi", "noise", "share", "train_share", "warns"),
     }
+
+
+def test_an_unreadable_file_is_all_that_is_said_of_a_split_without_rows(log: Path) -> None:
+    for part in "12":
+        rewrite(log, "test", lambda table: table.slice(0, 0), part=part)
+    (log / "test/part-0.parquet").write_bytes(b"no Parquet")
+    (found,) = [it for it in check(log).errors if it.split == "test"]
+    assert found.message.startswith(f"{log}/test/part-0.parquet: not a readable Parquet file")
+
+
+def test_a_file_under_two_names_is_a_warning_and_read_once(log: Path) -> None:
+    (log / "train/part-9.parquet").symlink_to("part-1.parquet")
+    report = check(log, data__valid=[f"{log}/valid/*.parquet", f"{log}/./valid/part-0.parquet"])
+    assert [(name, it.files, it.rows) for name, it in report.splits.items()] == [
+        (name, 3, rows) for name, rows in ROWS.items()
+    ]
+    assert report.errors == []
+    assert [(it.split, it.message) for it in report.warnings] == [
+        (
+            "train",
+            "data.train: files that have several names are read once; left out: "
+            f"{log}/train/part-9.parquet (as {log}/train/part-1.parquet)",
+        ),
+        (
+            "valid",
+            "data.valid: files that have several names are read once; left out: "
+            f"{log}/./valid/part-0.parquet (as {log}/valid/part-0.parquet)",
+        ),
+    ]
+
+
+def test_a_feature_of_text_in_one_split_and_of_numbers_in_another_is_an_error(log: Path) -> None:
+    rewrite(log, "valid", replaced("item", lambda item: item.cast(pa.string())))
+    rewrite(log, "test", replaced("item", lambda item: item.cast(pa.int8())))
+    errors = check(log, features__sparse__item__ids={"type": "hash"}).errors
+    assert [(it.split, it.of) for it in errors] == [("valid", "features.sparse.item")] * 3
+    assert errors[0].message.startswith(
+        f"{log}/valid/part-0.parquet: column 'item' (sparse feature item) holds strings, but numbers in "
+        f"{log}/train/part-0.parquet, so that one value would have two rows; write the column alike"
+    )
