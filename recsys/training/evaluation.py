@@ -1,6 +1,7 @@
 """Evaluating a ranker on a split, over all ranks."""
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -70,7 +71,7 @@ def evaluate_checkpoint(
         ConfigError: the config has no such split, or an override is wrong.
         DataError: as `recsys.data.parquet.ParquetShards` and `writing_predictions`.
     """
-    path = Path(directory)
+    path = Path(os.path.expanduser(directory))
     meta = read_meta(path)
     config = load_config(path / "config.yaml", overrides)
     with process_group(config.device) as ranks:

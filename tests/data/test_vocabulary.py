@@ -225,3 +225,12 @@ def test_saved_vocabularies_are_read_instead_of_the_files_and_held_to_their_dige
     (saved / "digests.json").unlink()
     with pytest.raises(DataError, match=r"digests\.json cannot be read"):
         load_vocabularies(config, saved)
+
+
+def test_a_column_that_is_there_twice_is_named(log: Path, tmp_path: Path) -> None:
+    config = config_with(log, {"brand": by_vocabulary(tmp_path / "brand.parquet")}, tables=9)
+    part = next((log / "train").glob("*.parquet"))
+    table = pq.read_table(part)
+    pq.write_table(table.append_column("brand", table["brand"]), part)
+    with pytest.raises(DataError, match=rf"{part.name}: 2 columns are named 'brand'; rename all but one"):
+        build_vocabularies(config)
