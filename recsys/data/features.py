@@ -158,7 +158,7 @@ class Columns:
         Raises:
             DataError: a column is missing, twice there, or of another type.
         """
-        _check_names(schema, self.names, file, "file")
+        check_names(schema, self.names, file, "file")
         for name, role in ((self.reference, "reference"), (self.weight, "weight")):
             if name and not (is_number(kind := schema.field(name).type) or pa.types.is_null(kind)):
                 raise _wrong_type(file, name, role, kind, "numbers")
@@ -182,7 +182,7 @@ class Columns:
 
     def check_features(self, schema: pa.Schema, source: str) -> frozenset[str]:
         """As `check_schema`, of the features' columns alone; `source` is what has the schema, for messages."""
-        _check_names(schema, self.feature_names, source, "table")
+        check_names(schema, self.feature_names, source, "table")
         for name, dense in self.dense.items():
             column = dense.column or name
             if not (is_number(kind := schema.field(column).type) or pa.types.is_null(kind)):
@@ -548,7 +548,18 @@ def _check_finite(values: NDArray[Any], what: str, how: str) -> None:
         )
 
 
-def _check_names(schema: pa.Schema, names: Iterable[str], source: str, holder: str) -> None:
+def check_names(schema: pa.Schema, names: Iterable[str], source: str, holder: str) -> None:
+    """Refuse what has not each of some columns once.
+
+    Args:
+        schema: what is looked at.
+        names: of the columns.
+        source: what has the schema, for messages.
+        holder: what that is called.
+
+    Raises:
+        DataError: a column is missing, or there more than once.
+    """
     for name in names:
         found = schema.names.count(name)
         if found == 0:

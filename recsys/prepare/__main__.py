@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -47,11 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     run_entry(body)
 
 
+def _path(text: str) -> Path:
+    """A path as it is typed, `~` being the home directory: no shell expands that in `--output=~/log`."""
+    return Path(os.path.expanduser(text))
+
+
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m recsys.prepare", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(title="what to do", required=True, metavar="WHAT")
     output = ArgumentParser(add_help=False)
-    output.add_argument("--output", type=Path, required=True, help="folder to write")
+    output.add_argument("--output", type=_path, required=True, help="folder to write")
     _add_converters(commands, output)
     _add_synthetic(commands, output)
     _add_examiners(commands)
@@ -63,7 +69,7 @@ def _add_converters(commands: "argparse._SubParsersAction[ArgumentParser]", outp
     replace.add_argument("--overwrite", action="store_true", help="replace the data set that is there")
     text = ArgumentParser(add_help=False)
     text.add_argument(
-        "--source", type=Path, nargs="+", required=True, metavar="FILE", help="text files, also .gz, .bz2, .zst"
+        "--source", type=_path, nargs="+", required=True, metavar="FILE", help="text files, also .gz, .bz2, .zst"
     )
     text.add_argument("--skip-malformed", action="store_true", help="leave out and count rows that are wrong")
     text.add_argument(
@@ -80,7 +86,7 @@ def _add_converters(commands: "argparse._SubParsersAction[ArgumentParser]", outp
     }
     for name, (convert, title, source) in converters.items():
         public = commands.add_parser(name, parents=[output, replace], help=f"{title} from its official files")
-        public.add_argument("--source", type=Path, required=True, help=source)
+        public.add_argument("--source", type=_path, required=True, help=source)
         public.set_defaults(run=_public, convert=convert)
 
     criteo = commands.add_parser(
@@ -99,7 +105,7 @@ def _add_converters(commands: "argparse._SubParsersAction[ArgumentParser]", outp
     criteo.set_defaults(run=_criteo)
 
     csv = commands.add_parser("csv", parents=[output, replace, text], help="any CSV or JSON Lines, by a schema")
-    csv.add_argument("--schema", type=Path, required=True, help="YAML file that says what is in the files")
+    csv.add_argument("--schema", type=_path, required=True, help="YAML file that says what is in the files")
     csv.set_defaults(run=lambda options: _text(options, options.source, load_schema(options.schema)))
 
 

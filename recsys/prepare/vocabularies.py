@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 
 from recsys.config import Config, ConfigError, SparseFeatureConfig, VocabularyIdsConfig
 from recsys.data.arrow import flat, integers, is_countable, is_list, is_string, plain, raised, usual, value_type, whole
+from recsys.data.features import check_names
 from recsys.data.ids import listed
 from recsys.data.storage import DataError
 from recsys.data.vocabulary import Vocabulary, canonical, is_value
@@ -227,13 +228,16 @@ def _row_groups(
     config: Config, columns: list[str], on_row_group: Callable[[int, int], None]
 ) -> Iterator[tuple[str, pa.Table]]:
     """Place and columns of each row group of the train split."""
-    from recsys.data.parquet import ShardTables  # which imports torch; converters count without
+    from recsys.data.parquet import ShardTables, find  # which imports torch; converters count without
+    from recsys.data.splits import path_types
 
-    shards = ShardTables(config.data.patterns("train"), columns, source="data.train")
+    patterns, source = config.data.patterns("train"), "data.train"
+    found = find(patterns, source=source)
+    # As training has them: numbers on the paths of train alone may be text over all splits.
+    types = path_types(config, columns, {"train": found})
+    shards = ShardTables(patterns, columns, source=source, found=found, path_types=types)
     for file, schema in zip(shards.files, shards.schemas, strict=True):
-        for column in columns:
-            if column not in schema.names:
-                raise DataError(f"{file}: no column {column!r}; the file has {', '.join(schema.names)}")
+        check_names(schema, columns, file, "file")
     total = len(shards.row_counts)
     for row_group in range(total):
         yield shards.where(row_group), shards.table(row_group, columns)

@@ -138,6 +138,8 @@ class Trainer:
         count = "1 rank" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
         sizes = ", ".join(f"{sum(shards.row_counts):,} {split} rows" for split, shards in self.splits.items())
         monitor.say(f"{config.name}: {count} on {ranks.device.type}, {parameters:,} dense parameters, {sizes}")
+        for warning in (warning for shards in self.splits.values() for warning in shards.warnings):
+            monitor.say(f"warning: {warning}")
         monitor.say(plan)
         monitor.cost(self._cost)
         if not ranks.is_first:
@@ -235,8 +237,17 @@ class Trainer:
     def _save(self, directory: Path, optimizers: PhaseOptimizers) -> None:
         progress = self.progress
         meta = CheckpointMeta(progress.stage, progress.step, progress.of_stage.steps, self.ranks.world_size)
-        vocabularies = self.splits["train"].columns.vocabularies
-        save_checkpoint(directory, self.config, meta, self.sharded, self.dense_arch, optimizers.dense, vocabularies)
+        train = self.splits["train"]
+        save_checkpoint(
+            directory,
+            self.config,
+            meta,
+            self.sharded,
+            self.dense_arch,
+            optimizers.dense,
+            train.columns.vocabularies,
+            train.kinds.as_dict(),
+        )
 
 
 def _stage_summary(settings: StageConfig, totals: StageTotals) -> dict[str, Any]:

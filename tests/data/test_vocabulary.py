@@ -283,3 +283,12 @@ def test_values_are_counted_as_what_they_are_in_every_type(tmp_path: Path) -> No
     raw = build_columns(config, raw=True)
     served = raw.decode_features(request, raw.layout(raw.check_features(request.schema, "request")), "request")
     assert served.single.tolist() == [[2, 0], *[[-1, -1]] * 4]
+
+
+def test_a_column_that_is_there_twice_is_named(log: Path, tmp_path: Path) -> None:
+    config = config_with(log, {"brand": by_vocabulary(tmp_path / "brand.parquet")}, tables=9)
+    part = next((log / "train").glob("*.parquet"))
+    table = pq.read_table(part)
+    pq.write_table(table.append_column("brand", table["brand"]), part)
+    with pytest.raises(DataError, match=rf"{part.name}: 2 columns are named 'brand'; rename all but one"):
+        build_vocabularies(config)
