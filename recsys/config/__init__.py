@@ -27,7 +27,7 @@ from recsys.config.schema import (
     TowerConfig,
     VocabularyIdsConfig,
 )
-from recsys.config.section import Name, Section
+from recsys.config.section import Count, Name, Section, Seed, Text
 from recsys.config.towers import TowerSettings
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "BucketizeIdsConfig",
     "Config",
     "ConfigError",
+    "Count",
     "DataConfig",
     "DataParallelOptimizerConfig",
     "DatetimeIdsConfig",
@@ -49,12 +50,14 @@ __all__ = [
     "Name",
     "Salt",
     "Section",
+    "Seed",
     "SparseFeatureConfig",
     "SparseOptimizerConfig",
     "StageConfig",
     "StandardizeConfig",
     "SyntheticConfig",
     "TableConfig",
+    "Text",
     "TowerConfig",
     "TowerSettings",
     "VocabularyIdsConfig",

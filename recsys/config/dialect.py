@@ -205,7 +205,7 @@ def _beyond(problem: str, mark: Any) -> yaml.YAMLError:
 
 # What JSON cannot hold would reach the schema as the text that Python prints of it.
 for _kind in ("binary", "omap", "pairs", "set"):
-    StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", lambda loader, node: loader.construct_undefined(node))
+    StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", yaml.SafeLoader.construct_undefined)  # type: ignore[type-var]
 
 
 class StrictDumper(yaml.SafeDumper):
