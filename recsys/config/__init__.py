@@ -1,7 +1,7 @@
 """The configuration: a frozen schema, loading it from YAML, and telling what is wrong with it by its path."""
 
 from recsys.config.dialect import read_yaml
-from recsys.config.faults import ConfigError, validate
+from recsys.config.faults import ConfigError, shortened, validate
 from recsys.config.load import DEFAULT_CONFIG, load_config
 from recsys.config.schema import (
     BucketizeIdsConfig,
@@ -63,5 +63,6 @@ __all__ = [
     "VocabularyIdsConfig",
     "load_config",
     "read_yaml",
+    "shortened",
     "validate",
 ]
