@@ -1,7 +1,7 @@
 """YAML as configs and schemas are written: one value for each key, every key a text, `1e-4` a number.
 
 Whatever the text is, it ends as a value or as one error, in bounded time and memory: the bounds below hold over a file
-and all that it includes. They leave room for thousands of features.
+and all that it includes. They leave room for more than a thousand features.
 """
 
 import os
@@ -16,7 +16,7 @@ import yaml
 from recsys.config.faults import ConfigError, one_line, shortened
 
 MAX_BYTES = 2 << 20
-MAX_VALUES = 100_000
+MAX_VALUES = 1 << 16
 MAX_CHARACTERS = 1 << 20
 MAX_DEPTH = 50
 MAX_INCLUDES = 100
@@ -109,7 +109,7 @@ def parse_yaml(text: str, allowance: Allowance) -> Any:
         if allowance.values < 0 or allowance.characters < 0:
             raise yaml.YAMLError(_TOO_MUCH)
         return loader.construct_document(node)
-    except ValueError as error:  # of PyYAML's own scanner, which takes \UFFFFFFFF for a character
+    except (ValueError, OverflowError) as error:  # of PyYAML's scanner, which takes \UFFFFFFFF for a character
         raise yaml.YAMLError(f"it holds a character or a number that there is not: {error}") from None
 
 

@@ -4,6 +4,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -46,17 +47,18 @@ def validate(schema: type[_Model], raw: Mapping[str, Any], *, source: str) -> _M
     except ValueError:
         raise ConfigError(f"{source}: a mapping or a list stands inside itself") from None
     written = json.loads(text)  # in which both halves of a surrogate pair are one character
-    faults = list(_halves_of_pairs(written, ""))
+    more = 0
+    faults = list(islice(_halves_of_pairs(written, ""), _MAX_FAULTS))
     if not faults:
         text = json.dumps(_without_retired(written, schema, "", faults))
         try:
             valid = schema.model_validate_json(text)
         except ValidationError as error:
-            faults += _explain(error, schema)
+            faults += islice(_explain(error, schema), _MAX_FAULTS)
+            more = max(error.error_count() - _MAX_FAULTS, 0)
     if faults:
         distinct = list(dict.fromkeys(shortened(fault, _MAX_FAULT_LENGTH) for fault in faults))
-        if (more := len(distinct) - _MAX_FAULTS) > 0:
-            distinct[_MAX_FAULTS:] = [f"and {more} more like these"]
+        distinct += [f"and {more} more; mend these first"] * bool(more)
         raise ConfigError("\n".join([f"{source}:", *(f"  {fault}" for fault in distinct)]))
     return valid
 

@@ -9,7 +9,16 @@ from typing import Any
 
 import yaml
 
-from recsys.config.dialect import MAX_DEPTH, MAX_INCLUDES, MAX_VALUES, Allowance, is_path, parse_yaml, read_yaml
+from recsys.config.dialect import (
+    MAX_CHARACTERS,
+    MAX_DEPTH,
+    MAX_INCLUDES,
+    MAX_VALUES,
+    Allowance,
+    is_path,
+    parse_yaml,
+    read_yaml,
+)
 from recsys.config.faults import ConfigError, one_line, shortened, validate
 from recsys.config.schema import Config
 
@@ -40,10 +49,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     raw.setdefault("name", path.stem)
     raw.setdefault("output_dir", f"outputs/{raw['name']}")
     config = validate(Config, raw, source=str(path))
-    if (values := _count(config.model_dump())) > MAX_VALUES:
+    values, characters = _measure(config.model_dump())
+    if values > MAX_VALUES or characters > MAX_CHARACTERS:
         raise ConfigError(
-            f"{path}: with all defaults it has {values} values, but a checkpoint's config may have {MAX_VALUES}, "
-            "or it could not be read; take fewer features or tables"
+            f"{path}: with all defaults it has {values} values of {characters} characters, and a checkpoint's config "
+            f"with more than {MAX_VALUES} of {MAX_CHARACTERS} could not be read; take fewer features or tables"
         )
     return config
 
@@ -126,11 +136,13 @@ def _fill_in_folder(raw: dict[str, Any], folder: str) -> None:
             ids["file"] = filled(ids["file"])
 
 
-def _count(raw: Any) -> int:
-    """The values in what a config holds, as `recsys.config.dialect` counts them."""
-    if isinstance(raw, dict):
-        return 1 + len(raw) + sum(map(_count, raw.values()))
-    return 1 + sum(map(_count, raw)) if isinstance(raw, list | tuple) else 1
+def _measure(raw: Any) -> tuple[int, int]:
+    """The values of a config and their characters, as `recsys.config.dialect` counts them."""
+    if not isinstance(raw, dict | list | tuple):
+        return 1, len(str(raw))
+    parts = [part for pair in raw.items() for part in pair] if isinstance(raw, dict) else raw
+    sizes = [_measure(part) for part in parts]
+    return 1 + sum(values for values, _ in sizes), sum(characters for _, characters in sizes)
 
 
 def _apply(raw: dict[str, Any], override: str, allowance: Allowance) -> None:
