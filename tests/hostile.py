@@ -2,12 +2,14 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from recsys.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 60.0
@@ -115,29 +117,31 @@ class Ended:
     stderr: str
 
 
+_BOUNDED = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
 def run_bounded(
     *command: str, memory: int = 1 << 30, seconds: float = SECONDS, folder: Path = ROOT, stdin: str | None = None
 ) -> Ended:
     """Run Python on `command` in a process that may neither last nor grow; fails the test if it lasts."""
     done = subprocess.run(
-        [sys.executable, *command],
+        [sys.executable, "-c", _BOUNDED, str(memory), *command],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
         input=stdin,
         capture_output=True,
         text=True,
         timeout=seconds,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (memory, memory)),
     )
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
 def outcomes(read: Callable[[str], object], names: Iterable[str]) -> None:
     """Print how `read` ends for each name, one JSON list a line: name, error, seconds, MiB at most so far."""
-    import time
-
-    from recsys.errors import UserError
-
     for name in names:
         start = time.perf_counter()
         try:
@@ -145,5 +149,10 @@ def outcomes(read: Callable[[str], object], names: Iterable[str]) -> None:
             error = None
         except UserError as told:
             error = str(told)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-        print(json.dumps([name, error, time.perf_counter() - start, peak]), flush=True)
+        print(json.dumps([name, error, time.perf_counter() - start, _peak_mebibytes()]), flush=True)
+
+
+def _peak_mebibytes() -> int:
+    # Not that of getrusage, which counts what the process was before it became this program.
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) >> 10
