@@ -1,7 +1,7 @@
 """The configuration: a frozen schema, loading it from YAML, and telling what is wrong with it by its path."""
 
 from recsys.config.dialect import read_yaml
-from recsys.config.faults import ConfigError, validate
+from recsys.config.faults import ConfigError, shortened, validate
 from recsys.config.load import DEFAULT_CONFIG, load_config
 from recsys.config.schema import (
     BucketizeIdsConfig,
@@ -27,7 +27,7 @@ from recsys.config.schema import (
     TowerConfig,
     VocabularyIdsConfig,
 )
-from recsys.config.section import Name, Section
+from recsys.config.section import Count, Name, Section, Seed, Text
 from recsys.config.towers import TowerSettings
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "BucketizeIdsConfig",
     "Config",
     "ConfigError",
+    "Count",
     "DataConfig",
     "DataParallelOptimizerConfig",
     "DatetimeIdsConfig",
@@ -49,16 +50,19 @@ __all__ = [
     "Name",
     "Salt",
     "Section",
+    "Seed",
     "SparseFeatureConfig",
     "SparseOptimizerConfig",
     "StageConfig",
     "StandardizeConfig",
     "SyntheticConfig",
     "TableConfig",
+    "Text",
     "TowerConfig",
     "TowerSettings",
     "VocabularyIdsConfig",
     "load_config",
     "read_yaml",
+    "shortened",
     "validate",
 ]

@@ -4,6 +4,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -18,6 +19,21 @@ class ConfigError(UserError):
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
+_MAX_FAULTS = 100
+_MAX_FAULT_LENGTH = 2000
+
+
+def one_line(text: str) -> str:
+    """A text without its line breaks, cut where it is too long for a message."""
+    return shortened(" ".join(text.split()), _MAX_FAULT_LENGTH)
+
+
+def shortened(text: str, length: int = 80) -> str:
+    """A text, cut in the middle if it has more characters than `length`."""
+    if len(text) <= length:
+        return text
+    return f"{text[: length // 2]} ... {text[-length // 4 :]} ({len(text)} characters)"
+
 
 def validate(schema: type[_Model], raw: Mapping[str, Any], *, source: str) -> _Model:
     """Make a model of what was read from `source`.
@@ -29,17 +45,37 @@ def validate(schema: type[_Model], raw: Mapping[str, Any], *, source: str) -> _M
     try:
         text = json.dumps(raw, default=str)
     except ValueError:
-        raise ConfigError(f"{source}: a YAML alias stands inside what it refers to") from None
-    retired: list[str] = []
-    text = json.dumps(_without_retired(json.loads(text), schema, "", retired))
-    faults = retired
-    try:
-        valid = schema.model_validate_json(text)
-    except ValidationError as error:
-        faults = [*retired, *_explain(error, schema)]
+        raise ConfigError(f"{source}: a mapping or a list stands inside itself") from None
+    written = json.loads(text)  # in which both halves of a surrogate pair are one character
+    more = 0
+    faults = list(islice(_halves_of_pairs(written, ""), _MAX_FAULTS))
+    if not faults:
+        text = json.dumps(_without_retired(written, schema, "", faults))
+        try:
+            valid = schema.model_validate_json(text)
+        except ValidationError as error:
+            faults += islice(_explain(error, schema), _MAX_FAULTS)
+            more = max(error.error_count() - _MAX_FAULTS, 0)
     if faults:
-        raise ConfigError("\n".join([f"{source}:", *(f"  {fault}" for fault in dict.fromkeys(faults))]))
+        distinct = list(dict.fromkeys(shortened(fault, _MAX_FAULT_LENGTH) for fault in faults))
+        distinct += [f"and {more} more; mend these first"] * bool(more)
+        raise ConfigError("\n".join([f"{source}:", *(f"  {fault}" for fault in distinct)]))
     return valid
+
+
+def _halves_of_pairs(raw: Any, path: str) -> Iterator[str]:
+    """A fault for each text that is no Unicode, which neither files nor paths can hold."""
+    if isinstance(raw, dict):
+        for key, value in raw.items():
+            here = f"{path}.{key}" if path else key
+            yield from (f"{fault} (a key)" for fault in _halves_of_pairs(key, here))
+            yield from _halves_of_pairs(value, here)
+    elif isinstance(raw, list):
+        for place, item in enumerate(raw):
+            yield from _halves_of_pairs(item, f"{path}.{place}")
+    elif isinstance(raw, str) and not raw.isascii() and any("\ud800" <= character <= "\udfff" for character in raw):
+        shown = json.dumps(shortened(raw))
+        yield f"{json.dumps(path)[1:-1]}: {shown} holds half of a surrogate pair, which is no text; correct it"
 
 
 def _without_retired(raw: Any, schema: type[BaseModel], path: str, faults: list[str]) -> Any:
@@ -64,9 +100,10 @@ def _without_retired(raw: Any, schema: type[BaseModel], path: str, faults: list[
 
 
 def _explain(error: ValidationError, schema: type[BaseModel]) -> Iterator[str]:
-    for fault in error.errors():
+    for fault in error.errors(include_url=False):
         # Tags of discriminated unions ('mlp') and of `str | tuple` alternatives are not part of the user's path.
         path, model, annotation = _user_path(fault["loc"], schema)
+        path = [shortened(part) for part in path]
         kind, found = fault["type"], fault["input"]
         if kind == "extra_forbidden":
             *section, key = path

@@ -3,13 +3,23 @@
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from recsys.config.dialect import StrictLoader, one_line, read_yaml
-from recsys.config.faults import ConfigError, validate
+from recsys.config.dialect import (
+    MAX_CHARACTERS,
+    MAX_DEPTH,
+    MAX_INCLUDES,
+    MAX_VALUES,
+    Allowance,
+    is_path,
+    parse_yaml,
+    read_yaml,
+)
+from recsys.config.faults import ConfigError, one_line, shortened, validate
 from recsys.config.schema import Config
 
 DEFAULT_CONFIG = "configs/default.yaml"
@@ -29,37 +39,69 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             allowed; every fault of the config is listed, on a line of its own.
     """
     path = Path(os.path.expanduser(path))
-    raw = _read_including(path, ())
+    reading = _Reading(Allowance(), {})
+    raw = reading.read(path, ())
     for override in overrides:
-        _apply(raw, override)
+        _apply(raw, override, reading.allowance)
     features = raw.get("features")
     for section, key in ((raw, "tables"), (raw, "stages"), (features, "sparse"), (features, "dense")):
         _leave_out_nulls(section, key)
     raw.setdefault("name", path.stem)
     raw.setdefault("output_dir", f"outputs/{raw['name']}")
     _fill_in_home(raw)
-    return validate(Config, raw, source=str(path))
+    config = validate(Config, raw, source=str(path))
+    values, characters = _measure(config.model_dump())
+    if values > MAX_VALUES or characters > MAX_CHARACTERS:
+        raise ConfigError(
+            f"{path}: with all defaults it has {values} values of {characters} characters, and a checkpoint's config "
+            f"with more than {MAX_VALUES} of {MAX_CHARACTERS} could not be read; take fewer features or tables"
+        )
+    return config
 
 
-def _read_including(path: Path, includers: tuple[Path, ...]) -> dict[str, Any]:
-    """Read a config and, beneath its own keys, what it includes; `includers` led here, the outermost first."""
-    includers = (*includers, path)
-    remedy = f"{includers[-2]} includes it" if len(includers) > 1 else "give one with --config"
-    raw = read_yaml(path, "config", remedy=remedy)
-    _fill_in_folder(raw, os.path.normpath(path.parent))
-    names = raw.pop("include", [])
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{path}: include must be a path or a list of paths, found {json.dumps(names, default=str)}")
-    merged: dict[str, Any] = {}
-    for name in names:
-        # The plain way to the file, for the paths that it gives by ${here} and for messages.
-        included = Path(os.path.normpath(path.parent / os.path.expanduser(name)))
-        if included.resolve() in {includer.resolve() for includer in includers}:
-            chain = " includes ".join(map(str, (*includers, included)))
-            raise ConfigError(f"configs include each other in a circle: {chain}; remove one include")
-        merged = _merge(merged, _read_including(included, includers))
-    return _merge(merged, raw)
+@dataclass
+class _Reading:
+    """Reading one config with all that it includes.
+
+    Attributes:
+        allowance: what may still be read.
+        known: what has been read, by path: a file that several include is read once.
+    """
+
+    allowance: Allowance
+    known: dict[Path, dict[str, Any]]
+
+    def read(self, path: Path, includers: tuple[Path, ...]) -> dict[str, Any]:
+        """A config and, beneath its own keys, what it includes; `includers` led here, the outermost first."""
+        if path not in self.known:
+            self.known[path] = self._read(path, (*includers, path))
+        return self.known[path]
+
+    def _read(self, path: Path, includers: tuple[Path, ...]) -> dict[str, Any]:
+        remedy = f"{includers[-2]} includes it" if len(includers) > 1 else "give one with --config"
+        raw = read_yaml(path, "config", remedy=remedy, allowance=self.allowance)
+        _fill_in_folder(raw, os.path.normpath(path.parent))
+        names = raw.pop("include", [])
+        names = [names] if isinstance(names, str) else names
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            found = shortened(json.dumps(names, default=str))
+            raise ConfigError(f"{path}: include must be a path or a list of paths, found {found}")
+        ways = {os.path.realpath(includer) for includer in includers}
+        merged: dict[str, Any] = {}
+        for name in names:
+            self.allowance.includes -= 1
+            if self.allowance.includes < 0:
+                raise ConfigError(
+                    f"{path}: too much is included: the files of one config may include {MAX_INCLUDES} in all; "
+                    f"{includers[0]} should name what it needs itself"
+                )
+            # The plain way to the file, for the paths that it gives by ${here} and for messages.
+            included = Path(os.path.normpath(path.parent / os.path.expanduser(name)))
+            if is_path(included) and os.path.realpath(included) in ways:
+                chain = " includes ".join(map(str, (*includers, included)))
+                raise ConfigError(f"configs include each other in a circle: {chain}; remove one include")
+            merged = _merge(merged, self.read(included, includers))
+        return _merge(merged, raw)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -109,20 +151,34 @@ def _fill_in_home(raw: dict[str, Any]) -> None:
             section[key] = os.path.expanduser(value)
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
+def _measure(raw: Any) -> tuple[int, int]:
+    """The values of a config and their characters, as `recsys.config.dialect` counts them."""
+    if not isinstance(raw, dict | list | tuple):
+        return 1, len(str(raw))
+    parts = [part for pair in raw.items() for part in pair] if isinstance(raw, dict) else raw
+    sizes = [_measure(part) for part in parts]
+    return 1 + sum(values for values, _ in sizes), sum(characters for _, characters in sizes)
+
+
+def _apply(raw: dict[str, Any], override: str, allowance: Allowance) -> None:
     dotted, separator, text = override.partition("=")
     keys = dotted.split(".")
+    shown = repr(shortened(override, 200))
     if not separator or not all(keys):
-        raise ConfigError(f"override {override!r} is not of the form path.to.key=value")
+        raise ConfigError(f"override {shown} is not of the form path.to.key=value")
+    if len(keys) > MAX_DEPTH:
+        raise ConfigError(f"override {shown}: no section lies {MAX_DEPTH} deep; shorten the path")
     try:
-        value = yaml.load(text, Loader=StrictLoader)
+        value = parse_yaml(text, allowance)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {one_line(str(error))}") from None
+        raise ConfigError(f"override {shown}: the value is not valid YAML: {one_line(str(error))}") from None
     section: Any = raw
     for depth, key in enumerate(keys[:-1]):
-        if section.get(key) is None:
-            section[key] = {}
-        section = section[key]
-        if not isinstance(section, dict):
-            raise ConfigError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is a value, not a section")
+        found = {} if section.get(key) is None else section[key]
+        if not isinstance(found, dict):
+            raise ConfigError(f"override {shown}: {'.'.join(keys[: depth + 1])} is a value, not a section")
+        # A copy: where the file has a YAML alias, the same mapping stands elsewhere too.
+        below = dict(found)
+        section[key] = below
+        section = below
     section[keys[-1]] = value

@@ -13,16 +13,27 @@ import yaml
 from pydantic import (
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     field_validator,
     model_validator,
 )
 
 from recsys.config.dialect import StrictDumper
 from recsys.config.faults import ConfigError
-from recsys.config.section import Name, Probability, Section, listed
+from recsys.config.section import (
+    Count,
+    Layers,
+    Name,
+    Number,
+    Probability,
+    Rows,
+    Section,
+    Seed,
+    Text,
+    Threads,
+    Width,
+    listed,
+)
 from recsys.config.towers import TowerSettings
 
 if TYPE_CHECKING:
@@ -39,7 +50,7 @@ ShardingType = Literal[
     "grid_shard",
     "data_parallel",
 ]
-Salt = Annotated[int, Field(ge=0, lt=2**64)]
+Salt = Seed
 ComputeKernel = Literal["dense", "fused", "fused_uvm", "fused_uvm_caching"]
 
 
@@ -50,12 +61,12 @@ class TableConfig(Section):
     restrict the planner, null leaves it free; `min_partition` is the least width of a column-wise shard.
     """
 
-    num_embeddings: PositiveInt
-    embedding_dim: Annotated[int, Field(gt=0, multiple_of=4)]
+    num_embeddings: Annotated[int, Field(gt=0, le=2**40)]
+    embedding_dim: Annotated[int, Field(gt=0, le=2**16, multiple_of=4)]
     pooling: Literal["sum", "mean"] = "mean"
     sharding: Annotated[tuple[ShardingType, ...], Field(min_length=1)] | None = None
     compute_kernel: ComputeKernel | None = None
-    min_partition: Annotated[int, Field(gt=0, multiple_of=4)] | None = None
+    min_partition: Annotated[int, Field(gt=0, le=2**16, multiple_of=4)] | None = None
 
     @property
     def data_parallel(self) -> bool:
@@ -89,7 +100,7 @@ class HashIdsConfig(_Ids):
 
     type: Literal["hash"]
     salt: Salt = 0
-    buckets: PositiveInt | None = None
+    buckets: Count | None = None
 
 
 class VocabularyIdsConfig(_Ids):
@@ -100,7 +111,7 @@ class VocabularyIdsConfig(_Ids):
     """
 
     type: Literal["vocabulary"]
-    file: str
+    file: Text
     out_of_vocabulary: Literal["row_0", "empty"] = "row_0"
 
 
@@ -123,7 +134,7 @@ class DatetimeIdsConfig(_Ids):
 
     type: Literal["datetime"]
     part: Literal["hour", "weekday", "day", "month"]
-    timezone: str = "UTC"
+    timezone: Text = "UTC"
 
     @field_validator("timezone")
     @classmethod
@@ -158,13 +169,13 @@ class SparseFeatureConfig(Section):
     """
 
     table: Name
-    column: str | None = None
+    column: Text | None = None
     list_text: ListTextConfig | None = None
     minimum: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     ids: IdsConfig | None = None
     out_of_range: Literal["error", "hash", "clip_to_oov"] = "error"
-    weights: str | None = None
-    max_length: PositiveInt | None = None
+    weights: Text | None = None
+    max_length: Rows | None = None
     keep: Literal["first", "last"] = "first"
 
     @property
@@ -196,7 +207,7 @@ class DenseFeatureConfig(Section):
     `fill` as well. `clip` is the least and greatest value, `log1p` takes log(1 + value).
     """
 
-    column: str | None = None
+    column: Text | None = None
     minimum: float | None = None
     fill: float | None = None
     clip: tuple[float, float] | None = None
@@ -223,24 +234,24 @@ class FeaturesConfig(Section):
 class SyntheticConfig(Section):
     """The embedded synthetic click log (recsys.prepare.synthetic), written to `directory` before training if absent."""
 
-    directory: str
-    seed: NonNegativeInt = 1
-    train_rows: PositiveInt
-    valid_rows: PositiveInt
-    test_rows: PositiveInt
-    files: PositiveInt = 8
-    row_group_rows: PositiveInt = 8192
-    num_users: PositiveInt = 2_000
-    num_items: PositiveInt = 1_000
+    directory: Text
+    seed: Seed = 1
+    train_rows: Count
+    valid_rows: Count
+    test_rows: Count
+    files: Annotated[int, Field(gt=0, le=2**20)] = 8
+    row_group_rows: Rows = 8192
+    num_users: Rows = 2_000
+    num_items: Rows = 1_000
     hierarchy: bool = True
 
 
 class DomainConfig(Section):
     """What divides the rows in reports: integer column `column` of 0 .. `num_domains` - 1, and a name for each."""
 
-    column: str
-    num_domains: PositiveInt
-    names: tuple[str, ...] | None = None
+    column: Text
+    num_domains: Annotated[int, Field(gt=0, le=2**20)]
+    names: tuple[Text, ...] | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -266,20 +277,20 @@ class DataConfig(Section):
     rank; their number changes nothing that is read.
     """
 
-    train: str | tuple[str, ...]
-    valid: str | tuple[str, ...] | None = None
-    test: str | tuple[str, ...] | None = None
-    label: str = "label"
+    train: Text | tuple[Text, ...]
+    valid: Text | tuple[Text, ...] | None = None
+    test: Text | tuple[Text, ...] | None = None
+    label: Text = "label"
     label_null: Literal["error", "skip"] = "error"
-    weight: str | None = None
-    reference: str | None = None
+    weight: Text | None = None
+    reference: Text | None = None
     domain: DomainConfig | None = None
-    batch_size: PositiveInt
-    eval_batch_size: PositiveInt | None = None
+    batch_size: Rows
+    eval_batch_size: Rows | None = None
     shuffle: bool = True
-    window_row_groups: PositiveInt = 8
-    reader_threads: PositiveInt = 2
-    prefetch_batches: PositiveInt = 4
+    window_row_groups: Rows = 8
+    reader_threads: Threads = 2
+    prefetch_batches: Threads = 4
     synthetic: SyntheticConfig | None = None
 
     @property
@@ -315,9 +326,9 @@ class HiLoMoEConfig(Section):
         "expert_dropout": 0.0,
     }
 
-    num_layers: PositiveInt = 3
-    num_experts: PositiveInt = 8
-    top_k: PositiveInt | None = None
+    num_layers: Layers = 3
+    num_experts: Width = 8
+    top_k: Width | None = None
     hierarchical: bool = True
     normalize_query: bool = True
     key_init: Literal["xavier_uniform", "normal"] = "normal"
@@ -341,7 +352,7 @@ class ModelConfig(Section):
     tower: TowerConfig
     hilomoe: HiLoMoEConfig | None = None
     replaces: TowerConfig | None = None
-    dense_dim: PositiveInt = 16
+    dense_dim: Width = 16
 
 
 class SparseOptimizerConfig(Section):
@@ -401,17 +412,17 @@ class StageConfig(Section):
     """
 
     trains: Literal["backbone", "experts", "all"]
-    epochs: PositiveInt | None = None
-    steps: PositiveInt | None = None
+    epochs: Count | None = None
+    steps: Count | None = None
     learning_rate: PositiveFloat
     sparse_learning_rate: PositiveFloat | None = None
     data_parallel_learning_rate: PositiveFloat | None = None
     schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: Number = 0
     balance_weight: NonNegativeFloat = 0.0
     z_weight: NonNegativeFloat = 0.0
     diversity_weight: NonNegativeFloat = 0.0
-    patience: PositiveInt | None = None
+    patience: Count | None = None
     monitor: Literal["log_loss", "auc"] = "log_loss"
 
     @property
@@ -432,29 +443,29 @@ class StageConfig(Section):
 class MetricsConfig(Section):
     """AUC is exact up to `exact_examples` (over all ranks), beyond that binned with a bound on its error reported."""
 
-    exact_examples: PositiveInt = 1 << 22
-    num_bins: Annotated[int, Field(ge=2)] = 1 << 16
+    exact_examples: Count = 1 << 22
+    num_bins: Annotated[int, Field(ge=2, le=2**26)] = 1 << 16
 
 
 class LoggingConfig(Section):
     """Steps between two lines of the log, which are also the points of TensorBoard and the train windows' length."""
 
-    every_steps: PositiveInt = 50
-    eval_every_steps: PositiveInt | None = None
+    every_steps: Count = 50
+    eval_every_steps: Count | None = None
 
 
 class CheckpointsConfig(Section):
     """What happens to a stage's checkpoint beside being written: `copy_to` is a directory or URL to copy it below."""
 
-    copy_to: str | None = None
+    copy_to: Text | None = None
 
 
 class Config(Section):
     """A whole run. See docs/config.md for every key."""
 
-    name: str
-    output_dir: str
-    seed: NonNegativeInt = 17
+    name: Text
+    output_dir: Text
+    seed: Seed = 17
     device: Literal["auto", "cpu", "cuda"] = "auto"
     data: DataConfig
     tables: Annotated[dict[Name, TableConfig], Field(min_length=1)]

@@ -3,9 +3,13 @@
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from recsys.config.section import Name, Probability, Section, listed
+from recsys.config.section import Layers, Name, Probability, Section, Width, listed
+
+_MAX_LAYERS = 2**10
+Hidden = Annotated[tuple[Width, ...], Field(max_length=_MAX_LAYERS)]
+Stream = Annotated[tuple[Width, ...], Field(min_length=1, max_length=_MAX_LAYERS)]
 
 
 class TowerSettings(Section):
@@ -36,7 +40,7 @@ class MLPTowerConfig(TowerSettings):
     expert_linears = ("tower.linears.*",)
 
     type: Literal["mlp"]
-    hidden: tuple[PositiveInt, ...] = (256, 128, 64)
+    hidden: Hidden = (256, 128, 64)
 
 
 class DCNv2TowerConfig(TowerSettings):
@@ -46,8 +50,8 @@ class DCNv2TowerConfig(TowerSettings):
     """In the cross layers experts cost FLOPs and gain nothing (docs/hilomoe.md)."""
 
     type: Literal["dcn_v2"]
-    num_cross_layers: PositiveInt = 3
-    hidden: tuple[PositiveInt, ...] = (256, 128)
+    num_cross_layers: Layers = 3
+    hidden: Hidden = (256, 128)
 
 
 class TransformerTowerConfig(TowerSettings):
@@ -56,10 +60,10 @@ class TransformerTowerConfig(TowerSettings):
     expert_linears = ("tower.blocks.*",)
 
     type: Literal["transformer"]
-    model_dim: PositiveInt = 32
-    num_blocks: PositiveInt = 2
-    num_heads: PositiveInt = 4
-    feedforward_dim: PositiveInt = 64
+    model_dim: Width = 32
+    num_blocks: Layers = 2
+    num_heads: Width = 4
+    feedforward_dim: Width = 64
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -78,12 +82,12 @@ class FinalMLPTowerConfig(TowerSettings):
     expert_linears = ("tower.first.*", "tower.second.*")
 
     type: Literal["final_mlp"]
-    first_hidden: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (256, 128)
-    second_hidden: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (256, 128)
-    num_heads: PositiveInt = 4
+    first_hidden: Stream = (256, 128)
+    second_hidden: Stream = (256, 128)
+    num_heads: Width = 4
     first_context: tuple[Name, ...] = ()
     second_context: tuple[Name, ...] = ()
-    gate_hidden: PositiveInt | None = 64
+    gate_hidden: Width | None = 64
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:

@@ -14,7 +14,7 @@ from functools import reduce
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys.config import ConfigError
+from recsys.config import ConfigError, shortened
 from recsys.data.arrow import plain, usual
 from recsys.data.comparing import Comparison, Value, among, compare
 
@@ -28,13 +28,11 @@ _COMPARISONS: dict[type[ast.cmpop], Comparison] = {
 }
 _SURROGATE = re.compile("[\ud800-\udfff]")  # which no file can hold
 
-_DEEPEST = 100
-"""How deep `and`, `or` and `not` may be nested."""
-
-_SHOWN = 200
-"""Letters of an expression in messages."""
-
 _SIGNS = re.compile(r"[<>=!]|\b(and|or|not|in)\b")
+_MAX_LENGTH = 1 << 16
+_MAX_DEPTH = 50
+_MAX_BITS = 8192
+"""Of an integer: far more than any type of column has, and no more than Python prints in a message."""
 
 
 @dataclass(frozen=True)
@@ -73,50 +71,65 @@ def parse_expression(text: str, *, source: str) -> Expression:
     Raises:
         ConfigError: the text is no expression of the kinds that there are.
     """
+    if len(text) > _MAX_LENGTH:
+        raise ConfigError(
+            f"{source}: {shortened(text)!r} is too long, an expression has up to {_MAX_LENGTH} characters; "
+            "write the label as a column of its own"
+        )
     if text.isidentifier() or not _SIGNS.search(text):
         return Expression(text, (text,), None)
+    shown = repr(shortened(text, 200))
+    too_deep = ConfigError(
+        f"{source}: {shown} has more than {_MAX_DEPTH} parts within each other; write the label as a column of its own"
+    )
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ConfigError(f"{source}: {_shown(text)} is neither a column nor an expression: {error}") from None
+    except (MemoryError, RecursionError):  # which is how the parser ends where its stack does
+        raise too_deep from None
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(f"{source}: {shown} is neither a column nor an expression: {error}") from None
+    if _is_deeper(tree, _MAX_DEPTH):
+        raise too_deep
+    constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    if any(isinstance(value, int) and value.bit_length() > _MAX_BITS for value in constants):
+        raise ConfigError(f"{source}: {shown} holds an integer beyond any column's; correct it")
     try:
         _check_truth(tree)
     except _Unknown as error:
         raise ConfigError(
-            f"{source}: {_shown(text)}: {error} is not understood; there are comparisons of columns with values or "
-            "columns, in, not in, and, or, not"
+            f"{source}: {shown}: {error} is not understood; there are comparisons of columns with values or columns, "
+            "in, not in, and, or, not"
         ) from None
     names = tuple(dict.fromkeys(node.id for node in ast.walk(tree) if isinstance(node, ast.Name)))
     if not names:
-        raise ConfigError(f"{source}: {_shown(text)} names no column")
+        raise ConfigError(f"{source}: {shown} names no column")
     return Expression(text, names, tree)
+
+
+def _is_deeper(tree: ast.AST, depth: int) -> bool:
+    """Whether more nodes than `depth` stand within each other."""
+    level: list[ast.AST] = [tree]
+    for _ in range(depth):
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+    return bool(level)
 
 
 class _Unknown(Exception):
     """A part of an expression that is of no kind there is."""
 
     def __init__(self, node: ast.AST) -> None:
-        try:
-            super().__init__(_shown(ast.unparse(node)))
-        except RecursionError:
-            super().__init__("an expression of so many levels")
+        super().__init__(repr(shortened(ast.unparse(node))))
 
 
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
-
-
-def _check_truth(node: ast.expr, depth: int = 0) -> None:
-    if depth > _DEEPEST:
-        raise _Unknown(node)
+def _check_truth(node: ast.expr) -> None:
     match node:
         case ast.Name():
             pass
         case ast.UnaryOp(op=ast.Not(), operand=operand):
-            _check_truth(operand, depth + 1)
+            _check_truth(operand)
         case ast.BoolOp(values=values):
             for value in values:
-                _check_truth(value, depth + 1)
+                _check_truth(value)
         case ast.Compare(left=left, ops=operators, comparators=others):
             _check_operand(left)
             for operator, other in zip(operators, others, strict=True):

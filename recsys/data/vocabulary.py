@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from recsys.config import Config, VocabularyIdsConfig
+from recsys.config import Config, VocabularyIdsConfig, shortened
 from recsys.data.arrow import is_integer, is_string
 from recsys.data.hashing import hash_values, map_values
 from recsys.data.storage import DataError
@@ -51,16 +52,28 @@ class Vocabulary:
             DataError: there is none, or it is not one.
         """
         try:
+            if not stat.S_ISREG(mode := file.stat().st_mode) and not stat.S_ISDIR(mode):
+                raise OSError("it is no regular file")  # reading a pipe or a device need not end
             table = pq.read_table(file)
-        except (pa.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0]
+        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: of a path with a NUL
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DataError(f"vocabulary {file} cannot be read: {reason}; {_REMEDY}") from None
         if table.schema.names != ["value", "count"] or not is_value(table.schema.field("value").type):
             raise DataError(f"{file} is no vocabulary: it has columns {table.schema.to_string()!r}; {_REMEDY}")
         values = canonical(table["value"].combine_chunks())
         if values.null_count or pc.count_distinct(values).as_py() != len(values):
             raise DataError(f"vocabulary {file} holds a null, or a value twice; {_REMEDY}")
-        vocabulary = cls(values, table["count"].combine_chunks().cast(pa.int64()), str(file))
+        kind = table.schema.field("count").type
+        try:
+            if not (is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)):
+                raise pa.ArrowInvalid(f"they are {kind}")
+            counts = table["count"].combine_chunks().cast(pa.int64())
+        except pa.ArrowException as error:
+            reason = shortened(str(error).splitlines()[0], 200)
+            raise DataError(
+                f"vocabulary {file}: its counts are no whole numbers of 64 bits: {reason}; {_REMEDY}"
+            ) from None
+        vocabulary = cls(values, counts, str(file))
         _ = vocabulary._sorted  # now, and not by each of the threads that look values up
         return vocabulary
 

@@ -4,6 +4,7 @@ Shapes: B rows of this rank's batch, F_d dense features, W the tower's input wid
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -19,6 +20,9 @@ from recsys.model.towers import Tokens, build_tower
 
 POOLED = "embedding_bag_collection"
 """The collection of tables that are pooled; its name begins those of its tables in a checkpoint."""
+
+_RESERVED_PREFIX = "table-"
+"""Holds a character that no name of a config's has, so that no other table can be called so."""
 
 
 class RankerOutput(NamedTuple):
@@ -156,6 +160,24 @@ class Ranker(nn.Module):
         return total, RankerOutput(logits.detach(), batch.labels, batch.domain, losses)
 
 
+@cache
+def table_key(name: str) -> str:
+    """What a table is called in its collection, in plans and in checkpoints: its name, unless torch reserves that.
+
+    A module of torch's takes no child of the name of one of its own attributes, such as `items` or `type`.
+    """
+    try:
+        nn.ModuleDict().add_module(name, nn.Module())
+    except KeyError:
+        return f"{_RESERVED_PREFIX}{name}"
+    return name
+
+
+def table_name(key: str) -> str:
+    """The config's name of a table that its collection calls `key`."""
+    return key.removeprefix(_RESERVED_PREFIX)
+
+
 def build_ranker(config: Config, *, seed: int, device: torch.device | None = None) -> Ranker:
     """The ranker of a config: tables on `device` (meta by default, for sharding), dense arch on the CPU.
 
@@ -167,7 +189,7 @@ def build_ranker(config: Config, *, seed: int, device: torch.device | None = Non
     """
     tables = [
         EmbeddingBagConfig(
-            name=name,
+            name=table_key(name),
             num_embeddings=table.num_embeddings,
             embedding_dim=table.embedding_dim,
             feature_names=[feature for feature, f in config.features.sparse.items() if f.table == name],

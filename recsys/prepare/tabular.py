@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from recsys.config import (
+    Count,
     DenseFeatureConfig,
     DomainConfig,
     HashIdsConfig,
@@ -25,7 +26,9 @@ from recsys.config import (
     Name,
     Salt,
     Section,
+    Seed,
     SparseFeatureConfig,
+    Text,
     VocabularyIdsConfig,
     read_yaml,
     validate,
@@ -49,6 +52,7 @@ _FILE_ROWS = 64 * _ROW_GROUP_ROWS
 _SAMPLE_ROWS = 1 << 20
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 _TYPES = {
     "bool": pa.bool_(),
     "int": pa.int64(),
@@ -74,8 +78,8 @@ class TableSchema(_Section):
     """
 
     ids: Literal["keep", "vocabulary", "hash"]
-    min_count: PositiveInt = 1
-    buckets: PositiveInt | None = None
+    min_count: Count = 1
+    buckets: Annotated[int, Field(gt=0, le=2**40)] | None = None
     salt: Salt = 0
 
     @model_validator(mode="before")
@@ -113,7 +117,7 @@ class ColumnSchema(_Section):
     """
 
     type: Literal["bool", "int", "float", "string", "timestamp", "ints", "strings"]
-    source: str | None = None
+    source: Text | None = None
     separator: Annotated[str, Field(min_length=1)] = "|"
     table: Name | None = None
     dense: DenseFeatureConfig | None = None
@@ -159,9 +163,9 @@ class SplitSchema(_Section):
     by: Literal["random", "order", "time", "file"] = "random"
     valid: Share = 0.1
     test: Share = 0.1
-    seed: NonNegativeInt = 17
+    seed: Seed = 17
     column: Name | None = None
-    boundaries: tuple[str | int, str | int] | None = None
+    boundaries: tuple[str | Int64, str | Int64] | None = None
     valid_files: tuple[str, ...] = ()
     test_files: tuple[str, ...] = ()
 
@@ -191,7 +195,7 @@ class Schema(_Section):
     with one, and in JSON Lines, columns that are not named are passed over.
     """
 
-    name: str
+    name: Text
     format: Literal["csv", "jsonl"] = "csv"
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
     quote: Annotated[str, Field(min_length=1, max_length=1)] | None = '"'
@@ -203,7 +207,7 @@ class Schema(_Section):
     tables: dict[Name, TableSchema] = Field(default_factory=dict)
     columns: Annotated[dict[Name, ColumnSchema | None], Field(min_length=1)]
     split: SplitSchema = SplitSchema()
-    embedding_dim: Annotated[int, Field(gt=0, multiple_of=4)] = writing.EMBEDDING_DIM
+    embedding_dim: Annotated[int, Field(gt=0, le=2**16, multiple_of=4)] = writing.EMBEDDING_DIM
 
     @property
     def read(self) -> dict[str, ColumnSchema]:

@@ -13,6 +13,7 @@ from torchrec.distributed.planner.types import ParameterConstraints, PlannerErro
 from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingPlan
 
 from recsys.config import ConfigError, TableConfig
+from recsys.model.ranker import table_key
 from recsys.runtime import Ranks
 
 _CPU_SHARDING = ("table_wise", "column_wise")
@@ -61,7 +62,7 @@ def make_plan(
     topology = Topology(
         world_size=ranks.world_size, local_world_size=ranks.local_world_size, compute_device=ranks.device.type
     )
-    constraints = {name: _constraint(table, on_cpu=on_cpu) for name, table in tables.items()}
+    constraints = {table_key(name): _constraint(table, on_cpu=on_cpu) for name, table in tables.items()}
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=batch_size,
@@ -114,7 +115,7 @@ def plan_rows(plan: ShardingPlan, tables: Mapping[str, TableConfig]) -> list[dic
     shardings = {name: sharding for collection in plan.plan.values() for name, sharding in collection.items()}
     rows = []
     for name, table in tables.items():
-        sharding: ParameterSharding = shardings[name]
+        sharding: ParameterSharding = shardings[table_key(name)]
         shards = getattr(sharding.sharding_spec, "shards", None)
         replicas = 1 if shards else len(sharding.ranks or [])
         mebibytes = table.num_embeddings * table.embedding_dim * torch.float32.itemsize * replicas / 2**20

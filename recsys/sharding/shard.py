@@ -25,7 +25,7 @@ from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
 from recsys.config import Config, ConfigError, DataParallelOptimizerConfig, SparseOptimizerConfig, TableConfig
-from recsys.model.ranker import Ranker
+from recsys.model.ranker import Ranker, table_name
 from recsys.runtime import Ranks
 from recsys.sharding.plan import make_plan
 
@@ -176,4 +176,4 @@ def _local_parts(value: Tensor | ShardedTensor) -> list[tuple[Tensor, int, int]]
 
 def _table_of(name: str) -> str:
     """`user` of `embedding_bags.user.weight`."""
-    return name.split(".")[1]
+    return table_name(name.split(".")[1])

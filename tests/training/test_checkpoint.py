@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hostile import TEXTS
 from ranks import run_module, run_ranks
 from runs import as_config, train_on
 from tiny import tiny_config, write_tiny_log
@@ -100,6 +101,20 @@ def test_another_format_is_refused(checkpoint: Path) -> None:
     meta = json.loads((checkpoint / "meta.json").read_text())
     (checkpoint / "meta.json").write_text(json.dumps({**meta, "format": 99}))
     assert "checkpoint format 99" in evaluation_error(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["aliases that multiply", "lists that nest 900 deep", "no such date"])
+def test_a_checkpoint_whose_config_means_harm_is_refused(checkpoint: Path, name: str) -> None:
+    text, message = TEXTS[name]
+    (checkpoint / "config.yaml").write_text(text)
+    error = evaluation_error(checkpoint)
+    assert f"{checkpoint}/config.yaml" in error and message in error
+
+
+def test_a_pipe_in_place_of_a_checkpoints_config_is_not_waited_for(checkpoint: Path) -> None:
+    (checkpoint / "config.yaml").unlink()
+    os.mkfifo(checkpoint / "config.yaml")
+    assert f"cannot read config {checkpoint}/config.yaml: it is no regular file" in evaluation_error(checkpoint)
 
 
 def test_a_missing_split_is_named(checkpoint: Path) -> None:
