@@ -136,7 +136,7 @@ def test_json_lines(tmp_path: Path) -> None:
         ("[1]", r"not one JSON object a line: \[1\]"),
         ("", "the line is blank, not one JSON object"),
         (" \t", "the line is blank, not one JSON object"),
-        ('{"a": 1, "a": 2}', "column 'a': Column.* was specified twice"),
+        ('{"a": 1, "a": 2}', "column 'a': was specified twice"),
         ('{"a": 1} {"a": 2}', "not one JSON object a line"),
         ('{"b": "\udcff"}', "UTF8"),
     ],
