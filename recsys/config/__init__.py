@@ -4,6 +4,7 @@ from recsys.config.dialect import read_yaml
 from recsys.config.faults import ConfigError, shortened, validate
 from recsys.config.load import DEFAULT_CONFIG, load_config
 from recsys.config.schema import (
+    MAX_NUM_EMBEDDINGS,
     BucketizeIdsConfig,
     Config,
     DataConfig,
@@ -32,6 +33,7 @@ from recsys.config.towers import TowerSettings
 
 __all__ = [
     "DEFAULT_CONFIG",
+    "MAX_NUM_EMBEDDINGS",
     "BucketizeIdsConfig",
     "Config",
     "ConfigError",

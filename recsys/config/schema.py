@@ -54,6 +54,10 @@ Salt = Seed
 ComputeKernel = Literal["dense", "fused", "fused_uvm", "fused_uvm_caching"]
 
 
+MAX_NUM_EMBEDDINGS = 2**40
+"""Rows of one table: far more than machines hold, so that no number overflows on its way."""
+
+
 class TableConfig(Section):
     """One embedding table.
 
@@ -61,7 +65,7 @@ class TableConfig(Section):
     restrict the planner, null leaves it free; `min_partition` is the least width of a column-wise shard.
     """
 
-    num_embeddings: Annotated[int, Field(gt=0, le=2**40)]
+    num_embeddings: Annotated[int, Field(gt=0, le=MAX_NUM_EMBEDDINGS)]
     embedding_dim: Annotated[int, Field(gt=0, le=2**16, multiple_of=4)]
     pooling: Literal["sum", "mean"] = "mean"
     sharding: Annotated[tuple[ShardingType, ...], Field(min_length=1)] | None = None

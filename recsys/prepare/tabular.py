@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from recsys.config import (
+    MAX_NUM_EMBEDDINGS,
     Count,
     DenseFeatureConfig,
     DomainConfig,
@@ -79,7 +80,7 @@ class TableSchema(_Section):
 
     ids: Literal["keep", "vocabulary", "hash"]
     min_count: Count = 1
-    buckets: Annotated[int, Field(gt=0, le=2**40)] | None = None
+    buckets: Annotated[int, Field(gt=0, le=MAX_NUM_EMBEDDINGS)] | None = None
     salt: Salt = 0
 
     @model_validator(mode="before")
@@ -617,4 +618,8 @@ def _checked(values: pa.Array, column: ColumnSchema, schema: Schema, needed: boo
         least = pc.min(_items(values)).as_py() or 0
         if least < 0:
             raise Malformed(f"the id {least} is negative; ids that are kept count from 0")
+        if (greatest := pc.max(_items(values)).as_py() or 0) >= MAX_NUM_EMBEDDINGS:
+            raise Malformed(
+                f"the id {greatest} is beyond the rows of any table; set the table's ids to hash or vocabulary"
+            )
     return values

@@ -161,7 +161,7 @@ class TextFiles:
                 first, rest, names, final = 1, b"", self.format.names, False
                 begun = names is not None or self.format.json
                 while not final:
-                    content = stream.read(self.block_bytes)
+                    content = _filled(stream, self.block_bytes)
                     final = len(content) < self.block_bytes
                     if first == 1 and not rest:
                         content = _decodable(content, path)
@@ -219,11 +219,19 @@ class TextFiles:
                 raise DataError(f"{path}, line 1: {number} named {name!r}; the file has {', '.join(names)}")
         return names
 
-    def _read(self, text: "_Text", first: int, content: bytes, lines: int) -> Iterator[tuple[int, int, pa.Table]]:
-        """Tables of the rows of whole lines, each with its first line and the one after its last."""
+    def _read(
+        self, text: "_Text", first: int, content: bytes, lines: int, checked: bool = False
+    ) -> Iterator[tuple[int, int, pa.Table]]:
+        """Tables of the rows of whole lines, each with its first line and the one after its last.
+
+        `checked`: each line is known to be one JSON object.
+        """
         path = self.paths[text.file]
         try:
             try:
+                if self.format.json and not checked:
+                    _check_objects(content)
+                    checked = True
                 table = self._parse(content, lines, text.names)
             except Malformed as error:
                 if not (cut := self._cutter.middle(content)):
@@ -239,8 +247,8 @@ class TextFiles:
         except TooManyLines as error:
             raise DataError(_too_many(path, first, content, error)) from None
         before = line_count(content[:cut])
-        yield from self._read(text, first, content[:cut], before)
-        yield from self._read(text, first + before, content[cut:], lines - before)
+        yield from self._read(text, first, content[:cut], before, checked)
+        yield from self._read(text, first + before, content[cut:], lines - before, checked)
 
     def _parse(self, text: bytes, lines: int, names: Sequence[str] | None) -> pa.Table:
         """The rows of whole lines.
@@ -260,11 +268,6 @@ class TextFiles:
             raise Malformed(_told(error, names)) from None
 
     def _parse_json(self, text: bytes, lines: int) -> pa.Table:
-        try:
-            check_objects(text)
-        except ValueError as error:
-            raise Malformed(str(error)) from None
-
         def parse(block_bytes: int, types: Mapping[str, pa.DataType] = self.format.types) -> pa.Table:
             table = pa_json.read_json(
                 io.BytesIO(text),
@@ -279,7 +282,7 @@ class TextFiles:
         try:
             table = _in_blocks(parse, len(text))
         except pa.ArrowInvalid as error:
-            if lines > 1:
+            if lines > 1 or self.skip_malformed:
                 raise
             for name, kind in self.format.types.items():
                 try:
@@ -368,11 +371,26 @@ class _Text:
     bytes: tuple[int, int]
 
 
+def _filled(stream: io.BufferedIOBase | pa.NativeFile, size: int) -> bytes:
+    """The next `size` bytes of a stream; fewer only if it ends."""
+    content: bytes = stream.read(size)
+    while len(content) < size and (more := stream.read(size - len(content))):
+        content += more
+    return content
+
+
 def _decodable(content: bytes, path: Path) -> bytes:
     """A file's first bytes without a byte order mark."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{path}, line 1: the text is UTF-16; convert it to UTF-8")
     return content.removeprefix(_BYTE_ORDER_MARK)
+
+
+def _check_objects(text: bytes) -> None:
+    try:
+        check_objects(text)
+    except ValueError as error:
+        raise Malformed(str(error)) from None
 
 
 def _without_blanks(content: bytes, begin: int, end: int) -> int:
@@ -414,6 +432,7 @@ def _told(error: Exception, names: Sequence[str] | None) -> str:
     text = re.sub(r"^(CSV|JSON) parse error: ", "", " ".join(str(error).split()))
     text = re.sub(r" in row 0$", "", text)
     text = re.sub(r"^Column\([^)]*\) changed from (\w+) to (\w+)$", r"found \2, not \1", text)
+    text = re.sub(r"^Column\([^)]*\) (was specified twice)$", r"\1", text)
     text = re.sub(r"^Failed to convert JSON to ([^,]+), couldn't parse:(.*)", r"invalid value '\2' for \1", text)
     if (found := re.match(r"In CSV column #(\d+): CSV conversion error to ([^:]+): (.*)", text)) and names:
         fault = re.sub(r"\. If these timestamps .*", "", found[3])

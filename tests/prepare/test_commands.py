@@ -141,6 +141,34 @@ def test_csv_by_a_schema(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("suffix", "text", "message"),
+    [
+        ("jsonl", "null\n", "line 1: not one JSON object a line: null; mend it, or leave such rows out"),
+        ("jsonl", '{"who": "u", "clicked": 1}\n' * 20 + "17", "line 21: not one JSON object a line: 17; mend it"),
+        ("csv", 'who,clicked\nu,1\n"v,0\nw,1\n', "line 3: the quoted field that opens here is open at the file's end"),
+        (
+            "csv",
+            'who,clicked\n5" disk,1\nu,1\nv,x\n8" disk,1\n',
+            "line 4: column 'clicked': invalid value 'x' for int64",
+        ),
+        ("csv", "who,clicked\n", "no rows"),
+        ("csv", "", "line 1: the file is empty, without a header of columns; leave it out"),
+    ],
+)
+def test_wrong_text_ends_in_one_line(tmp_path: Path, suffix: str, text: str, message: str) -> None:
+    log = tmp_path / f"log.{suffix}"
+    log.write_text(text)
+    (tmp_path / "log.yaml").write_text(
+        f"format: {suffix}\nlabel: clicked\ntables: {{who: {{ids: vocabulary}}}}\n"
+        "columns: {who: {type: string, table: who}, clicked: {type: int}}\n"
+    )
+    done = run("csv", "--source", log.name, "--schema", "log.yaml", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: log.") and message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (

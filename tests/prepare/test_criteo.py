@@ -132,7 +132,7 @@ def test_the_last_day_is_held_out_and_days_are_in_order(source: Path, tmp_path: 
         ("2" + "\t" * 39, "column 'label': the label is neither 0 nor 1"),
         ("\t" * 39, "column 'label': no value"),
         ("0" + "\t1.5" + "\t" * 38, "column 'I1': invalid value '1.5' for int64"),
-        ("", "column 'label': no value"),
+        ("", "the line is blank"),
     ],
 )
 def test_malformed_lines(

@@ -317,7 +317,7 @@ def rows_of(draw_words: Any, draw_numbers: Any) -> Any:
                 "clicked": st.booleans(),
                 "words": st.none() | st.lists(draw_words, max_size=3),
                 "numbers": st.none() | st.lists(draw_numbers, max_size=3),
-                "kept_list": st.none() | st.lists(st.integers(0, 2**40), max_size=3),
+                "kept_list": st.none() | st.lists(st.integers(0, 2**40 - 1), max_size=3),
                 "hashed_from": st.none() | draw_numbers,
                 "number": st.none() | draw_numbers,
                 "price": st.none() | st.floats(-1e30, 1e30, width=64),
