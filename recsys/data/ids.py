@@ -340,6 +340,9 @@ def check_rows(ids: NDArray[np.int32 | np.int64], mapping: IdMapping, what: str)
     Raises:
         DataError: there is an id that no table of so many rows has.
     """
+    unsigned = ids.view(f"u{ids.itemsize}")  # in which negative ids are large, so that one pass finds both ends
+    if unsigned.max(initial=0) < min(mapping.num_rows, 1 << (8 * ids.itemsize - 1)):
+        return False
     least, greatest = int(ids.min(initial=0)), int(ids.max(initial=0))
     if least < -1 or greatest >= max(1, mapping.num_rows):
         wrong = least if least < -1 else greatest

@@ -19,7 +19,16 @@ from recsys.data import labels
 from recsys.data.batch import Part, build_batch
 from recsys.data.features import Columns
 from recsys.data.hashing import hash_ids
-from recsys.data.ids import BucketizedIds, DatetimeIds, HashedIds, IdMapping, Mapped, PlainIds, VocabularyIds
+from recsys.data.ids import (
+    BucketizedIds,
+    DatetimeIds,
+    HashedIds,
+    IdMapping,
+    Mapped,
+    PlainIds,
+    VocabularyIds,
+    check_rows,
+)
 from recsys.data.order import RowSlice
 from recsys.data.parquet import ParquetShards
 from recsys.data.rows import Jagged, Rows
@@ -269,6 +278,20 @@ def test_every_id_that_a_mapping_hands_out_is_checked(row: int, values: list[Any
         ids_of(Astray(row), pa.array(values), 24)
     with pytest.raises(DataError, match=rf"here was mapped to row {row}, but Astray has rows 0\.\.23"):
         mapped(pa.array(values), Astray(row), "here")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"])
+@pytest.mark.parametrize("num_rows", [1, 100, 128, 200, 40_000, 2**31, 2**63])
+def test_ids_of_every_width_are_checked(kind: str, num_rows: int) -> None:
+    limits = np.iinfo(kind)
+    for ids in ([0], [-1, 0], [-2], [99, 0], [127], [128], [199], [255], [39_999], [2**31 - 1], [limits.max], []):
+        if all(limits.min <= row <= limits.max for row in ids):
+            array = np.array(ids, kind)
+            if all(-1 <= row < num_rows for row in ids):
+                assert check_rows(array, Astray(0, num_rows), "here") == (-1 in ids)
+            else:
+                with pytest.raises(DataError, match="was mapped to row"):
+                    check_rows(array, Astray(0, num_rows), "here")
 
 
 def test_ids_out_of_range_are_hashed_or_clipped_and_counted() -> None:

@@ -266,7 +266,7 @@ def test_files_without_a_header_go_by_the_order_of_columns(tmp_path: Path) -> No
 WRONG = [
     ("clicked", "", "no value"),
     ("device", "-1", "the id -1 is negative; ids that are kept count from 0"),
-    ("device", f"{2**40}", f"the id {2**40} is beyond the rows of any table; set the table's ids to hash"),
+    ("device", f"{2**40}", f"the id {2**40} is beyond the rows of any table; set its ids to hash"),
     ("price", "nan", "the value is not finite in float32"),
     ("seen", "i1;;i2", "an item of the list has no value"),
     ("page", "NA", "no value"),

@@ -465,9 +465,14 @@ def test_a_label_that_one_row_group_cannot_give_leaves_the_rest_of_the_report(
     assert report.splits["valid"].rows_read == ROWS["valid"]
 
 
-def test_unusual_types_are_read_as_what_they_hold(log: Path) -> None:
-    expected = check(log)
+@pytest.mark.parametrize("sample", [None, 900])
+def test_unusual_types_are_read_as_what_they_hold(log: Path, sample: int | None) -> None:
+    source = {"features__sparse__item__ids": {"type": "hash"}}
+    for split in ROWS:
+        rewrite(log, split, replaced("item", lambda given: given.cast(pa.string())))
+    expected = check(log, sample, **source)
     changes: dict[str, pa.DataType] = {
+        "item": pa.string_view(),
         "user": pa.int16(),
         "tags": pa.list_view(pa.int64()),
         "z": pa.decimal128(38, 20),
@@ -480,8 +485,9 @@ def test_unusual_types_are_read_as_what_they_hold(log: Path) -> None:
 
         for split in ROWS:
             rewrite(log, split, replaced(column, change))
-    found = check(log)
-    assert (found.errors, found.warnings) == ([], [])
+    found = check(log, sample, **source)
+    assert (found.errors, found.warnings) == (expected.errors, expected.warnings)
+    assert found.errors == []
     for split in ROWS:
         assert found.splits[split].sparse == expected.splits[split].sparse
         assert found.splits[split].label_rate == expected.splits[split].label_rate
