@@ -319,32 +319,33 @@ class _Reading:
         return table
 
     def _decoded(self, names: tuple[str, ...], as_dictionaries: list[str]) -> pa.Table:
-        parquet = _opened(self._file, self._footer, as_dictionaries, pre_buffer=not self._of.place.is_local)
-
-        def read(names: tuple[str, ...]) -> pa.Table:
-            # Select, for a struct's "a.b" is read beside a column of that name.
-            return parquet.read_row_group(self._group, columns=list(names), use_threads=False).select(names)
-
         try:
-            return read(names)
+            return self._read(names, as_dictionaries)
         except _FAILURES as error:
             if is_of_storage(error):
                 raise
         # Which column it is, Arrow does not say.
-        parts = []
-        for name in names:
-            try:
-                parts.append(read((name,)))
-            except _FAILURES as error:
-                if is_of_storage(error):
-                    raise
-                way_out = _SMALLER if _IS_TOO_LARGE.search(str(error)) else _AGAIN
-                raise self._error(name, f"cannot be read: {explain(error)}; {way_out}") from None
-        columns = [part.column(0) for part in parts]
+        columns = [self._column(name, as_dictionaries) for name in names]
         for name, column in zip(names, columns, strict=True):
             if len(column) != len(columns[0]):
                 raise self._error(name, f"has {len(column)} rows, but others have {len(columns[0])}; {_AGAIN}")
         return pa.table(columns, list(names))
+
+    def _column(self, name: str, as_dictionaries: list[str]) -> pa.ChunkedArray:
+        """One column, plainly where it cannot be read as a dictionary: too large for one, or of an odd encoding."""
+        for attempt in (as_dictionaries, []):
+            try:
+                return self._read((name,), attempt).column(0)
+            except _FAILURES as error:
+                if is_of_storage(error):
+                    raise
+                cause = explain(error)
+        raise self._error(name, f"cannot be read: {cause}; {_SMALLER if _IS_TOO_LARGE.search(cause) else _AGAIN}")
+
+    def _read(self, names: tuple[str, ...], as_dictionaries: list[str]) -> pa.Table:
+        parquet = _opened(self._file, self._footer, as_dictionaries, pre_buffer=not self._of.place.is_local)
+        # Select, for a struct's "a.b" is read beside a column of that name.
+        return parquet.read_row_group(self._group, columns=list(names), use_threads=False).select(names)
 
     def _in_one_piece(self, name: str, column: pa.ChunkedArray) -> pa.Array:
         """A column whose values may be more than 32-bit offsets reach."""
@@ -362,7 +363,7 @@ class _Reading:
 _FAILURES = (pa.ArrowException, OSError, ValueError)
 _AGAIN = "write the file again"
 _SMALLER = "write smaller row groups"
-_IS_TOO_LARGE = re.compile(r"chunked array outputs|more than 2\^?\d* |2147483646|[Cc]apacity|overflow", re.ASCII)
+_IS_TOO_LARGE = re.compile(r"chunked array outputs|cannot contain more than|[Cc]apacity|overflow")
 
 
 def _opened(
