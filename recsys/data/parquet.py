@@ -53,7 +53,7 @@ class ColumnError(DataError):
 class _File(NamedTuple):
     place: Place
     version: str
-    schema: pa.Schema
+    has_extensions: bool
     leaves: tuple[_Leaf, ...]
     footer: pq.FileMetaData | SplitFooter | None
     partitions: Mapping[str, str | None]
@@ -135,7 +135,9 @@ class ShardTables:
                     known.append(schema := opened.schema)
                 self.schemas.append(schema)
                 leaves = known_leaves.setdefault(opened.leaves, opened.leaves)
-                self._files.append(_File(place, opened.version, schema, leaves, opened.footer, opened.partitions))
+                self._files.append(
+                    _File(place, opened.version, opened.has_extensions, leaves, opened.footer, opened.partitions)
+                )
         self.row_counts = tuple(row_counts)
         if not sum(row_counts):
             raise DataError(f"{source}: the {len(places)} files matching {', '.join(patterns)} hold no rows")
@@ -220,7 +222,8 @@ class ShardTables:
         raw = end.footer(file) if end.footer_bytes else None
         footer = raw.parsed() if raw else pq.read_metadata(file)
         # As rows are read, so that the types that are checked are those that come.
-        schema = _plain_schema(_opened(file, footer).schema_arrow)
+        given = _opened(file, footer).schema_arrow
+        schema = _plain_schema(given)
         counts = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
         if sum(counts) != footer.num_rows:
             raise DataError(
@@ -233,12 +236,13 @@ class ShardTables:
                     f"{place}, row group {group}: its footer says that it has {rows} rows, where 0 to {MOST_ROWS:,} "
                     "can be read; write the file again, in smaller row groups"
                 )
+        has_extensions = not schema.equals(given)
         schema, partitions = self._with_partitions(place, schema)
         with self._lock:
             is_kept = footer.serialized_size <= self._room
             self._room -= footer.serialized_size if is_kept else 0
         kept = footer if is_kept else split_footer(raw, footer) if raw else None
-        return _Opened(version, kept, schema, counts, _leaves(footer), partitions)
+        return _Opened(version, kept, schema, has_extensions, counts, _leaves(footer), partitions)
 
     def _with_partitions(self, place: Place, schema: pa.Schema) -> tuple[pa.Schema, Mapping[str, str | None]]:
         """A file's schema with the columns on its path, and those."""
@@ -266,6 +270,7 @@ class _Opened(NamedTuple):
     version: str
     footer: pq.FileMetaData | SplitFooter | None
     schema: pa.Schema
+    has_extensions: bool
     counts: list[int]
     leaves: tuple[_Leaf, ...]
     partitions: Mapping[str, str | None]
@@ -349,13 +354,12 @@ class _Reading:
             if is_string and name in dictionaries and _WITHOUT_DICTIONARIES.isdisjoint(chunk.encodings):
                 as_dictionaries.append(path)
         table = self._decoded(names, as_dictionaries)
-        for place, name in enumerate(names):
-            column = table.column(name)
+        for place, (name, column) in enumerate(zip(names, table.columns, strict=True)):
             if len(column) != num_rows:
                 raise self._error(name, f"has {len(column)} rows, but the footer says {num_rows}; {_AGAIN}")
-            kind = _plain_type(column.type)
-            if column.type != kind or column.num_chunks > 1:
-                table = table.set_column(place, name, self._in_one_piece(name, column.cast(kind)))
+            if column.num_chunks > 1 or self._of.has_extensions:
+                plain = self._in_one_piece(name, column.cast(_plain_type(column.type)))
+                table = table.set_column(place, name, plain)
         return table
 
     def _decoded(self, names: tuple[str, ...], as_dictionaries: list[str]) -> pa.Table:
