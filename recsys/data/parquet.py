@@ -1,8 +1,10 @@
 """Parquet shards: footers, and decoding of row groups."""
 
 import re
+import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,16 +12,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys.data.features import AS_THEY_STAND, Columns, RowOrder
+from recsys.data.footers import FileEnd, SplitFooter, split_footer
 from recsys.data.kinds import Kinds
 from recsys.data.order import RowSlice
 from recsys.data.rows import Rows
 from recsys.data.storage import THREADS, DataError, Place, explain, find_files, is_of_storage, naming
 
 FOOTER_BYTES = 256 << 20
-"""Memory for parsed footers, for each split on each rank. What does not fit is parsed again at each read."""
+"""Memory for parsed footers, for each split on each rank. Of others, a row group's part is parsed as it is read."""
 
-_PARSED = 8
+_PARSED = 10
 """Bytes of a parsed footer for each that it takes in the file, measured."""
+
+_LARGE = 1 << 20
+"""Bytes of a footer beyond which no two are parsed at a time."""
 
 
 MOST_ROWS = (1 << 31) - 1
@@ -47,9 +53,9 @@ class ColumnError(DataError):
 class _File(NamedTuple):
     place: Place
     version: str
-    schema: pa.Schema
+    has_extensions: bool
     leaves: tuple[_Leaf, ...]
-    footer: pq.FileMetaData | None
+    footer: pq.FileMetaData | SplitFooter | None
     partitions: Mapping[str, str | None]
     """Those on its path that are columns to be read."""
 
@@ -108,10 +114,12 @@ class ShardTables:
         self._partition_types = {**partition_types(places, names), **(path_types or {})}
         self._files: list[_File] = []
         self._row_groups: list[tuple[int, int]] = []  # file, row group within it
+        self._room = FOOTER_BYTES // _PARSED
+        self._lock, self._parsing = threading.Lock(), threading.Lock()
+        self._last: tuple[int, pq.FileMetaData] | None = None
         row_counts: list[int] = []
         known: list[pa.Schema] = []  # most files have the schema of another
         known_leaves: dict[tuple[_Leaf, ...], tuple[_Leaf, ...]] = {}
-        room = FOOTER_BYTES // _PARSED
         with ThreadPoolExecutor(THREADS) as pool:
             for place, opened in zip(places, pool.map(self._open, places), strict=True):
                 if isinstance(opened, DataError):
@@ -119,19 +127,17 @@ class ShardTables:
                         raise opened
                     on_unreadable(opened)
                     continue
-                version, footer, schema, partitions = opened
-                room -= footer.serialized_size
-                groups = range(footer.num_row_groups)
-                self._row_groups += [(len(self.files), group) for group in groups]
+                self._row_groups += [(len(self.files), group) for group in range(len(opened.counts))]
+                row_counts += opened.counts
                 self.files.append(str(place))
-                row_counts += [footer.row_group(group).num_rows for group in groups]
-                same = next((one for one in known if schema.equals(one)), None)
-                if same is None:
-                    known.append(schema)
-                self.schemas.append(schema if same is None else same)
-                leaves = known_leaves.setdefault(leaves := _leaves(footer), leaves)
-                kept = footer if room >= 0 else None
-                self._files.append(_File(place, version, self.schemas[-1], leaves, kept, partitions))
+                schema = next((one for one in known if opened.schema.equals(one)), None)
+                if schema is None:
+                    known.append(schema := opened.schema)
+                self.schemas.append(schema)
+                leaves = known_leaves.setdefault(opened.leaves, opened.leaves)
+                self._files.append(
+                    _File(place, opened.version, opened.has_extensions, leaves, opened.footer, opened.partitions)
+                )
         self.row_counts = tuple(row_counts)
         if not sum(row_counts):
             raise DataError(f"{source}: the {len(places)} files matching {', '.join(patterns)} hold no rows")
@@ -167,8 +173,8 @@ class ShardTables:
                         f"{of.place}: changed since the run began; start again, and write new shards under new names "
                         "instead of replacing those in use"
                     )
-                footer = of.footer or pq.read_metadata(file)
-                reading = _Reading(file, of, footer, group, where)
+                footer, place = self._footer_of(number, group, file)
+                reading = _Reading(file, of, footer, place, where)
                 in_file = tuple(name for name in names if name not in of.partitions)
                 table = reading.table(in_file, tuple(dictionaries), self.row_counts[row_group])
         for name in names:
@@ -185,13 +191,39 @@ class ShardTables:
         except DataError as error:
             return error
 
+    def _footer_of(self, number: int, group: int, file: pa.NativeFile) -> tuple[pq.FileMetaData, int]:
+        """A footer that has a row group of a file, and the row group's number in it."""
+        of = self._files[number]
+        if isinstance(of.footer, pq.FileMetaData):
+            return of.footer, group
+        if of.footer is not None:
+            with suppress(*_FAILURES):
+                footer = of.footer.read(file, group)
+                found = footer.row_group(0)
+                if footer.num_row_groups == 1 and found.num_columns == len(of.leaves):
+                    return footer, 0
+        # By one thread for all, as the next row group is likely of the same file.
+        with self._parsing:
+            if self._last is None or self._last[0] != number:
+                self._last = None
+                self._last = number, pq.read_metadata(file)
+            return self._last[1], group
+
     def _footer(self, place: Place) -> "_Opened":
         with naming(f"{place}: not a readable Parquet file"):
             file, version = place.open()
             with file:
-                footer = pq.read_metadata(file)
-                # As rows are read, so that the types that are checked are those that come.
-                schema = _plain_schema(_opened(file, footer).schema_arrow)
+                end = FileEnd.read(file)
+                with self._parsing if end.footer_bytes > _LARGE else nullcontext():
+                    return self._understood(place, version, file, end)
+
+    def _understood(self, place: Place, version: str, file: pa.NativeFile, end: FileEnd) -> "_Opened":
+        """What there is to know of an open file."""
+        raw = end.footer(file) if end.footer_bytes else None
+        footer = raw.parsed() if raw else pq.read_metadata(file)
+        # As rows are read, so that the types that are checked are those that come.
+        given = _opened(file, footer).schema_arrow
+        schema = _plain_schema(given)
         counts = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
         if sum(counts) != footer.num_rows:
             raise DataError(
@@ -204,6 +236,16 @@ class ShardTables:
                     f"{place}, row group {group}: its footer says that it has {rows} rows, where 0 to {MOST_ROWS:,} "
                     "can be read; write the file again, in smaller row groups"
                 )
+        has_extensions = not schema.equals(given)
+        schema, partitions = self._with_partitions(place, schema)
+        with self._lock:
+            is_kept = footer.serialized_size <= self._room
+            self._room -= footer.serialized_size if is_kept else 0
+        kept = footer if is_kept else split_footer(raw, footer) if raw else None
+        return _Opened(version, kept, schema, has_extensions, counts, _leaves(footer), partitions)
+
+    def _with_partitions(self, place: Place, schema: pa.Schema) -> tuple[pa.Schema, Mapping[str, str | None]]:
+        """A file's schema with the columns on its path, and those."""
         partitions = {name: value for name, value in place.partitions.items() if name in self._partition_types}
         for name, value in list(partitions.items()):
             kind = self._partition_types[name]
@@ -221,13 +263,16 @@ class ShardTables:
                 )
             else:
                 schema = schema.append(pa.field(name, kind))
-        return _Opened(version, footer, schema, partitions)
+        return schema, partitions
 
 
 class _Opened(NamedTuple):
     version: str
-    footer: pq.FileMetaData
+    footer: pq.FileMetaData | SplitFooter | None
     schema: pa.Schema
+    has_extensions: bool
+    counts: list[int]
+    leaves: tuple[_Leaf, ...]
     partitions: Mapping[str, str | None]
 
 
@@ -309,42 +354,42 @@ class _Reading:
             if is_string and name in dictionaries and _WITHOUT_DICTIONARIES.isdisjoint(chunk.encodings):
                 as_dictionaries.append(path)
         table = self._decoded(names, as_dictionaries)
-        for place, name in enumerate(names):
-            column = table.column(name)
+        for place, (name, column) in enumerate(zip(names, table.columns, strict=True)):
             if len(column) != num_rows:
                 raise self._error(name, f"has {len(column)} rows, but the footer says {num_rows}; {_AGAIN}")
-            kind = _plain_type(column.type)
-            if column.type != kind or column.num_chunks > 1:
-                table = table.set_column(place, name, self._in_one_piece(name, column.cast(kind)))
+            if column.num_chunks > 1 or self._of.has_extensions:
+                plain = self._in_one_piece(name, column.cast(_plain_type(column.type)))
+                table = table.set_column(place, name, plain)
         return table
 
     def _decoded(self, names: tuple[str, ...], as_dictionaries: list[str]) -> pa.Table:
-        parquet = _opened(self._file, self._footer, as_dictionaries, pre_buffer=not self._of.place.is_local)
-
-        def read(names: tuple[str, ...]) -> pa.Table:
-            # Select, for a struct's "a.b" is read beside a column of that name.
-            return parquet.read_row_group(self._group, columns=list(names), use_threads=False).select(names)
-
         try:
-            return read(names)
+            return self._read(names, as_dictionaries)
         except _FAILURES as error:
             if is_of_storage(error):
                 raise
         # Which column it is, Arrow does not say.
-        parts = []
-        for name in names:
-            try:
-                parts.append(read((name,)))
-            except _FAILURES as error:
-                if is_of_storage(error):
-                    raise
-                way_out = _SMALLER if _IS_TOO_LARGE.search(str(error)) else _AGAIN
-                raise self._error(name, f"cannot be read: {explain(error)}; {way_out}") from None
-        columns = [part.column(0) for part in parts]
+        columns = [self._column(name, as_dictionaries) for name in names]
         for name, column in zip(names, columns, strict=True):
             if len(column) != len(columns[0]):
                 raise self._error(name, f"has {len(column)} rows, but others have {len(columns[0])}; {_AGAIN}")
         return pa.table(columns, list(names))
+
+    def _column(self, name: str, as_dictionaries: list[str]) -> pa.ChunkedArray:
+        """One column, plainly where it cannot be read as a dictionary: too large for one, or of an odd encoding."""
+        for attempt in (as_dictionaries, []):
+            try:
+                return self._read((name,), attempt).column(0)
+            except _FAILURES as error:
+                if is_of_storage(error):
+                    raise
+                cause = explain(error)
+        raise self._error(name, f"cannot be read: {cause}; {_SMALLER if _IS_TOO_LARGE.search(cause) else _AGAIN}")
+
+    def _read(self, names: tuple[str, ...], as_dictionaries: list[str]) -> pa.Table:
+        parquet = _opened(self._file, self._footer, as_dictionaries, pre_buffer=not self._of.place.is_local)
+        # Select, for a struct's "a.b" is read beside a column of that name.
+        return parquet.read_row_group(self._group, columns=list(names), use_threads=False).select(names)
 
     def _in_one_piece(self, name: str, column: pa.ChunkedArray) -> pa.Array:
         """A column whose values may be more than 32-bit offsets reach."""
@@ -362,7 +407,7 @@ class _Reading:
 _FAILURES = (pa.ArrowException, OSError, ValueError)
 _AGAIN = "write the file again"
 _SMALLER = "write smaller row groups"
-_IS_TOO_LARGE = re.compile(r"chunked array outputs|more than 2\^?\d* |2147483646|[Cc]apacity|overflow", re.ASCII)
+_IS_TOO_LARGE = re.compile(r"chunked array outputs|cannot contain more than|[Cc]apacity|overflow")
 
 
 def _opened(

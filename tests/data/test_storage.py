@@ -218,23 +218,23 @@ def test_a_file_without_a_footer_is_named(tmp_path: Path, content: bytes) -> Non
         open_shards(tmp_path)
 
 
-def test_a_footer_is_parsed_once_unless_memory_for_footers_is_used_up(
+def test_of_a_footer_that_memory_has_no_room_for_a_part_is_parsed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for part in range(3):
-        write(tmp_path / f"part-{part}.parquet", first=4 * part)
+        write(tmp_path / f"part-{part}.parquet", first=40 * part, rows=40, row_group_size=10)
     size = pq.read_metadata(tmp_path / "part-0.parquet").serialized_size
-    monkeypatch.setattr(parquet, "FOOTER_BYTES", 8 * 2 * size)
+    monkeypatch.setattr(parquet, "FOOTER_BYTES", parquet._PARSED * 2 * size)
     shards = open_shards(tmp_path)
     read_metadata, parsed = pq.read_metadata, []
 
     def spy(file: Any) -> pq.FileMetaData:
-        parsed.append(file)
-        return read_metadata(file)
+        parsed.append(read_metadata(file))
+        return parsed[-1]
 
     monkeypatch.setattr(pq, "read_metadata", spy)
-    assert xs(shards) == list(range(12))
-    assert len(parsed) == 1
+    assert xs(shards) == list(range(120))
+    assert [(footer.num_row_groups, footer.row_group(0).num_rows) for footer in parsed] == [(1, 10)] * 4
 
 
 def names_of(*patterns: str | Path, told: list[str] | None = None) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 from reading import dense_column, ids, read_first, sparse_column
 from test_fuzz import outcomes
 
+from recsys.data import parquet
 from recsys.data.features import Columns, RowOrder
 from recsys.data.hashing import hash_ids
 from recsys.data.ids import HashedIds, VocabularyIds
@@ -213,3 +214,44 @@ def test_a_column_that_cannot_be_decoded_is_named_among_many(tmp_path: Path) -> 
     assert len(tables.table(0, tuple(FEW))) == 300
     with pytest.raises(ColumnError, match=r"part.parquet, row group 1: column 'user' cannot be read: .*; write the fi"):
         tables.table(1, tuple(FEW))
+
+
+@pytest.mark.parametrize(
+    ("said", "way_out"),
+    [
+        ("Nested data conversions not implemented for chunked array outputs", "write smaller row groups"),
+        ("array cannot contain more than 2147483646 bytes, have 2147495936", "write smaller row groups"),
+        ("Unexpected end of stream", "write the file again"),
+    ],
+)
+def test_the_way_out_is_said_with_the_column(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, way_out: str
+) -> None:
+    path = tmp_path / "part.parquet"
+    pq.write_table(pa.table({"x": [1], "s": ["a"]}), path)
+    tables = ShardTables([str(path)], ["x", "s"], source="data.train")
+    read = pq.ParquetFile.read_row_group
+
+    def fails(parquet: pq.ParquetFile, group: int, columns: list[str], **options: Any) -> pa.Table:
+        if "s" in columns:
+            raise pa.ArrowNotImplementedError(said)
+        return read(parquet, group, columns, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", fails)
+    with pytest.raises(ColumnError, match=rf"part.parquet, row group 0: column 's' cannot be read: {said}; {way_out}"):
+        tables.table(0, ("x", "s"), ("s",))
+
+
+def test_strings_that_no_dictionary_can_hold_are_read_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "part.parquet"
+    pq.write_table(pa.table({"x": [1, 2], "s": ["a", "b"]}), path)
+    tables = ShardTables([str(path)], ["x", "s"], source="data.train")
+    opened = parquet._opened
+
+    def without(file: Any, footer: Any, as_dictionaries: Any = (), **options: Any) -> pq.ParquetFile:
+        if as_dictionaries:
+            raise OSError("Not yet implemented: DecodeArrow of DictAccumulator for another decoder")
+        return opened(file, footer, as_dictionaries, **options)
+
+    monkeypatch.setattr(parquet, "_opened", without)
+    assert tables.table(0, ("x", "s"), ("s",)).to_pydict() == {"x": [1, 2], "s": ["a", "b"]}
