@@ -1,6 +1,7 @@
 """How an entry starts, fails and ends. Imports neither torch nor TorchRec, which `run_entry` checks first."""
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -60,6 +61,8 @@ def run_entry(body: Callable[[], int | None], *, checks_versions: bool = True) -
         checks_versions: whether a mismatched installation ends the command; the doctor looks for itself.
     """
     quiet_libraries()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter is no reason to fail
     code = 0
     try:
         if checks_versions:

@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 from recsys.config import ConfigError
 
+_TIMEOUT = timedelta(minutes=30)
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -43,18 +45,19 @@ def process_group(device: str) -> Iterator[Ranks]:
     """Join the process group that torchrun or TorchX prepared, or make one of this process alone.
 
     Args:
-        device: `auto` (CUDA where every process of this machine has a GPU), `cpu` or `cuda`.
+        device: `auto` (CUDA where this machine has GPUs), `cpu` or `cuda`.
 
     Raises:
-        ConfigError: `cuda` is asked for and there are fewer GPUs than processes.
+        ConfigError: there are fewer GPUs than processes that are to compute on them, or this machine has GPUs and
+            another of the run has none.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     gpus = torch.cuda.device_count()
-    if device == "cuda" and gpus < local_world_size:
+    if gpus < local_world_size and (device == "cuda" or (device == "auto" and gpus)):
         raise ConfigError(
-            f"device: cuda needs a GPU for each of this machine's {local_world_size} processes, and it has {gpus}; "
+            f"device: {device} needs a GPU for each of this machine's {local_world_size} processes, and it has {gpus}; "
             "start fewer processes or set device=cpu"
         )
     use_cuda = device_type(device, local_world_size) == "cuda"
@@ -68,12 +71,34 @@ def process_group(device: str) -> Iterator[Ranks]:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size - 1))
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+        agree_on_device(store, chosen.type, rank)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     yield Ranks(rank, world_size, local_rank, local_world_size, chosen)
     # Not in a finally: after a failure the other ranks may never come, and the process is about to end anyway.
     dist.destroy_process_group()
+
+
+def agree_on_device(store: dist.Store, device_type: str, rank: int) -> None:
+    """Refuse to compute on another kind of device than the first rank that came by; ranks of both would never meet.
+
+    Args:
+        store: at which the ranks meet.
+        device_type: of this rank, `cpu` or `cuda`.
+        rank: of this process.
+
+    Raises:
+        ConfigError: another rank's device is of the other kind.
+    """
+    first = store.compare_set("hilorec/device", "", f"{device_type} {rank}").decode()
+    kind, other = first.split()
+    if kind != device_type:
+        raise ConfigError(
+            f"device: rank {rank} has {device_type}, but rank {other} has {kind}: not every machine has GPUs; set "
+            "device=cpu, or leave those without out"
+        )
 
 
 def set_precision() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,8 +24,10 @@ def console(*, quiet: bool = False) -> Console:
 
 def say(terminal: Console, what: str | Drawn) -> None:
     """Print a table, or a line that stays one line however narrow the terminal is."""
-    # A table is laid out for the console's width.
-    terminal.print(what, highlight=False, markup=False, soft_wrap=isinstance(what, str))
+    if isinstance(what, str):
+        terminal.print(what, highlight=False, markup=False, soft_wrap=True)
+        return
+    terminal.print(what, crop=False, highlight=False, markup=False)
 
 
 def table(
@@ -46,7 +49,14 @@ def table(
     drawn = Table(title=title, title_justify="left")
     for column in columns:
         is_left = column in left if left is not None else column == columns[0]
-        drawn.add_column(column, justify="left" if is_left else "right", overflow="fold")
+        # Wide enough for its words: a line that runs over is ugly, but a number that is cut in two is misread.
+        words = [word for cell in (column, *(row[column] for row in rows)) for word in cell.split()]
+        drawn.add_column(
+            column,
+            justify="left" if is_left else "right",
+            overflow="fold",
+            min_width=max(map(cell_len, words), default=1),
+        )
     for row in rows:
         drawn.add_row(*(Text(cell, (styles or {}).get(cell, "")) for cell in row.values()))
     return drawn

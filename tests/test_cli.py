@@ -74,6 +74,13 @@ def test_a_mistake_of_the_user_is_one_error(command: list[str], message: str) ->
     assert "Traceback" not in done.stderr
 
 
+def test_a_terminal_of_ascii_alone_shows_what_it_can() -> None:
+    code = "from recsys.cli import run_entry; run_entry(lambda: print('caf\u00e9 \u2501'))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, b"caf? ?\n")
+
+
 BROKEN = """
 import sys
 import recsys.prepare.__main__ as entry

@@ -5,6 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import torch.distributed as dist
+
+from recsys.config import ConfigError
+from recsys.runtime import agree_on_device, process_group
 
 FAULTS = """
 import resource, sys
@@ -35,3 +40,28 @@ def test_freed_memory_is_used_again_without_asking_for_its_pages() -> None:
         return int(done.stdout)
 
     assert faults("keep") < 500 < faults("leave") / 5
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_fewer_gpus_than_processes_are_refused_and_no_cpu_steps_in(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    message = f"device: {device} needs a GPU for each .* 2 processes, and it has 1; start"
+    with pytest.raises(ConfigError, match=message), process_group(device):
+        pass
+
+
+def test_without_gpus_auto_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with process_group("auto") as ranks:
+        assert ranks.device.type == "cpu"
+
+
+def test_ranks_on_other_kinds_of_devices_are_refused() -> None:
+    store = dist.HashStore()
+    for rank in (2, 0):
+        agree_on_device(store, "cuda", rank)
+    with pytest.raises(ConfigError, match="rank 1 has cpu, but rank 2 has cuda: not every machine has GPUs; set dev"):
+        agree_on_device(store, "cpu", 1)

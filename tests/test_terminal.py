@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from recsys.terminal import markdown, table, without_empty
+from recsys.terminal import markdown, say, table, without_empty
 
 ROWS = [{"name": "a [b]", "cut": "-", "rows": "1,000"}, {"name": "c", "cut": "-", "rows": "5"}]
 ROOT = Path(__file__).parents[1]
@@ -28,6 +28,14 @@ def test_a_table_has_its_title_its_columns_and_every_cell_as_it_is() -> None:
 def test_columns_that_say_nothing_can_go() -> None:
     assert without_empty(ROWS) == [{"name": "a [b]", "rows": "1,000"}, {"name": "c", "rows": "5"}]
     assert without_empty([]) == []
+
+
+def test_no_word_or_number_is_cut_in_two_where_the_terminal_is_narrow() -> None:
+    rows = [{"name of the thing": "a", **{f"figure{number}": f"{number}.123456789" for number in range(9)}}]
+    console = Console(file=io.StringIO(), width=40)
+    say(console, table(rows, "Narrow"))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(word in text for cell in (*rows[0], *rows[0].values()) for word in cell.split())
 
 
 def test_markdown_has_a_line_for_each_row() -> None:

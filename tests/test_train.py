@@ -75,6 +75,23 @@ def test_a_run_prints_stages_figures_and_where_its_outputs_are(raw: dict[str, An
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 15
 
 
+def test_an_output_directory_that_is_a_file_is_an_error(raw: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    (told,) = [rank for rank in run_train(raw, tmp_path, f"output_dir={tmp_path}/taken") if rank.stderr]
+    assert told.code == 2
+    assert told.stderr.startswith(f"error: output_dir: {tmp_path}/taken cannot be a directory: File exists")
+
+
+def test_a_train_split_without_any_label_is_an_error(raw: dict[str, Any], tmp_path: Path) -> None:
+    for path in (tmp_path / "log/train").glob("*.parquet"):
+        rewrite(path, with_column("label", lambda table: pa.nulls(len(table), pa.int8())))
+    raw["data"]["label_null"] = "skip"
+    (told,) = [rank for rank in run_train(raw, tmp_path) if rank.stderr]
+    assert told.code == 2
+    assert told.stderr.startswith("error: data.train: no row that was read has a label")
+    assert not list((tmp_path / "out").glob("checkpoints/step-*"))
+
+
 def test_a_terminal_gets_a_live_bar_in_place_of_lines(raw: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "live.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
     screen, terminal = os.openpty()

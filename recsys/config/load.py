@@ -38,7 +38,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: a file cannot be read or includes itself, an override is no `path=value`, or a value is not
             allowed; every fault of the config is listed, on a line of its own.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     reading = _Reading(Allowance(), {})
     raw = reading.read(path, ())
     for override in overrides:
@@ -48,6 +48,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         _leave_out_nulls(section, key)
     raw.setdefault("name", path.stem)
     raw.setdefault("output_dir", f"outputs/{raw['name']}")
+    _fill_in_home(raw)
     config = validate(Config, raw, source=str(path))
     values, characters = _measure(config.model_dump())
     if values > MAX_VALUES or characters > MAX_CHARACTERS:
@@ -95,7 +96,7 @@ class _Reading:
                     f"{includers[0]} should name what it needs itself"
                 )
             # The plain way to the file, for the paths that it gives by ${here} and for messages.
-            included = Path(os.path.normpath(path.parent / name))
+            included = Path(os.path.normpath(path.parent / os.path.expanduser(name)))
             if is_path(included) and os.path.realpath(included) in ways:
                 chain = " includes ".join(map(str, (*includers, included)))
                 raise ConfigError(f"configs include each other in a circle: {chain}; remove one include")
@@ -134,6 +135,20 @@ def _fill_in_folder(raw: dict[str, Any], folder: str) -> None:
         ids = feature.get("ids") if isinstance(feature, dict) else None
         if isinstance(ids, dict) and "file" in ids:
             ids["file"] = filled(ids["file"])
+
+
+def _fill_in_home(raw: dict[str, Any]) -> None:
+    """Put the home directory in the place of `~` in paths that are opened as they stand; patterns are found by it."""
+
+    def within(section: Any, key: str) -> Any:
+        return section.get(key) if isinstance(section, dict) else None
+
+    sparse = within(raw.get("features"), "sparse")
+    features = sparse.values() if isinstance(sparse, dict) else ()
+    files = [(within(feature, "ids"), "file") for feature in features]
+    for section, key in ((raw, "output_dir"), (within(raw.get("data"), "synthetic"), "directory"), *files):
+        if isinstance(value := within(section, key), str):
+            section[key] = os.path.expanduser(value)
 
 
 def _measure(raw: Any) -> tuple[int, int]:

@@ -7,6 +7,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+_EXACT_INTEGER = 2**53
+_EXACT_POWER = 22  # of ten: up to which float64 has all
+
 
 def is_string(kind: pa.DataType) -> bool:
     """Whether values of a type are strings."""
@@ -19,8 +22,13 @@ def is_integer(kind: pa.DataType) -> bool:
 
 
 def is_number(kind: pa.DataType) -> bool:
-    """Whether values of a type are integers, floating or boolean."""
-    return bool(is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+    """Whether values of a type are integers, floating, decimal or boolean."""
+    return bool(is_countable(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
+
+
+def is_countable(kind: pa.DataType) -> bool:
+    """Whether values of a type are integers, or booleans, which are 0 and 1."""
+    return bool(is_integer(kind) or pa.types.is_boolean(kind))
 
 
 def is_list(kind: pa.DataType) -> bool:
@@ -35,6 +43,70 @@ def value_type(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
+def usual_type(kind: pa.DataType) -> pa.DataType:
+    """The type to which `usual` brings values of a type."""
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    if pa.types.is_decimal32(kind) or pa.types.is_decimal64(kind):
+        return pa.decimal128(kind.precision, kind.scale)
+    if pa.types.is_date64(kind):
+        return pa.date32()
+    if pa.types.is_dictionary(kind):
+        values = usual_type(kind.value_type)
+        return kind if values == kind.value_type else pa.dictionary(kind.index_type, values, kind.ordered)
+    if is_list(kind):
+        values = usual_type(kind.value_type)
+        if values == kind.value_type:
+            return kind
+        return pa.list_(values) if pa.types.is_list(kind) else pa.large_list(values)
+    if pa.types.is_fixed_size_list(kind) or pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        return pa.large_list(usual_type(kind.value_type))
+    return kind
+
+
+def usual(values: pa.Array) -> pa.Array:
+    """Values in a type that all else here knows: views and lists of a fixed size as ordinary strings and lists."""
+    kind = usual_type(values.type)
+    if kind == values.type:
+        return values
+    if pa.types.is_dictionary(kind):
+        return pa.DictionaryArray.from_arrays(values.indices, usual(values.dictionary), ordered=kind.ordered)
+    if not is_list(kind):
+        return values.cast(kind, safe=False)
+    # Not by a cast, which takes the lists of a slice of views, and of views of strings, for others than they are.
+    lengths, items = flat(values)
+    of = pa.ListArray if pa.types.is_list(kind) else pa.LargeListArray
+    offsets = pa.array(np.append(0, np.cumsum(lengths)), pa.int32() if pa.types.is_list(kind) else pa.int64())
+    return of.from_arrays(offsets, usual(items), mask=values.is_null() if values.null_count else None)
+
+
+def integers(values: pa.Array) -> pa.Array:
+    """Booleans, or a dictionary of them, as 0 and 1; all else as it is."""
+    if not pa.types.is_boolean(value_type(values.type)):
+        return values
+    return plain(values).cast(pa.int8())
+
+
+def floats(values: pa.Array) -> pa.Array:
+    """Decimals as the nearest float64, and nulls of no type as nulls of that; other numbers as they are."""
+    if pa.types.is_null(values.type):
+        return values.cast(pa.float64())
+    if not pa.types.is_decimal(values.type):
+        return values
+    scale = values.type.scale
+    if pa.types.is_decimal128(values.type) and 0 <= scale <= _EXACT_POWER:
+        # One division of two exact numbers is rounded once. Arrow's own cast is not always the nearest.
+        words = np.frombuffer(values.buffers()[1] or b"", np.int64).reshape(-1, 2)
+        low, high = words[values.offset : values.offset + len(values)].T
+        valid = values.is_valid().to_numpy(zero_copy_only=False)
+        low, high = np.where(valid, low, 0), np.where(valid, high, 0)
+        if ((high == low >> 63) & (low >= -_EXACT_INTEGER) & (low <= _EXACT_INTEGER)).all():
+            return pa.array(low / 10.0**scale, mask=~valid)
+    if scale > values.type.precision:  # which Arrow cannot write, and Parquet does not allow
+        return values.cast(pa.float64())
+    return values.cast(pa.string()).cast(pa.float64())
+
+
 def whole(table: pa.Table, name: str) -> pa.Array:
     """A column in one piece."""
     column = table.column(name)
@@ -44,7 +116,9 @@ def whole(table: pa.Table, name: str) -> pa.Array:
 
 
 def flat(lists: pa.Array) -> tuple[NDArray[np.int64], pa.Array]:
-    """Length of each list, 0 for nulls, and the values of all."""
+    """Length of each list, 0 for nulls, and the values of all; a column of type null has nulls alone."""
+    if pa.types.is_null(lists.type):
+        return np.zeros(len(lists), np.int64), lists.slice(0, 0)
     lengths = filled(pc.list_value_length(lists), 0)
     return lengths.astype(np.int64, copy=False), lists.flatten()  # which leaves out what null lists may cover
 
@@ -80,7 +154,7 @@ def split_texts(texts: pa.Array, separator: str) -> pa.Array:
 
 def raised(numbers: pa.Array, minimum: float) -> pa.Array:
     """Numbers, those below a minimum raised to it; nulls, NaN and infinities as they are, so that none is hidden."""
-    numbers = plain(numbers)
+    numbers = floats(integers(plain(numbers)))
     kind = numbers.type
     if is_integer(kind) and minimum < np.iinfo(kind.to_pandas_dtype()).min:
         return numbers

@@ -12,22 +12,26 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from recsys.config import Config, ConfigError, DenseFeatureConfig, DomainConfig, SparseFeatureConfig
 from recsys.data.arrow import (
     filled,
     flat,
+    floats,
     holds,
     is_integer,
     is_list,
     is_number,
     is_string,
+    plain,
     raised,
+    usual,
+    usual_type,
     value_type,
 )
-from recsys.data.ids import HashedIds, IdMapping, PlainIds, VocabularyIds, build_ids, count, listed
+from recsys.data.comparing import among
+from recsys.data.ids import HashedIds, IdMapping, PlainIds, VocabularyIds, build_ids, check_rows, count, listed
 from recsys.data.labels import Expression, parse_expression
 from recsys.data.rows import Counts, Jagged, Rows, SparseLayout, offsets_of
 from recsys.data.storage import DataError
@@ -154,28 +158,34 @@ class Columns:
         Raises:
             DataError: a column is missing, twice there, or of another type.
         """
-        _check_names(schema, self.names, file, "file")
+        check_names(schema, self.names, file, "file")
         for name, role in ((self.reference, "reference"), (self.weight, "weight")):
-            if name and not is_number(kind := schema.field(name).type):
+            if name and not (is_number(kind := schema.field(name).type) or pa.types.is_null(kind)):
                 raise _wrong_type(file, name, role, kind, "numbers")
-        if self.domain and not is_integer(kind := schema.field(self.domain.column).type):
-            raise _wrong_type(file, self.domain.column, "domain", kind, "integers")
-        if self._label:
+        if self.domain:
+            kind = schema.field(self.domain.column).type
+            if not (is_integer(kind) or pa.types.is_null(kind)):
+                raise _wrong_type(file, self.domain.column, "domain", kind, "integers")
+        if label := self._label:
             try:
-                kind = self._label.evaluate(schema.empty_table()).type
+                empty = {name: pa.array([], usual_type(schema.field(name).type)) for name in label.columns}
+                kind = label.evaluate(empty).type
             except pa.ArrowException as error:
-                cause = str(error).splitlines()[0]
-                raise DataError(f"{file}: label {self.label!r} cannot be computed: {cause}") from None
-            if not is_number(kind):
-                raise _wrong_type(file, self._label.text, "label", kind, "numbers")
+                raise _no_label(file, label, error) from None
+            if not (is_number(kind) or pa.types.is_null(kind)):
+                example = f", such as `{label.text} == 'yes'`," if is_string(value_type(kind)) else ""
+                raise DataError(
+                    f"{file}: column {label.text!r} (label) has type {kind}; numbers are needed: make it 0 and 1 by an "
+                    f"expression{example} or when the shards are written"
+                )
         return self.check_features(schema, file)
 
     def check_features(self, schema: pa.Schema, source: str) -> frozenset[str]:
         """As `check_schema`, of the features' columns alone; `source` is what has the schema, for messages."""
-        _check_names(schema, self.feature_names, source, "table")
+        check_names(schema, self.feature_names, source, "table")
         for name, dense in self.dense.items():
             column = dense.column or name
-            if not is_number(kind := schema.field(column).type):
+            if not (is_number(kind := schema.field(column).type) or pa.types.is_null(kind)):
                 raise _wrong_type(source, column, f"dense feature {name}", kind, "numbers")
         return frozenset(name for name in self.sparse if self._has_lists(name, schema, source))
 
@@ -183,24 +193,29 @@ class Columns:
         """Whether a sparse feature's column, which must be of a type that it takes, has lists."""
         settings, ids = self.sparse[name]
         column = settings.column or name
-        kind = schema.field(column).type
+        kind = usual_type(schema.field(column).type)
         text = settings.list_text if is_string(value_type(kind)) and not is_list(kind) else None
         items = (pa.string() if text.items == "strings" else pa.int64()) if text else value_type(kind)
-        if not ids.accepts(items):
+        nothing = pa.types.is_null(items)
+        if not (ids.accepts(items) or nothing):
             hint = (
                 f", which needs features.sparse.{name}.ids: {{type: hash}} or a vocabulary; without,"
                 if isinstance(ids, PlainIds) and HashedIds(1).accepts(items)
                 else ";"
             )
             raise _wrong_type(source, column, f"sparse feature {name}", kind, ids.wanted, hint)
+        if settings.minimum is not None and not (is_number(items) or nothing):
+            raise _wrong_type(source, column, f"sparse feature {name}, which has a minimum", kind, "numbers")
         if settings.weights is not None:
-            weights = schema.field(settings.weights).type
-            if not (is_list(weights) and (is_list(kind) or text) and is_number(weights.value_type)):
+            weights = usual_type(schema.field(settings.weights).type)
+            of_ids = is_list(kind) or text or pa.types.is_null(kind)
+            of_numbers = is_list(weights) and (is_number(weights.value_type) or pa.types.is_null(weights.value_type))
+            if not (of_ids and (of_numbers or pa.types.is_null(weights))):
                 raise DataError(
                     f"{source}: sparse feature {name} has ids of type {kind} (column {column!r}) and weights of "
                     f"type {weights} (column {settings.weights!r}); lists of ids and lists of numbers are needed"
                 )
-        return is_list(kind) or text is not None
+        return is_list(kind) or text is not None or settings.weights is not None
 
     def decode(self, table: pa.Table, layout: SparseLayout, where: str, order: RowOrder = AS_THEY_STAND) -> Rows:
         """Check every value of a table and lay the rows out for batches.
@@ -304,7 +319,7 @@ class _Decoding:
         self.columns, self.layout, self.where, self.order = columns, layout, where, order
         self.table = table = table.combine_chunks()
         self.arrays = {
-            name: chunks.chunk(0) if chunks.num_chunks else pa.array([], chunks.type)
+            name: usual(chunks.chunk(0) if chunks.num_chunks else pa.array([], chunks.type))
             for name, chunks in zip(table.schema.names, table.columns, strict=True)
         }
         self.counts: Counts = {}
@@ -335,22 +350,26 @@ class _Decoding:
     def ids(self, name: str, target: NDArray[Any]) -> bool:
         """Write the ids of a column of single values, -1 for nulls; whether there are any of those."""
         settings, mapping = self.columns.sparse[name]
-        values = self.arrays[settings.column or name]
+        values, what = self.arrays[settings.column or name], self.what(name)
+        if pa.types.is_null(values.type):
+            target[:] = -1
+            return True
         if settings.minimum is not None:
             values = raised(values, settings.minimum)
-        ids, counted = mapping.map(values, f"{self.where}: sparse feature {name} (column {settings.column or name!r})")
+        ids, counted = mapping.map(values, what)
         for kind, mask in counted.items():
             self.count(kind, name, mask)
+        has_empty = check_rows(ids, mapping, what)
         self.order.place(ids, target)
-        return bool(ids.min(initial=0) < 0)
+        return has_empty
 
     def id_lists(self, name: str) -> Jagged:
         """Ids of a column of lists, or of single ones in a file of its own kind; a null is an empty list."""
         settings, mapping = self.columns.sparse[name]
         column = settings.column or name
-        array, what = self.arrays[column], f"{self.where}: sparse feature {name} (column {column!r})"
-        if settings.list_text is not None and not is_list(array.type):
-            array = listed(array, settings.list_text, what)
+        array, what = self.arrays[column], self.what(name)
+        if settings.list_text is not None and is_string(value_type(array.type)) and not is_list(array.type):
+            array = listed(plain(array), settings.list_text, what)
         if is_list(array.type):
             lengths, values = flat(array)
         else:
@@ -367,26 +386,33 @@ class _Decoding:
             raise DataError(
                 f"{what} has {values.null_count} nulls inside lists; leave them out when the shards are written"
             )
-        if settings.minimum is not None:
-            values = raised(values, settings.minimum)
-        ids, counted = mapping.map(values, what)
+        ids: NDArray[Any] = np.empty(0, self.layout.id_type)
+        counted: Mapping[str, NDArray[np.bool_]] = {}
+        if len(values):
+            if settings.minimum is not None:
+                values = raised(values, settings.minimum)
+            ids, counted = mapping.map(values, what)
         offsets = offsets_of(lengths)
         for kind, mask in counted.items():
             counts[kind, name] = np.diff(offsets_of(mask)[offsets]).astype(np.int32)
         for (kind, _), happened in counts.items():
             self.count(kind, name, happened)
-        if ids.min(initial=0) < 0:  # of values that have no row
+        if check_rows(ids, mapping, what):  # values that have no row
             present = ids >= 0
             offsets, ids = offsets_of(present)[offsets], ids[present]
             weights = None if weights is None else weights[present]
         jagged = Jagged(ids.astype(self.layout.id_type, copy=False), offsets, weights)
         return self.order.lists(jagged)
 
+    def what(self, name: str) -> str:
+        """A sparse feature and its place, for messages."""
+        return f"{self.where}: sparse feature {name} (column {self.columns.sparse[name].settings.column or name!r})"
+
     def dense(self, name: str, settings: DenseFeatureConfig, target: NDArray[np.float32]) -> None:
         """Write a dense feature's values, transformed."""
         column = settings.column or name
         what = f"{self.where}: dense feature {name} (column {column!r})"
-        values = self.numbers(column, settings.fill, settings.minimum)
+        values = self.numbers(column, settings.fill, "give a dense feature a fill", settings.minimum)
         if settings.not_finite == "fill":
             wrong = ~np.isfinite(values.astype(np.float32, copy=False))
             if wrong.any():
@@ -404,32 +430,41 @@ class _Decoding:
 
     def labels(self, label: Expression, label_null: Literal["error", "skip"]) -> NDArray[np.float32]:
         """(N,) of 0 and 1, and NaN for rows to skip."""
-        column = label.evaluate(self.table)
-        if column.null_count:
-            if label_null == "error":
-                raise DataError(
-                    f"{self.where}: label column {label.text!r} has {column.null_count} nulls; set data.label_null to "
-                    "skip, or leave such rows out when the shards are written"
-                )
-            column = pc.fill_null(column.cast(pa.float64(), safe=False), np.nan)
-        found: NDArray[Any] = column.to_numpy()
+        try:
+            column = label.evaluate(self.arrays)
+        except pa.ArrowException as error:
+            raise _no_label(self.where, label, error) from None
+        what = f"{self.where}: label column {label.text!r}"
+        if column.null_count and label_null == "error":
+            raise DataError(
+                f"{what} has {column.null_count} nulls; set data.label_null to skip, or leave such rows out when the "
+                "shards are written"
+            )
+        found = filled(floats(column).cast(pa.float64(), safe=False), np.nan)
         wrong = (found != 0) & (found != 1)
-        missing = np.isnan(found) if label_null == "skip" and found.dtype.kind == "f" else None
-        if missing is not None:
+        if pa.types.is_decimal(column.type):  # of which others are as near to 0 and 1 in float64
+            wrong = ~filled(among(column, [0, 1]).cast(pa.int8()), 1).astype(bool) | np.isnan(found)
+        missing = np.isnan(found)
+        if label_null == "skip":
             wrong &= ~missing
+        elif missing.any():
+            raise DataError(
+                f"{what} has {count(missing)} NaN; set data.label_null to skip, or leave such rows out when the shards "
+                "are written"
+            )
         if wrong.any():
             raise DataError(
-                f"{self.where}: label column {label.text!r} has {count(wrong)} other than 0 and 1, "
-                f"such as {found[wrong][0]}; make it binary by an expression, such as `{label.text} >= 4`, "
-                "or when the shards are written"
+                f"{what} has {count(wrong)} other than 0 and 1, such as {column[int(np.argmax(wrong))].as_py()}; make "
+                f"it binary by an expression, such as `{label.text} >= 4`, or when the shards are written"
             )
-        if missing is not None and missing.any():
+        if missing.any():
             self.count("skipped", LABEL, missing)
         return self.ordered(found, np.float32)
 
     def reference(self, name: str) -> NDArray[np.float64]:
         """(N,) probabilities."""
-        values = self.numbers(name, None).astype(np.float64)
+        way_out = "write a probability, or leave data.reference out"
+        values = self.numbers(name, None, way_out).astype(np.float64)
         if not ((values >= 0) & (values <= 1)).all():
             raise DataError(f"{self.where}: reference column {name!r} has values outside 0..1")
         return self.ordered(values, np.float64)
@@ -453,7 +488,7 @@ class _Decoding:
 
     def weights(self, name: str) -> NDArray[np.float32]:
         """(N,) weights of the rows in the loss."""
-        given = self.numbers(name, None)
+        given = self.numbers(name, None, "write a weight, such as 0 for rows that shall not count")
         with np.errstate(over="ignore"):
             weights = given.astype(np.float32)
         if (wrong := ~(np.isfinite(weights) & (weights >= 0))).any():
@@ -472,21 +507,21 @@ class _Decoding:
                 f"{what} has {int(wrong.sum())} lists whose weights (column {name!r}) are not as many: row {row} has "
                 f"{lengths[row]} ids and {found[row]} weights; mend them when the shards are written"
             )
-        weights: NDArray[np.float32] = values.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+        weights: NDArray[np.float32] = floats(values).cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
         if (wrong := ~np.isfinite(weights)).any():  # nulls became NaN
             raise DataError(f"{what} has {count(wrong)} null, NaN or infinite among its weights (column {name!r})")
         return weights
 
-    def numbers(self, name: str, fill: float | None, minimum: float | None = None) -> NDArray[Any]:
-        """A column of numbers, those below a minimum raised to it, nulls filled."""
-        column = self.arrays[name]
+    def numbers(self, name: str, fill: float | None, way_out: str, minimum: float | None = None) -> NDArray[Any]:
+        """A column of numbers, those below a minimum raised to it, nulls filled, or refused with a way out."""
+        column = floats(self.arrays[name])
         if minimum is not None:
             column = raised(column, minimum)
         if column.null_count:
             if fill is None:
                 raise DataError(
-                    f"{self.where}: column {name!r} has {column.null_count} nulls; "
-                    "give a dense feature a fill, or leave such rows out when the shards are written"
+                    f"{self.where}: column {name!r} has {column.null_count} nulls; {way_out}, or leave such rows out "
+                    "when the shards are written"
                 )
             if not holds(column.type, fill):
                 column = column.cast(pa.float64(), safe=False)  # large integers are rounded
@@ -513,7 +548,18 @@ def _check_finite(values: NDArray[Any], what: str, how: str) -> None:
         )
 
 
-def _check_names(schema: pa.Schema, names: Iterable[str], source: str, holder: str) -> None:
+def check_names(schema: pa.Schema, names: Iterable[str], source: str, holder: str) -> None:
+    """Refuse what has not each of some columns once.
+
+    Args:
+        schema: what is looked at.
+        names: of the columns.
+        source: what has the schema, for messages.
+        holder: what that is called.
+
+    Raises:
+        DataError: a column is missing, or there more than once.
+    """
     for name in names:
         found = schema.names.count(name)
         if found == 0:
@@ -523,4 +569,13 @@ def _check_names(schema: pa.Schema, names: Iterable[str], source: str, holder: s
 
 
 def _wrong_type(source: str, column: str, role: str, kind: pa.DataType, wanted: str, hint: str = ";") -> DataError:
-    return DataError(f"{source}: column {column!r} ({role}) has type {kind}{hint} {wanted} are needed")
+    needed = f"{wanted} are needed; cast it when the shards are written"
+    return DataError(f"{source}: column {column!r} ({role}) has type {kind}{hint} {needed}")
+
+
+def _no_label(where: str, label: Expression, error: pa.ArrowException) -> DataError:
+    cause = str(error).splitlines()[0]
+    return DataError(
+        f"{where}: label {label.text!r} cannot be computed: {cause}; compare like with like, or cast columns when the "
+        "shards are written"
+    )

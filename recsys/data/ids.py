@@ -4,9 +4,10 @@ Converters, training, evaluation and serving all map by these. A mapping knows w
 table it needs, and what it had to put aside: each kind of that is a mask over the values, which the reader counts.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -21,10 +22,21 @@ from recsys.config import (
     SparseFeatureConfig,
     VocabularyIdsConfig,
 )
-from recsys.data.arrow import filled, is_integer, is_string, plain, split_texts
+from recsys.data.arrow import (
+    filled,
+    floats,
+    integers,
+    is_countable,
+    is_integer,
+    is_number,
+    is_string,
+    plain,
+    split_texts,
+)
 from recsys.data.hashing import hash_ids
 from recsys.data.storage import DataError
 from recsys.data.vocabulary import Vocabulary
+from recsys.data.zones import FIRST_SECOND, PAST_SECOND, local_seconds
 
 OutOfRange = Literal["error", "hash", "clip_to_oov"]
 DatetimePart = Literal["hour", "weekday", "day", "month"]
@@ -34,7 +46,7 @@ class Mapped(NamedTuple):
     """Rows of a table.
 
     Attributes:
-        ids: (N,) integers, -1 for nulls.
+        ids: (N,) integers below `num_rows`, -1 for nulls.
         counted: masks, (N,) each, of what is counted, by kind; only those that are true somewhere.
     """
 
@@ -92,11 +104,12 @@ class PlainIds:
 
     def accepts(self, kind: pa.DataType) -> bool:
         """As `IdMapping`."""
-        return is_integer(kind)
+        return is_countable(kind)
 
     def map(self, values: pa.Array, what: str) -> Mapped:
         """As `IdMapping`."""
-        given, num_rows = filled(values, 0), self.num_rows
+        values, num_rows = integers(values), self.num_rows
+        given = filled(values, 0)
         if given.min(initial=0) >= 0 and given.max(initial=0) < num_rows:
             if values.null_count:
                 signed = values.cast(pa.int64()) if pa.types.is_unsigned_integer(values.type) else values
@@ -131,11 +144,11 @@ class HashedIds:
 
     def accepts(self, kind: pa.DataType) -> bool:
         """As `IdMapping`."""
-        return is_string(kind) or is_integer(kind)
+        return is_string(kind) or is_countable(kind)
 
     def map(self, values: pa.Array, what: str) -> Mapped:
         """As `IdMapping`."""
-        return Mapped(hash_ids(values, self.num_rows, self.salt), {})
+        return Mapped(hash_ids(integers(values), self.num_rows, self.salt), {})
 
 
 @dataclass(frozen=True)
@@ -165,11 +178,11 @@ class VocabularyIds:
 
     def accepts(self, kind: pa.DataType) -> bool:
         """As `IdMapping`."""
-        return is_string(kind) if is_string(self.vocabulary.values.type) else is_integer(kind)
+        return is_string(kind) if is_string(self.vocabulary.values.type) else is_countable(kind)
 
     def map(self, values: pa.Array, what: str) -> Mapped:
         """As `IdMapping`."""
-        ids = self.vocabulary.lookup(values)
+        ids = self.vocabulary.lookup(integers(values))
         unknown = ids == 0
         if not self.unknown_is_row_0:
             ids = np.where(ids < 0, ids, ids - 1)
@@ -191,13 +204,19 @@ class BucketizedIds:
 
     def accepts(self, kind: pa.DataType) -> bool:
         """As `IdMapping`."""
-        return bool(is_integer(kind) or pa.types.is_floating(kind))
+        return is_number(kind)
 
     def map(self, values: pa.Array, what: str) -> Mapped:
         """As `IdMapping`."""
-        values = plain(values)
+        values = floats(integers(plain(values)))
         valid = values.is_valid().to_numpy(zero_copy_only=False)
-        given = filled(values.cast(pa.float64(), safe=False), 0.0)
+        if is_integer(values.type):
+            # As integers, for float64 does not tell all of them apart.
+            limits = np.iinfo(values.type.to_pandas_dtype())
+            least = [max(limits.min, math.ceil(boundary)) for boundary in self.boundaries if boundary <= limits.max]
+            found = np.searchsorted(np.array(least, limits.dtype), filled(values, 0), side="right")
+            return Mapped(np.where(valid, found, -1), {})
+        given = filled(values.cast(pa.float64()), 0.0)
         if (wrong := np.isnan(given)).any():
             raise DataError(f"{what} has {count(wrong)} NaN, which is in no bucket; write nulls, which are empty bags")
         return Mapped(np.where(valid, np.searchsorted(self.boundaries, given, side="right"), -1), {})
@@ -212,21 +231,31 @@ _PARTS: Mapping[DatetimePart, tuple[str, int, int]] = {
 """Arrow's function, the number of the first, and how many there are."""
 
 _LAST_SECOND = 2**35  # in the year 3058; the same moment in milliseconds is far beyond
+_DAY = 86_400
+_MISSING = -(2**63)  # what pandas and numpy write for no moment
+
+_IN_A_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
 @dataclass(frozen=True)
 class DatetimeIds:
-    """Timestamps, or seconds since 1970 in UTC, by a part of their date and time in a time zone.
+    """Timestamps, or seconds since 1970 in UTC, by a part of their date and time in a time zone; or dates.
 
     Attributes:
         part: `hour` 0..23, `weekday` from Monday 0..6, `day` of the month 0..30, `month` 0..11.
-        timezone: `UTC`, or a name of the time zone database; a timestamp without a zone is in UTC.
+        timezone: `UTC`, or a name of the time zone database; a timestamp without a zone is in UTC. A date is the same
+            in every zone.
     """
 
     part: DatetimePart
     timezone: str = "UTC"
-    wanted: ClassVar = "timestamps or integers (seconds since 1970), or lists of them,"
     kinds: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def wanted(self) -> str:
+        """As `IdMapping`."""
+        dates = "" if self.part == "hour" else ", dates"
+        return f"timestamps{dates} or integers (seconds since 1970), or lists of them,"
 
     @property
     def num_rows(self) -> int:
@@ -235,25 +264,52 @@ class DatetimeIds:
 
     def accepts(self, kind: pa.DataType) -> bool:
         """As `IdMapping`."""
-        return bool(pa.types.is_timestamp(kind) or is_integer(kind))
+        return bool(
+            pa.types.is_timestamp(kind) or is_integer(kind) or (pa.types.is_date32(kind) and self.part != "hour")
+        )
 
     def map(self, values: pa.Array, what: str) -> Mapped:
         """As `IdMapping`."""
         values = plain(values)
-        unit = values.type.unit if pa.types.is_timestamp(values.type) else "s"
-        moments = values.cast(pa.int64())
+        moments = self._checked(values, what)
+        function, first, _ = _PARTS[self.part]
+        found = filled(pc.call_function(function, [moments]), first - 1)
+        return Mapped(found - first, {})
+
+    def _checked(self, values: pa.Array, what: str) -> pa.Array:
+        """What Arrow can take apart: dates, or timestamps of local time, of moments that can be meant."""
+        if pa.types.is_date32(values.type):
+            days = filled(values.view(pa.int32()), 0)
+            _check_years(days, FIRST_SECOND // _DAY, PAST_SECOND // _DAY, values.type, what)
+            return values
         if is_integer(values.type):
-            seconds = filled(moments, 0)
-            if (wrong := np.abs(seconds) > _LAST_SECOND).any():
+            seconds = filled(values, 0)
+            if seconds.min(initial=0) < -_LAST_SECOND or seconds.max(initial=0) > _LAST_SECOND:
+                wrong = (seconds < -_LAST_SECOND) | (seconds > _LAST_SECOND)
                 raise DataError(
                     f"{what} has {count(wrong)} that cannot be seconds since 1970, such as {seconds[wrong][0]}; "
-                    "write timestamps"
+                    "write timestamps, and nulls for moments that are not known"
                 )
-        # In UTC without naming it, so that no time zone database is needed.
-        zone = None if self.timezone == "UTC" else self.timezone
-        function, first, _ = _PARTS[self.part]
-        found = pc.call_function(function, [moments.cast(pa.timestamp(unit)).cast(pa.timestamp(unit, zone))])
-        return Mapped(pc.fill_null(pc.subtract(found, first), -1).to_numpy(zero_copy_only=False), {})
+            unit = "s"
+        else:
+            unit = values.type.unit
+        moments = values.cast(pa.int64())
+        given, per = filled(moments, 0), _IN_A_SECOND[unit]
+        _check_years(given, max(FIRST_SECOND * per, _MISSING + 1), PAST_SECOND * per, values.type, what)
+        if self.timezone == "UTC":
+            return moments.cast(pa.timestamp(unit))  # without naming it, so that no time zone database is needed
+        local = pa.array(local_seconds(given // per, self.timezone)).cast(pa.timestamp("s"))
+        return pc.if_else(moments.is_valid(), local, None) if moments.null_count else local
+
+
+def _check_years(given: NDArray[Any], least: int, past: int, kind: pa.DataType, what: str) -> None:
+    """Refuse moments before the year 1 and after 9999: of another unit than their type says, or missing."""
+    if given.min(initial=0) < least or given.max(initial=0) >= past:
+        wrong = (given < least) | (given >= past)
+        raise DataError(
+            f"{what} has {count(wrong)} outside the years 1..9999, such as {given[wrong][0]} of type {kind}; write the "
+            "unit that the numbers have, and nulls for moments that are not known"
+        )
 
 
 def build_ids(feature: SparseFeatureConfig, num_embeddings: int, vocabulary: Vocabulary | None) -> IdMapping:
@@ -276,6 +332,23 @@ def build_ids(feature: SparseFeatureConfig, num_embeddings: int, vocabulary: Voc
         case VocabularyIdsConfig(out_of_vocabulary=unknown):
             assert vocabulary is not None
             return VocabularyIds(vocabulary, unknown_is_row_0=unknown == "row_0")
+
+
+def check_rows(ids: NDArray[np.int32 | np.int64], mapping: IdMapping, what: str) -> bool:
+    """Whether some of (N,) ids are -1, where no others are beside the rows that the mapping needs.
+
+    Raises:
+        DataError: there is an id that no table of so many rows has.
+    """
+    least, greatest = int(ids.min(initial=0)), int(ids.max(initial=0))
+    if least < -1 or greatest >= max(1, mapping.num_rows):
+        wrong = least if least < -1 else greatest
+        raise DataError(
+            f"{what} was mapped to row {wrong}, but {type(mapping).__name__} has rows 0..{mapping.num_rows - 1}: this "
+            "is a fault of HiloRec's, please report it with the value; until it is mended, map the column when the "
+            "shards are written"
+        )
+    return least < 0
 
 
 def listed(texts: pa.Array, settings: ListTextConfig, what: str) -> pa.Array:

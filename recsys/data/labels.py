@@ -1,13 +1,13 @@
 """A label from an expression over columns: `rating >= 4`, `clicked and not (dwell < 3 or source in ('bot', 'test'))`.
 
 Comparisons of a column with a number, a text, a truth value or another column; `in` and `not in` a list of such
-values; `and`, `or`, `not`, and columns of booleans as they stand. It is read with Python's grammar and computed by
-Arrow: nothing in it can run. Null and NaN are unknown, as in SQL: what depends on them is null.
+values; `and`, `or`, `not`, and columns of booleans as they stand. It is read with Python's grammar, and nothing in it
+can run. Null and NaN are unknown, as in SQL: what depends on them is null.
 """
 
 import ast
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 
@@ -15,20 +15,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys.config import ConfigError, shortened
+from recsys.data.arrow import plain, usual
+from recsys.data.comparing import Comparison, Value, among, compare
 
-_COMPARISONS: dict[type[ast.cmpop], Callable[..., pa.ChunkedArray]] = {
-    ast.Lt: pc.less,
-    ast.LtE: pc.less_equal,
-    ast.Gt: pc.greater,
-    ast.GtE: pc.greater_equal,
-    ast.Eq: pc.equal,
-    ast.NotEq: pc.not_equal,
+_COMPARISONS: dict[type[ast.cmpop], Comparison] = {
+    ast.Lt: "<",
+    ast.LtE: "<=",
+    ast.Gt: ">",
+    ast.GtE: ">=",
+    ast.Eq: "==",
+    ast.NotEq: "!=",
 }
+_SURROGATE = re.compile("[\ud800-\udfff]")  # which no file can hold
+
 _SIGNS = re.compile(r"[<>=!]|\b(and|or|not|in)\b")
 _MAX_LENGTH = 1 << 16
 _MAX_DEPTH = 50
-_MAX_BITS = 1024
-"""Of an integer: more than any type of column has, and no more than Python prints in a message."""
+_MAX_BITS = 8192
+"""Of an integer: far more than any type of column has, and no more than Python prints in a message."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,16 @@ class Expression:
     columns: tuple[str, ...]
     tree: ast.expr | None
 
-    def evaluate(self, table: pa.Table) -> pa.ChunkedArray:
+    def evaluate(self, columns: Mapping[str, pa.Array]) -> pa.Array:
         """The column as it stands, or (N,) booleans, null where unknown.
+
+        Args:
+            columns: (N,) values by name.
 
         Raises:
             pa.ArrowException: columns of types that cannot be compared so.
         """
-        return table.column(self.text) if self.tree is None else _truth(self.tree, table)
+        return columns[self.text] if self.tree is None else _truth(self.tree, columns)
 
 
 def parse_expression(text: str, *, source: str) -> Expression:
@@ -142,48 +149,59 @@ def _check_operand(node: ast.expr) -> None:
         _value(node)
 
 
-def _value(node: ast.expr) -> bool | int | float | str:
+def _value(node: ast.expr) -> Value:
     """A constant, which may have a sign."""
     match node:
-        case ast.Constant(value=bool() | int() | float() | str() as value):
+        case ast.Constant(value=bool() | int() | float() as value):
             return value
+        case ast.Constant(value=str() as text) if text.isascii() or not _SURROGATE.search(text):
+            return text
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
             return -value
     raise _Unknown(node)
 
 
-def _truth(node: ast.expr, table: pa.Table) -> pa.ChunkedArray:
-    """(N,) booleans of a node that `_check_truth` has passed."""
+def _truth(node: ast.expr, columns: Mapping[str, pa.Array]) -> pa.Array | pa.Scalar:
+    """(N,) booleans of a node that `_check_truth` has passed, or one where it reads no column."""
     match node:
         case ast.UnaryOp(operand=operand):
-            return pc.invert(_truth(operand, table))
+            return pc.invert(_truth(operand, columns))
         case ast.BoolOp(op=operator, values=values):
             join = pc.and_kleene if isinstance(operator, ast.And) else pc.or_kleene
-            return reduce(join, [_truth(value, table) for value in values])
+            return reduce(join, [_truth(value, columns) for value in values])
         case ast.Compare(left=left, ops=operators, comparators=others):
             lefts = [left, *others[:-1]]
-            pairs = [_compared(*pair, table) for pair in zip(lefts, operators, others, strict=True)]
+            pairs = [_compared(*pair, columns) for pair in zip(lefts, operators, others, strict=True)]
             return reduce(pc.and_kleene, pairs)
-    # A column: `and` refuses it if it is not of booleans, and so must the rest.
-    return pc.and_kleene(_operand(node, table), True)
+    assert isinstance(node, ast.Name)
+    column = _column(node.id, columns)
+    if pa.types.is_null(column.type):
+        return column.cast(pa.bool_())
+    if not pa.types.is_boolean(column.type):
+        raise pa.ArrowTypeError(f"column {node.id!r} has type {column.type}, which is no truth value; compare it")
+    return column
 
 
-def _compared(left: ast.expr, operator: ast.cmpop, right: ast.expr, table: pa.Table) -> pa.ChunkedArray:
-    compared = _operand(left, table)
-    if isinstance(right, ast.Tuple | ast.List | ast.Set):
-        among = pa.array([_value(element) for element in right.elts]).cast(compared.type)
-        found = pc.if_else(pc.is_null(compared), None, pc.is_in(compared, value_set=among))
-        return pc.invert(found) if isinstance(operator, ast.NotIn) else found
-    return _COMPARISONS[type(operator)](compared, _operand(right, table))
+def _compared(
+    left: ast.expr, operator: ast.cmpop, right: ast.expr, columns: Mapping[str, pa.Array]
+) -> pa.Array | pa.Scalar:
+    names = [f"column {node.id!r}" for node in (left, right) if isinstance(node, ast.Name)]
+    try:
+        if isinstance(right, ast.Tuple | ast.List | ast.Set):
+            found = among(_operand(left, columns), [_value(element) for element in right.elts])
+            return pc.invert(found) if isinstance(operator, ast.NotIn) else found
+        return compare(_COMPARISONS[type(operator)], _operand(left, columns), _operand(right, columns))
+    except pa.ArrowException as error:
+        raise pa.ArrowTypeError(f"{' and '.join(names) or 'two values'}: {error}") from None
 
 
-def _operand(node: ast.expr, table: pa.Table) -> pa.ChunkedArray | pa.Scalar:
-    """A column, NaN made null, or a constant."""
-    if not isinstance(node, ast.Name):
-        return pa.scalar(_value(node))
-    column = table.column(node.id)
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
+def _operand(node: ast.expr, columns: Mapping[str, pa.Array]) -> pa.Array | Value:
+    return _column(node.id, columns) if isinstance(node, ast.Name) else _value(node)
+
+
+def _column(name: str, columns: Mapping[str, pa.Array]) -> pa.Array:
+    """A column of a type that `usual` gives, NaN made null."""
+    column = plain(usual(columns[name]))
     if pa.types.is_floating(column.type):
-        column = pc.if_else(pc.is_nan(column), None, column)
+        column = pc.if_else(pc.is_nan(column.cast(pa.float64())), None, column)
     return column

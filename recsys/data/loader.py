@@ -11,7 +11,7 @@ from itertools import tee
 from typing import Self
 
 from recsys.data.batch import Batch, Part, build_batch
-from recsys.data.features import AS_THEY_STAND
+from recsys.data.features import AS_THEY_STAND, RowOrder
 from recsys.data.order import Epoch, Window
 from recsys.data.parquet import ParquetShards
 from recsys.data.rows import Rows
@@ -156,5 +156,8 @@ class Loader:
             yield [slice_.result() for slice_ in ahead.popleft()]
 
     def _decode(self, window: Window, index: int) -> Rows:
-        permutation = window.permutation(index)
-        return self._shards.read(window.slices[index], AS_THEY_STAND if permutation is None else Shuffle(permutation))
+        def order() -> RowOrder:
+            permutation = window.permutation(index)
+            return AS_THEY_STAND if permutation is None else Shuffle(permutation)
+
+        return self._shards.read(window.slices[index], order)

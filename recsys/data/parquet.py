@@ -1,16 +1,19 @@
 """Parquet shards: footers, and decoding of row groups."""
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys.data.features import AS_THEY_STAND, Columns, RowOrder
+from recsys.data.kinds import Kinds
 from recsys.data.order import RowSlice
 from recsys.data.rows import Rows
-from recsys.data.storage import THREADS, DataError, Place, find_files, naming
+from recsys.data.storage import THREADS, DataError, Place, explain, find_files, is_of_storage, naming
 
 FOOTER_BYTES = 256 << 20
 """Memory for parsed footers, for each split on each rank. What does not fit is parsed again at each read."""
@@ -19,12 +22,49 @@ _PARSED = 8
 """Bytes of a parsed footer for each that it takes in the file, measured."""
 
 
+MOST_ROWS = (1 << 31) - 1
+"""Of a row group: what 32-bit offsets count. A footer that says more is damaged, or its rows fit no memory."""
+
+_WITHOUT_DICTIONARIES = frozenset({"DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"})
+"""Encodings of strings that Arrow cannot read as dictionaries."""
+
+_Leaf = tuple[str, bool]
+"""Of a column in the file: its path, whose first part is the column's name, and whether it is of strings."""
+
+
+class ColumnError(DataError):
+    """One column of a row group cannot be read.
+
+    Attributes:
+        column: its name.
+    """
+
+    def __init__(self, message: str, column: str) -> None:
+        super().__init__(message)
+        self.column = column
+
+
 class _File(NamedTuple):
     place: Place
     version: str
+    schema: pa.Schema
+    leaves: tuple[_Leaf, ...]
     footer: pq.FileMetaData | None
     partitions: Mapping[str, str | None]
     """Those on its path that are columns to be read."""
+
+
+class Found(NamedTuple):
+    """The files of a split, and what is to be said of them."""
+
+    places: list[Place]
+    warnings: list[str]
+
+
+def find(patterns: Sequence[str], *, source: str) -> Found:
+    """As `find_files`."""
+    warnings: list[str] = []
+    return Found(find_files(patterns, source=source, on_repeated=warnings.append), warnings)
 
 
 class ShardTables:
@@ -37,6 +77,8 @@ class ShardTables:
         patterns: as in `find_files`.
         names: columns that will be read.
         source: config path of the patterns, for messages.
+        found: the files, where they were looked for already.
+        path_types: of columns on paths, as `partition_types` decides them, where more files than these have a say.
         on_unreadable: told why a file cannot be opened, which is then left out; without it, that is raised.
 
     Raises:
@@ -47,6 +89,7 @@ class ShardTables:
         files: sorted.
         schemas: of each file, columns on its path included.
         row_counts: rows of every row group, over all files.
+        warnings: what the user should know of the files, a line each.
     """
 
     def __init__(
@@ -55,16 +98,19 @@ class ShardTables:
         names: Sequence[str],
         *,
         source: str,
+        found: Found | None = None,
+        path_types: Mapping[str, pa.DataType] | None = None,
         on_unreadable: Callable[[DataError], None] | None = None,
     ) -> None:
-        places = find_files(patterns, source=source)
+        places, self.warnings = found or find(patterns, source=source)
         self.files: list[str] = []
         self.schemas: list[pa.Schema] = []
-        self._partition_types = _partition_types(places, names)
+        self._partition_types = {**partition_types(places, names), **(path_types or {})}
         self._files: list[_File] = []
         self._row_groups: list[tuple[int, int]] = []  # file, row group within it
         row_counts: list[int] = []
         known: list[pa.Schema] = []  # most files have the schema of another
+        known_leaves: dict[tuple[_Leaf, ...], tuple[_Leaf, ...]] = {}
         room = FOOTER_BYTES // _PARSED
         with ThreadPoolExecutor(THREADS) as pool:
             for place, opened in zip(places, pool.map(self._open, places), strict=True):
@@ -73,18 +119,19 @@ class ShardTables:
                         raise opened
                     on_unreadable(opened)
                     continue
-                version, footer, schema = opened
+                version, footer, schema, partitions = opened
                 room -= footer.serialized_size
                 groups = range(footer.num_row_groups)
                 self._row_groups += [(len(self.files), group) for group in groups]
                 self.files.append(str(place))
-                partitions = {name: it for name, it in place.partitions.items() if name in self._partition_types}
-                self._files.append(_File(place, version, footer if room >= 0 else None, partitions))
                 row_counts += [footer.row_group(group).num_rows for group in groups]
                 same = next((one for one in known if schema.equals(one)), None)
                 if same is None:
                     known.append(schema)
                 self.schemas.append(schema if same is None else same)
+                leaves = known_leaves.setdefault(leaves := _leaves(footer), leaves)
+                kept = footer if room >= 0 else None
+                self._files.append(_File(place, version, self.schemas[-1], leaves, kept, partitions))
         self.row_counts = tuple(row_counts)
         if not sum(row_counts):
             raise DataError(f"{source}: the {len(places)} files matching {', '.join(patterns)} hold no rows")
@@ -108,61 +155,80 @@ class ShardTables:
 
         Raises:
             DataError: the file can no longer be read, or was replaced by another.
+            ColumnError: a column cannot be decoded, or the file holds other than its footer says.
         """
         number, group = self._row_groups[row_group]
-        place, known, footer, partitions = self._files[number]
-        with naming(f"{self.where(row_group)}: cannot be read"):
-            file, version = place.open()
+        of, where = self._files[number], self.where(row_group)
+        with naming(f"{where}: cannot be read"):
+            file, version = of.place.open()
             with file:
-                if version != known:
+                if version != of.version:
                     raise DataError(
-                        f"{place}: changed since the run began; start again, and write new shards under new names "
+                        f"{of.place}: changed since the run began; start again, and write new shards under new names "
                         "instead of replacing those in use"
                     )
-                footer = footer or pq.read_metadata(file)
-                # Ranges of a file far away are asked for together; a disk is read as it is decoded.
-                parquet = pq.ParquetFile(
-                    file,
-                    metadata=footer,
-                    read_dictionary=_string_leaves(footer.schema, dictionaries) if dictionaries else None,
-                    pre_buffer=not place.is_local,
-                    page_checksum_verification=True,
-                )
-                in_file = [name for name in names if name not in partitions]
-                table = parquet.read_row_group(group, columns=in_file, use_threads=False)
+                footer = of.footer or pq.read_metadata(file)
+                reading = _Reading(file, of, footer, group, where)
+                in_file = tuple(name for name in names if name not in of.partitions)
+                table = reading.table(in_file, tuple(dictionaries), self.row_counts[row_group])
         for name in names:
-            if name in partitions:
+            if name in of.partitions:
                 kind = self._partition_types[name]
-                table = table.append_column(name, pa.repeat(_scalar(partitions[name], kind), len(table)))
+                values = pa.repeat(_scalar(of.partitions[name], kind), self.row_counts[row_group])
+                table = table.append_column(name, values)
         return table
 
-    def _open(self, place: Place) -> tuple[str, pq.FileMetaData, pa.Schema] | DataError:
-        """A file's version, footer and schema, columns on its path included; or why there are none."""
+    def _open(self, place: Place) -> "_Opened | DataError":
+        """What there is to know of a file; or why it cannot be known."""
         try:
             return self._footer(place)
         except DataError as error:
             return error
 
-    def _footer(self, place: Place) -> tuple[str, pq.FileMetaData, pa.Schema]:
+    def _footer(self, place: Place) -> "_Opened":
         with naming(f"{place}: not a readable Parquet file"):
             file, version = place.open()
             with file:
                 footer = pq.read_metadata(file)
-                schema = footer.schema.to_arrow_schema()
-        row_groups = sum(footer.row_group(group).num_rows for group in range(footer.num_row_groups))
-        if row_groups != footer.num_rows:
+                # As rows are read, so that the types that are checked are those that come.
+                schema = _plain_schema(_opened(file, footer).schema_arrow)
+        counts = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+        if sum(counts) != footer.num_rows:
             raise DataError(
-                f"{place}: its footer is damaged: it counts {footer.num_rows} rows, its row groups hold {row_groups}; "
+                f"{place}: its footer is damaged: it counts {footer.num_rows} rows, its row groups hold {sum(counts)}; "
                 "write the file again"
             )
-        for name in place.partitions.keys() & self._partition_types:
-            if name in schema.names:
+        for group, rows in enumerate(counts):
+            if not 0 <= rows <= MOST_ROWS:
+                raise DataError(
+                    f"{place}, row group {group}: its footer says that it has {rows} rows, where 0 to {MOST_ROWS:,} "
+                    "can be read; write the file again, in smaller row groups"
+                )
+        partitions = {name: value for name, value in place.partitions.items() if name in self._partition_types}
+        for name, value in list(partitions.items()):
+            kind = self._partition_types[name]
+            if name in schema.names and name in place.written_out:
+                del partitions[name]  # it merely lies there
+            elif name in schema.names:
                 raise DataError(
                     f"{place}: column {name!r} is in the file and is on its path as well; rename the directories, or "
                     "write the files without it"
                 )
-            schema = schema.append(pa.field(name, self._partition_types[name]))
-        return version, footer, schema
+            elif kind == pa.int64() and value is not None and not _is_integer(value):
+                raise DataError(
+                    f"{place}: {name}={value} on its path is no integer, as it was where the model was trained; rename "
+                    "the directory, or train again on all of these files"
+                )
+            else:
+                schema = schema.append(pa.field(name, kind))
+        return _Opened(version, footer, schema, partitions)
+
+
+class _Opened(NamedTuple):
+    version: str
+    footer: pq.FileMetaData
+    schema: pa.Schema
+    partitions: Mapping[str, str | None]
 
 
 class ParquetShards(ShardTables):
@@ -172,48 +238,196 @@ class ParquetShards(ShardTables):
         patterns: as in `find_files`.
         columns: what to read.
         source: config path of the patterns, for messages.
+        kinds: what features hold, as other splits or a checkpoint have it; what these files say is added.
+        found: as for `ShardTables`.
+        path_types: as for `ShardTables`.
 
     Raises:
-        DataError: as `ShardTables`; or a column is missing, or of a type that cannot be read as what it is for.
+        DataError: as `ShardTables`; or a column is missing, or of a type that cannot be read as what it is for, or
+            holds something else in one file than in another.
 
     Attributes:
         columns: what is read.
+        kinds: what features hold.
         layout: of the rows of all files; a feature that is a list in one file is one in all.
     """
 
-    def __init__(self, patterns: Sequence[str], columns: Columns, *, source: str) -> None:
-        super().__init__(patterns, columns.names, source=source)
+    def __init__(
+        self,
+        patterns: Sequence[str],
+        columns: Columns,
+        *,
+        source: str,
+        kinds: Kinds | None = None,
+        found: Found | None = None,
+        path_types: Mapping[str, pa.DataType] | None = None,
+    ) -> None:
+        super().__init__(patterns, columns.names, source=source, found=found, path_types=path_types)
         self.columns, self._dictionaries = columns, columns.dictionary_names
+        self.kinds = Kinds() if kinds is None else kinds
         checked: dict[int, frozenset[str]] = {}
         for file, schema in zip(self.files, self.schemas, strict=True):
             if id(schema) not in checked:
                 checked[id(schema)] = columns.check_schema(schema, file)
+                self.kinds.check(columns, schema, file)
         self.layout = columns.layout(frozenset[str]().union(*checked.values()))
 
-    def read(self, part: RowSlice, order: RowOrder = AS_THEY_STAND) -> Rows:
+    def read(self, part: RowSlice, order: RowOrder | Callable[[], RowOrder] = AS_THEY_STAND) -> Rows:
         """Decode and check the rows of a slice, and put them into an order; safe to call from several threads.
+
+        Args:
+            part: of a row group.
+            order: of the rows, or what makes one, which is asked when as many rows are there as the footer says.
 
         Raises:
             DataError: as `Columns.decode` and `ShardTables.table`.
         """
         table = self.table(part.row_group, self.columns.names, self._dictionaries)
         return self.columns.decode(
-            table.slice(part.start, part.stop - part.start), self.layout, self.where(part.row_group), order
+            table.slice(part.start, part.stop - part.start),
+            self.layout,
+            self.where(part.row_group),
+            order() if callable(order) else order,
         )
 
 
-def _string_leaves(schema: pq.ParquetSchema, columns: Collection[str]) -> list[str]:
-    """Paths of the leaves of strings in some columns, which may be lists."""
-    leaves = [schema.column(index) for index in range(len(schema))]
-    return [
-        leaf.path
-        for leaf in leaves
-        if leaf.physical_type == "BYTE_ARRAY" and any(f"{leaf.path}.".startswith(f"{name}.") for name in columns)
-    ]
+class _Reading:
+    """Columns of one row group, decoded together, or one by one where that fails."""
+
+    def __init__(self, file: pa.NativeFile, of: _File, footer: pq.FileMetaData, group: int, where: str) -> None:
+        self._file, self._of, self._footer, self._group, self._where = file, of, footer, group, where
+
+    def table(self, names: tuple[str, ...], dictionaries: tuple[str, ...], num_rows: int) -> pa.Table:
+        """Columns of the types and the length that the footer promises, each in one piece."""
+        found = self._footer.row_group(self._group)
+        as_dictionaries = []
+        for index, path, name, is_string in _leaves_of(self._of.leaves, names, dictionaries):
+            chunk = found.column(index)
+            # What is no list has just one value for each row; were there more, the rest would be left out.
+            if path == name and chunk.num_values > num_rows:
+                raise self._error(name, f"has {chunk.num_values} values for {num_rows} rows by its footer; {_AGAIN}")
+            if is_string and name in dictionaries and _WITHOUT_DICTIONARIES.isdisjoint(chunk.encodings):
+                as_dictionaries.append(path)
+        table = self._decoded(names, as_dictionaries)
+        for place, name in enumerate(names):
+            column = table.column(name)
+            if len(column) != num_rows:
+                raise self._error(name, f"has {len(column)} rows, but the footer says {num_rows}; {_AGAIN}")
+            kind = _plain_type(column.type)
+            if column.type != kind or column.num_chunks > 1:
+                table = table.set_column(place, name, self._in_one_piece(name, column.cast(kind)))
+        return table
+
+    def _decoded(self, names: tuple[str, ...], as_dictionaries: list[str]) -> pa.Table:
+        parquet = _opened(self._file, self._footer, as_dictionaries, pre_buffer=not self._of.place.is_local)
+
+        def read(names: tuple[str, ...]) -> pa.Table:
+            # Select, for a struct's "a.b" is read beside a column of that name.
+            return parquet.read_row_group(self._group, columns=list(names), use_threads=False).select(names)
+
+        try:
+            return read(names)
+        except _FAILURES as error:
+            if is_of_storage(error):
+                raise
+        # Which column it is, Arrow does not say.
+        parts = []
+        for name in names:
+            try:
+                parts.append(read((name,)))
+            except _FAILURES as error:
+                if is_of_storage(error):
+                    raise
+                way_out = _SMALLER if _IS_TOO_LARGE.search(str(error)) else _AGAIN
+                raise self._error(name, f"cannot be read: {explain(error)}; {way_out}") from None
+        columns = [part.column(0) for part in parts]
+        for name, column in zip(names, columns, strict=True):
+            if len(column) != len(columns[0]):
+                raise self._error(name, f"has {len(column)} rows, but others have {len(columns[0])}; {_AGAIN}")
+        return pa.table(columns, list(names))
+
+    def _in_one_piece(self, name: str, column: pa.ChunkedArray) -> pa.Array:
+        """A column whose values may be more than 32-bit offsets reach."""
+        try:
+            if pa.types.is_string(column.type) and column.nbytes > MOST_ROWS:
+                column = column.cast(pa.large_string())
+            return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+        except _FAILURES as error:
+            raise self._error(name, f"is too large: {explain(error)}; {_SMALLER}") from None
+
+    def _error(self, name: str, what: str) -> ColumnError:
+        return ColumnError(f"{self._where}: column {name!r} {what}", name)
 
 
-def _partition_types(places: Iterable[Place], names: Sequence[str]) -> Mapping[str, pa.DataType]:
-    """The type of each column that is read from paths."""
+_FAILURES = (pa.ArrowException, OSError, ValueError)
+_AGAIN = "write the file again"
+_SMALLER = "write smaller row groups"
+_IS_TOO_LARGE = re.compile(r"chunked array outputs|more than 2\^?\d* |2147483646|[Cc]apacity|overflow", re.ASCII)
+
+
+def _opened(
+    file: pa.NativeFile,
+    footer: pq.FileMetaData,
+    as_dictionaries: Sequence[str] = (),
+    *,
+    pre_buffer: bool = False,
+) -> pq.ParquetFile:
+    # Ranges of a file far away are asked for together; a disk is read as it is decoded.
+    return pq.ParquetFile(
+        file,
+        metadata=footer,
+        read_dictionary=as_dictionaries or None,
+        pre_buffer=pre_buffer,
+        page_checksum_verification=True,
+        arrow_extensions_enabled=False,
+    )
+
+
+def _leaves(footer: pq.FileMetaData) -> tuple[_Leaf, ...]:
+    """The leaves of a file, in its order."""
+    if not footer.num_row_groups:
+        return ()
+    # By a row group, as `footer.schema` and the footer hold each other until the garbage collector comes.
+    group = footer.row_group(0)
+    columns = map(group.column, range(group.num_columns))
+    return tuple((column.path_in_schema, column.physical_type == "BYTE_ARRAY") for column in columns)
+
+
+@lru_cache(maxsize=256)
+def _leaves_of(
+    leaves: tuple[_Leaf, ...], names: tuple[str, ...], dictionaries: tuple[str, ...]
+) -> tuple[tuple[int, str, str, bool], ...]:
+    """Index and path of each leaf of some columns, the column, and whether it is of strings that may be encoded."""
+    return tuple(
+        (index, path, name, is_string)
+        for index, (path, is_string) in enumerate(leaves)
+        for name in names
+        if f"{path}.".startswith(f"{name}.")
+    )
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    """A type without the names that extensions give it."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _plain_type(kind.storage_type)
+    for is_kind, list_of in ((pa.types.is_list, pa.list_), (pa.types.is_large_list, pa.large_list)):
+        if is_kind(kind):
+            field = kind.value_field
+            plain = _plain_type(field.type)
+            return kind if plain == field.type else list_of(field.with_type(plain))
+    return kind
+
+
+def _plain_schema(schema: pa.Schema) -> pa.Schema:
+    for place, field in enumerate(schema):
+        plain = _plain_type(field.type)
+        if plain != field.type:
+            schema = schema.set(place, field.with_type(plain))
+    return schema
+
+
+def partition_types(places: Iterable[Place], names: Collection[str]) -> dict[str, pa.DataType]:
+    """The type of each column that is read from paths: integers where every value is one, else strings."""
     values: dict[str, set[str]] = {}
     for place in places:
         for name, value in place.partitions.items():

@@ -1,30 +1,77 @@
 """The splits of a config, opened and checked."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import pyarrow as pa
 
 from recsys.config import Config
 from recsys.data.features import build_columns
+from recsys.data.kinds import Kinds
 from recsys.data.loader import Loader
 from recsys.data.order import Epoch
-from recsys.data.parquet import ParquetShards
+from recsys.data.parquet import Found, ParquetShards, find, partition_types
+from recsys.data.storage import DataError
 from recsys.runtime import Ranks, derive_seed
 
 
-def open_splits(config: Config, names: Sequence[str], vocabularies: Path | None = None) -> dict[str, ParquetShards]:
+def open_splits(
+    config: Config, names: Sequence[str], vocabularies: Path | None = None, kinds: Kinds | None = None
+) -> dict[str, ParquetShards]:
     """The shards of the named splits, opened and checked.
 
     Args:
         config: the run's.
         names: splits of the config.
         vocabularies: as for `build_columns`.
+        kinds: what features hold, as a checkpoint has it; None where that is still to be decided.
 
     Raises:
         ConfigError: the config lacks one of the splits, or as `build_columns`.
-        DataError: as `ParquetShards` and `build_columns`.
+        DataError: as `ParquetShards` and `build_columns`; or a feature holds one thing in one split and another in
+            another.
     """
     columns = build_columns(config, vocabularies)
-    return {name: ParquetShards(config.data.patterns(name), columns, source=f"data.{name}") for name in names}
+    kinds = Kinds() if kinds is None else kinds
+    found = {name: find(config.data.patterns(name), source=f"data.{name}") for name in names}
+    types = path_types(config, columns.names, found, kinds.of_columns(columns))
+    return {
+        name: ParquetShards(
+            config.data.patterns(name),
+            columns,
+            source=f"data.{name}",
+            kinds=kinds,
+            found=found[name],
+            path_types=types,
+        )
+        for name in names
+    }
+
+
+def path_types(
+    config: Config, names: Collection[str], found: Mapping[str, Found], known: Mapping[str, str] | None = None
+) -> dict[str, pa.DataType]:
+    """The type of each column that is read from paths, decided over all splits of a config.
+
+    Splits that are not asked for have a say too, if their files can be listed.
+
+    Args:
+        config: names the splits.
+        names: columns that will be read.
+        found: files of the splits that are asked for.
+        known: what columns hold, as a checkpoint has it, which is not decided anew.
+    """
+    places = [place for of_split in found.values() for place in of_split.places]
+    types = partition_types(places, names)
+    decided = {name: pa.int64() if (known or {}).get(name) == "numbers" else pa.string() for name in known or {}}
+    if types.keys() - decided.keys():
+        for name in config.data.splits:
+            if name not in found:
+                with suppress(DataError):
+                    places += find(config.data.patterns(name), source=f"data.{name}").places
+        types = partition_types(places, names)
+    return types | {name: kind for name, kind in decided.items() if name in types}
 
 
 def open_loader(shards: ParquetShards, epochs: Iterable[Epoch], config: Config, ranks: Ranks) -> Loader:

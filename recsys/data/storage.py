@@ -2,9 +2,10 @@
 
 import glob
 import os
+import posixpath
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -25,6 +26,9 @@ GCS_RETRY_SECONDS = 20
 
 THREADS = 32
 """Files looked up, opened or copied at a time; most of that is waiting."""
+
+SHOWN = 5
+"""Names that are left out, in a message; the rest are counted."""
 
 _REMEDIES = {
     "NO_SUCH_BUCKET": "there is no such bucket; correct its name, or AWS_ENDPOINT_URL or AWS_REGION",
@@ -47,11 +51,19 @@ class DataError(UserError):
 
 
 class Place(NamedTuple):
-    """A path on a file system; written out, without credentials, it is `prefix` and `path`."""
+    """A path on a file system; written out, without credentials, it is `prefix` and `path`.
+
+    Attributes:
+        filesystem: where the path leads.
+        path: there.
+        prefix: what stands before the path in a URL.
+        begun: how much of the path was written out in the pattern that found it, up to its first wildcard.
+    """
 
     filesystem: fs.FileSystem
     path: str
     prefix: str = ""
+    begun: int = 0
 
     def __str__(self) -> str:
         return self.prefix + self.path
@@ -66,13 +78,32 @@ class Place(NamedTuple):
 
     @property
     def partitions(self) -> dict[str, str | None]:
-        """What directories `key=value` on the path say; None is Hive's null."""
-        pairs = (part.partition("=") for part in PurePosixPath(self.path).parent.parts)
-        return {
-            unquote(key): None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value)
-            for key, equals, value in pairs
-            if key and equals
-        }
+        """What directories `key=value` on the path say; None is Hive's null.
+
+        Those that the pattern wrote out count if no other directory stands below them there: in `user=a/log/*`, `user`
+        is no column.
+        """
+        return dict(self._pairs()[0])
+
+    @property
+    def written_out(self) -> frozenset[str]:
+        """Keys of the partitions that the pattern itself wrote out."""
+        pairs, number = self._pairs()
+        return frozenset(key for key, _ in pairs[:number]) - {key for key, _ in pairs[number:]}
+
+    def _pairs(self) -> tuple[list[tuple[str, str | None]], int]:
+        """The partitions, and how many of them the pattern wrote out."""
+        directory = self.path.rpartition("/")[0]
+        pairs: list[tuple[str, str | None]] = []
+        number = 0
+        for part in re.finditer(r"[^/]+", directory):
+            key, equals, value = part[0].partition("=")
+            if key and equals:
+                pairs.append((unquote(key), None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value)))
+                number += part.end() <= self.begun
+            elif part.end() <= self.begun:
+                pairs, number = [], 0
+        return pairs, number
 
     def open(self) -> tuple[pa.NativeFile, str]:
         """The file, opened for reading, and its version, which differs once another has taken its place.
@@ -152,16 +183,17 @@ def locate(url: str, *, source: str) -> Place:
     """What a path or URL names.
 
     Args:
-        url: a path; `s3://`, `gs://` or `file://`; or that of any file system that fsspec knows, after `fsspec+`.
-            S3's may carry `key:secret@` before the bucket and `?endpoint_override=...&region=...&scheme=...`; what it
-            does not say is taken from the environment and wherever else the AWS SDK looks.
+        url: a path, `~` being the home directory; `s3://`, `gs://` or `file://`; or that of any file system that fsspec
+            knows, after `fsspec+`. S3's may carry `key:secret@` before the bucket and
+            `?endpoint_override=...&region=...&scheme=...`; what it does not say is taken from the environment and
+            wherever else the AWS SDK looks.
         source: config path or option that it comes from, for messages.
 
     Raises:
         DataError: it is not such a URL.
     """
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url):
-        return Place(fs.LocalFileSystem(), url)
+        return Place(fs.LocalFileSystem(), os.path.expanduser(url))
     parts = urlsplit(url, allow_fragments=False)
     bucket = parts.netloc.rpartition("@")[2]
     with naming(f"{source}: {parts.scheme}://{bucket}{parts.path}"):
@@ -191,17 +223,21 @@ def _s3(**options: str | None) -> fs.FileSystem:
     return fs.S3FileSystem(retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS), **options)
 
 
-def find_files(patterns: Sequence[str], *, source: str) -> list[Place]:
+def find_files(
+    patterns: Sequence[str], *, source: str, on_repeated: Callable[[str], None] = lambda message: None
+) -> list[Place]:
     """The files that any of the patterns names, sorted, once each.
 
     A pattern is a path or URL (see `locate`) of a file, or of a directory for every `*.parquet` below it; a glob of
     such paths, `**` standing for any directories; or `@list.txt`, a file with a pattern on each line, `#` beginning a
     comment. Names that begin with `_` or `.` are left out below a directory and from where a glob begins, as Spark and
-    Hive do.
+    Hive do. A path that is there just as it is written is no glob, whatever characters are in it.
 
     Args:
         patterns: relative to the working directory.
         source: config path of the patterns, for messages.
+        on_repeated: told, if some names are of files that others name as well, by links or other ways to them, which
+            names were left out.
 
     Raises:
         DataError: a pattern names no file, or the storage refuses or does not answer.
@@ -209,8 +245,45 @@ def find_files(patterns: Sequence[str], *, source: str) -> list[Place]:
     listed = [line for pattern in patterns for line in _listed(pattern, source)]
     with ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(lambda pattern: _matches(pattern, source), listed)
-        files = {str(file): file for files in found for file in files}
-    return [files[name] for name in sorted(files)]
+        files: dict[str, Place] = {}
+        for file in (file for files in found for file in files):
+            known = files.setdefault(str(file), file)
+            if file.begun < known.begun:  # the pattern that leaves more of the path to be partitions
+                files[str(file)] = file
+        same: dict[Hashable, list[Place]] = {}
+        for file, identity in zip(files.values(), pool.map(_identity, files.values()), strict=True):
+            same.setdefault(identity, []).append(file)
+    for names in same.values():
+        names.sort(key=_plainness)
+    repeated = sorted(f"{name} (as {names[0]})" for names in same.values() for name in names[1:])
+    if repeated:
+        more = f" and {len(repeated) - SHOWN} more" if len(repeated) > SHOWN else ""
+        on_repeated(
+            f"{source}: files that have several names are read once; left out: {', '.join(repeated[:SHOWN])}{more}"
+        )
+    return sorted((names[0] for names in same.values()), key=str)
+
+
+def _identity(file: Place) -> Hashable:
+    """What two names of one file have in common."""
+    if not file.is_local:
+        # In object storage, each sequence of characters is a key of its own.
+        in_objects = file.filesystem.type_name in ("s3", "gcs")
+        return str(file) if in_objects else file.prefix + posixpath.normpath(file.path)
+    path = os.path.realpath(file.path)
+    try:
+        info = os.stat(path)
+    except OSError:  # which is told where it is opened
+        return path
+    # Numbers alone are not believed: some network file systems give several files one.
+    return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns) if info.st_nlink > 1 and info.st_ino else path
+
+
+def _plainness(file: Place) -> tuple[bool, bool, int, str]:
+    """The plainest of the names of a file comes first: no link, no detour."""
+    path = file.path
+    by_link = file.is_local and os.path.realpath(path) != os.path.abspath(path)
+    return by_link, posixpath.normpath(path) != path, len(path), path
 
 
 def _listed(pattern: str, source: str) -> list[str]:
@@ -224,17 +297,18 @@ def _listed(pattern: str, source: str) -> list[str]:
 
 def _matches(pattern: str, source: str) -> list[Place]:
     place = locate(pattern, source=source)
-    filesystem, path, prefix = place
-    wildcard = re.search(r"[*?[]", path)
-    base = path[: path.rfind("/", 0, wildcard.start()) + 1] if wildcard else path
+    filesystem, prefix = place.filesystem, place.prefix
     with naming(f"{source}: {place}"):
-        if not wildcard:
+        path, base = _glob(place)
+        is_glob = path is not None
+        if path is None:
+            path = place.path
             found = [filesystem.get_file_info(path)]
         elif place.is_local:
             found = filesystem.get_file_info(glob.glob(path, recursive=True))
         else:
             found = _matching(_below(filesystem, base.rstrip("/")), path)
-        if "**" not in path:
+        if not is_glob or "**" not in path:
             found += [
                 file
                 for directory in found
@@ -243,15 +317,34 @@ def _matches(pattern: str, source: str) -> list[Place]:
                 if file.path.endswith(".parquet")
             ]
         # A link to nowhere is matched as well, and must fail where it is opened.
-        missing = fs.FileType.NotFound if wildcard else None
+        missing = fs.FileType.NotFound if is_glob else None
         files = [info.path for info in found if info.is_file or info.type == missing]
         if not files:
             _check_bucket(place)
     files = [file for file in files if file == path or not re.search(r"(^|/)[_.]", file[len(base) :])]
     if not files:
         hint = "" if prefix else " (paths are relative to the working directory)"
+        if "[" in place.path:
+            hint += "; a [ that is part of a name beside wildcards is written [[]"
         raise DataError(f"{source}: no file matches {str(place)!r}{hint}")
-    return [place._replace(path=file) for file in files]
+    return [place._replace(path=file, begun=len(base)) for file in files]
+
+
+def _glob(place: Place) -> tuple[str | None, str]:
+    """A path as a glob, if it is one, and what stands before its wildcards.
+
+    A name that is there just as it is written has no wildcards: it is escaped in the glob.
+    """
+    written = ""
+    parts = re.findall(r"[^/]*/|[^/]+$", place.path)
+    for number, part in enumerate(parts):
+        # Far away, each look is a request, and nobody names a directory *.
+        marks = r"[*?[]" if place.is_local else r"\["
+        whole = written + part.rstrip("/")
+        if re.search(r"[*?[]", part) and not (re.search(marks, part) and place._replace(path=whole).exists()):
+            return glob.escape(written) + "".join(parts[number:]), written
+        written += part
+    return None, written
 
 
 def _below(filesystem: fs.FileSystem, directory: str) -> list[fs.FileInfo]:
@@ -289,10 +382,11 @@ def naming(where: str) -> Iterator[None]:
     except UserError:
         raise
     except (pa.ArrowException, OSError, ValueError, ImportError) as error:
-        raise DataError(f"{where}: {_explain(error)}") from None
+        raise DataError(f"{where}: {explain(error)}") from None
 
 
-def _explain(error: BaseException) -> str:
+def explain(error: BaseException) -> str:
+    """A failure in one line, with the way out where it is the storage's."""
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -300,3 +394,10 @@ def _explain(error: BaseException) -> str:
         if re.search(marks, text):
             return remedy.format(credentials="set" if os.environ.get("AWS_ACCESS_KEY_ID") else "not set")
     return text
+
+
+def is_of_storage(error: BaseException) -> bool:
+    """Whether a failure is the storage's, which asking again would only repeat, and not of what was read from it."""
+    return (isinstance(error, OSError) and error.errno is not None) or any(
+        re.search(marks, str(error)) for marks in _REMEDIES
+    )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedTensor, PoolingType
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
 
 from recsys.config import Config, ConfigError, HiLoMoEConfig, ModelConfig
 from recsys.data.batch import Batch
@@ -81,6 +81,35 @@ class DenseArch(nn.Module):
         return logits, auxiliary_losses(layers, loss_weights, logits)
 
 
+class MeanPooling(nn.Module):
+    """From sums of embeddings to means, for the features whose tables pool so.
+
+    All tables are declared to pool by sum, because means are not safe: TorchRec 1.6 to 1.8 divides twice where one
+    table is sharded by rows and another is not, and never under grid sharding; fbgemm 1.6 to 1.8 leaves gradients
+    undivided where ids have weights. A module of its own, so that a pipeline's symbolic tracing does not look inside.
+
+    Args:
+        dims: width of each sparse feature's pooled embedding, in the order in which they enter the tower.
+        means: which of them are means.
+    """
+
+    _feature_of_column: Tensor
+    _means: Tensor
+
+    def __init__(self, dims: Sequence[int], means: Sequence[bool]) -> None:
+        super().__init__()
+        features = torch.repeat_interleave(torch.arange(len(dims)), torch.tensor(dims))
+        self.register_buffer("_feature_of_column", features, persistent=False)
+        self.register_buffer("_means", torch.tensor(means), persistent=False)
+
+    def forward(self, sums: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
+        """Sums (B, W) and the ids that they are of, keys in the same order, to pooled embeddings (B, W)."""
+        counts = sparse_features.lengths().view(len(self._means), -1).clamp(min=1)
+        # As fbgemm's kernels have it, times the reciprocal.
+        factors = torch.where(self._means[:, None], counts.to(sums.dtype).reciprocal(), 1.0)
+        return sums * factors.t().index_select(1, self._feature_of_column)
+
+
 class Ranker(nn.Module):
     """Embedding tables and dense arch; `forward(batch)` is what TorchRec's pipelines expect.
 
@@ -88,8 +117,9 @@ class Ranker(nn.Module):
         collections: the tables, unsharded or sharded, by the name of their collection; `POOLED` is that of all that are
             pooled.
         dense_arch: the replicated part; training wraps it in DDP.
-        feature_names: order in which pooled features enter the tower. A sharded collection yields them in the order of
-            the sharding plan, so they are regrouped by name on every call.
+        feature_names: order in which pooled features enter the tower, that of the batch's keys. A sharded collection
+            yields them in the order of the sharding plan, so they are regrouped by name on every call.
+        mean_pooling: what makes means of the sums that the collection pools, None where all are sums.
 
     Attributes:
         embeddings_frozen: True pools without a graph: no backward, no gradient communication, and neither weights nor
@@ -98,7 +128,11 @@ class Ranker(nn.Module):
     """
 
     def __init__(
-        self, collections: Mapping[str, nn.Module], dense_arch: nn.Module, feature_names: Sequence[str]
+        self,
+        collections: Mapping[str, nn.Module],
+        dense_arch: nn.Module,
+        feature_names: Sequence[str],
+        mean_pooling: MeanPooling | None = None,
     ) -> None:
         super().__init__()
         self._collections = tuple(collections)
@@ -106,6 +140,7 @@ class Ranker(nn.Module):
             self.add_module(name, collection)
         self.dense_arch = dense_arch
         self.feature_names = list(feature_names)
+        self.mean_pooling = mean_pooling
         self.embeddings_frozen = False
         self.total_loss = TotalLoss()
         self.loss_weights: dict[str, float] = {}
@@ -120,6 +155,8 @@ class Ranker(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.embeddings_frozen):
             pooled = getattr(self, POOLED)(batch.sparse_features)
             (features,) = KeyedTensor.regroup([pooled], [self.feature_names])
+            if self.mean_pooling is not None:
+                features = self.mean_pooling(features, batch.sparse_features)
         logits, auxiliary = self.dense_arch(features, batch.dense_features, self.loss_weights)
         total, losses = self.total_loss(logits, auxiliary, batch, self.loss_weights)
         return total, RankerOutput(logits.detach(), batch.labels, batch.domain, losses)
@@ -158,7 +195,7 @@ def build_ranker(config: Config, *, seed: int, device: torch.device | None = Non
             num_embeddings=table.num_embeddings,
             embedding_dim=table.embedding_dim,
             feature_names=[feature for feature, f in config.features.sparse.items() if f.table == name],
-            pooling=PoolingType.SUM if table.pooling == "sum" else PoolingType.MEAN,
+            pooling=PoolingType.SUM,
         )
         for name, table in config.tables.items()
     ]
@@ -169,7 +206,9 @@ def build_ranker(config: Config, *, seed: int, device: torch.device | None = Non
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         dense_arch = build_dense_arch(config.model, dims, num_dense_features=len(config.features.dense))
-    return Ranker({POOLED: collection}, dense_arch, list(dims))
+    means = [config.tables[feature.table].pooling == "mean" for feature in config.features.sparse.values()]
+    mean_pooling = MeanPooling(list(dims.values()), means) if any(means) else None
+    return Ranker({POOLED: collection}, dense_arch, list(dims), mean_pooling)
 
 
 def _check_memory(config: ModelConfig, embedding_dims: Mapping[str, int], *, num_dense_features: int) -> None:

@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -21,7 +22,7 @@ from recsys.prepare.criteo import by_day, criteo_schema
 from recsys.prepare.movielens import convert_movielens_1m, convert_movielens_100k
 from recsys.prepare.synthetic import write_synthetic
 from recsys.prepare.tabular import MAX_VALUES, Schema, convert_text, load_schema
-from recsys.terminal import Rows, table, without_empty
+from recsys.terminal import Rows, say, table, without_empty
 
 if TYPE_CHECKING:
     from recsys.prepare.validation import Finding, Report
@@ -47,11 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     run_entry(body)
 
 
+def _path(text: str) -> Path:
+    """A path as it is typed, `~` being the home directory: no shell expands that in `--output=~/log`."""
+    return Path(os.path.expanduser(text))
+
+
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m recsys.prepare", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(title="what to do", required=True, metavar="WHAT")
     output = ArgumentParser(add_help=False)
-    output.add_argument("--output", type=Path, required=True, help="folder to write")
+    output.add_argument("--output", type=_path, required=True, help="folder to write")
     _add_converters(commands, output)
     _add_synthetic(commands, output)
     _add_examiners(commands)
@@ -62,7 +68,9 @@ def _add_converters(commands: "argparse._SubParsersAction[ArgumentParser]", outp
     replace = ArgumentParser(add_help=False)
     replace.add_argument("--overwrite", action="store_true", help="replace the data set that is there")
     text = ArgumentParser(add_help=False)
-    text.add_argument("--source", type=Path, nargs="+", required=True, metavar="FILE", help="text files, also .gz")
+    text.add_argument(
+        "--source", type=_path, nargs="+", required=True, metavar="FILE", help="text files, also .gz, .bz2, .zst"
+    )
     text.add_argument("--skip-malformed", action="store_true", help="leave out and count rows that are wrong")
     text.add_argument(
         "--max-values", type=int, default=MAX_VALUES, help="different values to count for all vocabularies together"
@@ -78,7 +86,7 @@ def _add_converters(commands: "argparse._SubParsersAction[ArgumentParser]", outp
     }
     for name, (convert, title, source) in converters.items():
         public = commands.add_parser(name, parents=[output, replace], help=f"{title} from its official files")
-        public.add_argument("--source", type=Path, required=True, help=source)
+        public.add_argument("--source", type=_path, required=True, help=source)
         public.set_defaults(run=_public, convert=convert)
 
     criteo = commands.add_parser(
@@ -97,7 +105,7 @@ def _add_converters(commands: "argparse._SubParsersAction[ArgumentParser]", outp
     criteo.set_defaults(run=_criteo)
 
     csv = commands.add_parser("csv", parents=[output, replace, text], help="any CSV or JSON Lines, by a schema")
-    csv.add_argument("--schema", type=Path, required=True, help="YAML file that says what is in the files")
+    csv.add_argument("--schema", type=_path, required=True, help="YAML file that says what is in the files")
     csv.set_defaults(run=lambda options: _text(options, options.source, load_schema(options.schema)))
 
 
@@ -247,7 +255,7 @@ def _vocabulary(options: argparse.Namespace) -> None:
         }
         for of in built
     ]
-    console.print(table(rows, left=("vocabulary", "features")))
+    say(console, table(rows, left=("vocabulary", "features")))
 
 
 def _table_rows(config: Config, features: Iterable[str]) -> Iterator[int]:
@@ -338,7 +346,7 @@ def _draw(console: Console, columns: Sequence[str], cells: Sequence[Sequence[str
     """Print rows with the columns that say anything; nothing where there are no rows."""
     rows: Rows = [dict(zip(columns, row, strict=True)) for row in cells]
     if rows:
-        console.print(table(without_empty(rows)))
+        say(console, table(without_empty(rows)))
 
 
 def _report(output: Path) -> None:
@@ -355,9 +363,11 @@ def _report(output: Path) -> None:
         for split, told in summary["splits"].items()
     ]
     console = Console(soft_wrap=True)
-    console.print(table(rows))
+    say(console, table(rows))
     for file, count in summary.get("skipped", {}).items():
         console.print(f"{file}: {count:,} malformed rows left out", highlight=False, markup=False)
+    for file in summary.get("empty", []):
+        console.print(f"{file}: no rows", highlight=False, markup=False)
     console.print(f"{summary['name']} written to {output}", highlight=False, markup=False)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 
 from recsys.data.arrow import flat, is_list
-from recsys.data.ids import IdMapping
+from recsys.data.ids import IdMapping, check_rows
 from recsys.data.rows import offsets_of
 
 ANY_ROW = 2**63
@@ -33,10 +33,11 @@ def mapped(values: pa.Array, mapping: IdMapping, what: str) -> pa.Array:
     """
     if not is_list(values.type):
         ids = mapping.map(values, what).ids.astype(np.int64, copy=False)
+        check_rows(ids, mapping, what)
         return pa.array(ids, mask=ids < 0)
     lengths, items = flat(values)
     ids, offsets = mapping.map(items, what).ids.astype(np.int64, copy=False), offsets_of(lengths)
-    if ids.min(initial=0) < 0:
+    if check_rows(ids, mapping, what):
         present = ids >= 0
         offsets, ids = offsets_of(present)[offsets], ids[present]
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(ids), mask=values.is_null())

@@ -261,6 +261,15 @@ class Schema(_Section):
         return times[0], times[1]
 
     @model_validator(mode="after")
+    def _text_can_be_parsed(self) -> Self:
+        for path, character in (("delimiter", self.delimiter), ("quote", self.quote)):
+            if character is not None and (not character.isascii() or character in "\r\n\0"):
+                raise ValueError(f"{path}: must be one ASCII character and no line break, not {character!r}")
+        if self.delimiter == self.quote:
+            raise ValueError(f"quote: {self.quote!r} is the delimiter; quote: null if nothing encloses fields")
+        return self
+
+    @model_validator(mode="after")
     def _references_resolve(self) -> Self:
         kinds = {name: column.type for name, column in self.read.items()}
         for path, name, allowed in (
@@ -324,7 +333,7 @@ def convert_text(
     It grows with the vocabularies alone, which `max_values` bounds.
 
     Args:
-        sources: the files, in the order that a split by order goes by; `.gz` ones are unpacked on the way.
+        sources: the files, in the order that a split by order goes by; `.gz`, `.bz2` and `.zst` ones are unpacked.
         output: becomes the data set. Each vocabulary is in `vocabularies/<table>.parquet`, from id 1.
         schema: what is in the files.
         skip_malformed: leave out rows that are wrong and count them in `dataset.json`, instead of refusing them.
@@ -357,6 +366,8 @@ def convert_text(
         written = _write(files, schema, mappings, start(), stage)
         if not written.splits["train"]["rows"]:
             rows = sum(split["rows"] for split in written.splits.values())
+            if not rows and not any(files.skipped):
+                raise DataError(f"{', '.join(map(str, sources))}: no rows")
             raise DataError(f"no row is in the train split, of {rows} in all")
         summary = {
             "name": schema.name,
@@ -364,6 +375,11 @@ def convert_text(
             "vocabularies": {name: vocabulary_file(name) for name in vocabularies},
             "splits": written.splits,
             "skipped": {str(path): count for path, count in zip(sources, files.skipped, strict=True) if count},
+            "empty": [
+                str(path)
+                for path, rows, skipped in zip(sources, files.rows, files.skipped, strict=True)
+                if not rows and not skipped
+            ],
         }
         writing.write_summary(stage, summary)
         writing.write_config(
@@ -404,14 +420,15 @@ def _split_rule(schema: Schema, files: TextFiles) -> Callable[[], _Assign]:
 
 def _ends_by_order(split: SplitSchema, files: TextFiles) -> list[tuple[float, float]]:
     """The last line of train and that of valid, for each file and counted in it."""
-    rows = [last + 1 - files.first_line for last in files.last_lines("counting rows")]
-    test, valid = round(sum(rows) * split.test), round(sum(rows) * split.valid)
+    lines = files.row_lines("counting rows")
+    rows = sum(last - first + 1 for first, last in lines)
+    test, valid = round(rows * split.test), round(rows * split.valid)
     ends: list[tuple[float, float]] = []
     before = 0
-    for count in rows:
-        end = sum(rows) - test - before + files.first_line - 1
+    for first, last in lines:
+        end = rows - test - before + first - 1
         ends.append((end - valid, end))
-        before += count
+        before += last - first + 1
     return ends
 
 
@@ -426,8 +443,8 @@ def _ends_by_file(split: SplitSchema, files: TextFiles) -> list[tuple[float, flo
     ends = []
     for path, valid, test in zip(files.paths, *held_out, strict=True):
         if valid and test:
-            (last,) = replace(files, paths=[path]).last_lines(f"counting rows of {path.name}")
-            ends.append((0.0, (files.first_line + last) / 2))
+            (span,) = replace(files, paths=[path]).row_lines(f"counting rows of {path.name}")
+            ends.append((0.0, sum(span) / 2))
         else:
             ends.append((0.0, np.inf) if valid else (0.0, 0.0) if test else (np.inf, np.inf))
     return ends
@@ -585,6 +602,8 @@ def _checked(values: pa.Array, column: ColumnSchema, schema: Schema, needed: boo
         if pc.any(pc.is_in(values.flatten(), pa.array(schema.nulls, pa.string()))).as_py():
             raise Malformed("an item of the list has no value")
         if column.type == "ints":
+            if pc.any(pc.match_substring_regex(values.flatten(), r"^\s*0[xX]")).as_py():
+                raise Malformed("an item of the list is hexadecimal; write decimal digits")
             values = values.cast(pa.list_(pa.int64()))
     if column.is_list and values.flatten().null_count:
         raise Malformed("an item of the list has no value")

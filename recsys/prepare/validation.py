@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from recsys.config import Config, DenseFeatureConfig
 from recsys.data.features import Columns, SparseColumn, build_columns
 from recsys.data.hashing import hash_values
-from recsys.data.parquet import ShardTables
+from recsys.data.kinds import Kinds
+from recsys.data.parquet import ColumnError, Found, ShardTables, find
 from recsys.data.rows import Rows
+from recsys.data.splits import path_types
 from recsys.data.storage import DataError
 from recsys.prepare.sketches import HyperLogLog, RowSample
 from recsys.prepare.synthetic import write_embedded
@@ -252,8 +254,11 @@ def validate(
     scans: dict[str, _Scan] = {}
     splits: dict[str, _Split] = {}
     bounds: Mapping[str, NDArray[np.float32]] | None = None
-    for name in config.data.splits:
-        split = _opened(config, name, columns, findings)
+    kinds = Kinds()
+    found = _found(config, findings)
+    types = path_types(config, columns.names, found)
+    for name in found:
+        split = _opened(config, name, columns, findings, found[name], types, kinds)
         if split is None:
             continue
         splits[name] = split
@@ -301,7 +306,28 @@ def stability_noise(rows: int, reference_rows: int, buckets: int, chance: float)
     return (1 / rows + 1 / reference_rows) * quantile
 
 
-def _opened(config: Config, name: str, columns: Columns, findings: "_Findings") -> "_Split | None":
+def _found(config: Config, findings: "_Findings") -> dict[str, Found]:
+    """The files of each split that can be listed."""
+    found = {}
+    for name in config.data.splits:
+        try:
+            found[name] = find(config.data.patterns(name), source=f"data.{name}")
+        except DataError as error:
+            findings.errors.append(Finding(name, f"data.{name}", str(error)))
+        else:
+            findings.warnings += [Finding(name, f"data.{name}", warning) for warning in found[name].warnings]
+    return found
+
+
+def _opened(
+    config: Config,
+    name: str,
+    columns: Columns,
+    findings: "_Findings",
+    found: Found,
+    types: Mapping[str, pa.DataType],
+    kinds: Kinds,
+) -> "_Split | None":
     """A split with those of its files that can be opened; None if there are none, or no rows in them."""
     opened, source = _Scan(), f"data.{name}"
     try:
@@ -309,13 +335,17 @@ def _opened(config: Config, name: str, columns: Columns, findings: "_Findings") 
             config.data.patterns(name),
             columns.names,
             source=source,
+            found=found,
+            path_types=types,
             on_unreadable=lambda error: opened.fault(source, [str(error)]),
         )
     except DataError as error:
-        opened.fault(source, [str(error)])
+        # Of files that cannot be read, nobody knows whether they hold rows.
+        if not opened.faults:
+            opened.fault(source, [str(error)])
         findings.look_at_faults(name, opened)
         return None
-    return _Split(name, tables, columns, opened)
+    return _Split(name, tables, columns, opened, kinds)
 
 
 @dataclass
@@ -442,7 +472,7 @@ class _Scan:
 class _Split:
     """A split that is open, and which of its files can be read as what."""
 
-    def __init__(self, name: str, tables: ShardTables, columns: Columns, opened: _Scan) -> None:
+    def __init__(self, name: str, tables: ShardTables, columns: Columns, opened: _Scan, kinds: Kinds) -> None:
         self.name = name
         self.tables = tables
         self.parts = columns.parts
@@ -454,6 +484,7 @@ class _Split:
             for path, part in self.parts.items():
                 try:
                     lists |= part.check_schema(schema, file)
+                    kinds.check(part, schema, file)
                     readable.add(path)
                 except DataError as error:
                     self._opened.fault(path, [str(error)])
@@ -537,12 +568,20 @@ class _Split:
     ) -> Iterator[tuple[str, Rows, pa.Table]]:
         """The rows of each part that can be decoded; what cannot becomes a fault."""
         readable = [path for path in paths if path in self._readable[self.tables.file_of(row_group)]]
-        names = list(dict.fromkeys(name for path in readable for name in self.parts[path].names))
-        dictionaries = {name for path in readable for name in self.parts[path].dictionary_names}
-        try:
-            table = self.tables.table(row_group, names, dictionaries)
-        except DataError as error:
-            scan.fault(f"data.{self.name}", [str(error)])
+        while True:
+            names = list(dict.fromkeys(name for path in readable for name in self.parts[path].names))
+            dictionaries = {name for path in readable for name in self.parts[path].dictionary_names}
+            try:
+                table = self.tables.table(row_group, names, dictionaries)
+                break
+            except ColumnError as error:  # the others may be sound
+                for path in [path for path in readable if error.column in self.parts[path].names]:
+                    scan.fault(path, [str(error)])
+                    readable.remove(path)
+            except DataError as error:
+                scan.fault(f"data.{self.name}", [str(error)])
+                return
+        if not readable:
             return
         if taken is not None and taken < len(table):
             table = table.take(pa.array(_spread(len(table), taken)))

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys.config import Config, ConfigError, SparseFeatureConfig, VocabularyIdsConfig
-from recsys.data.arrow import flat, is_integer, is_list, is_string, plain, raised, value_type, whole
+from recsys.data.arrow import flat, integers, is_countable, is_list, is_string, plain, raised, usual, value_type, whole
+from recsys.data.features import check_names
 from recsys.data.ids import listed
 from recsys.data.storage import DataError
 from recsys.data.vocabulary import Vocabulary, canonical, is_value
@@ -47,6 +48,9 @@ class ValueCounts:
             DataError: values of another type than others of the vocabulary or than any may have, or more different
                 values than the limit.
         """
+        array = usual(array)
+        if pa.types.is_null(value_type(array.type)):
+            return
         if not is_value(value_type(array.type)):
             raise DataError(f"{what} has type {array.type}; strings, integers or lists of them are needed")
         values = canonical(plain(flat(array)[1] if is_list(array.type) else array).drop_null())
@@ -204,10 +208,12 @@ def build_vocabularies(
 
 def _raw_values(array: pa.Array, feature: SparseFeatureConfig, what: str) -> pa.Array:
     """What is counted of a column: the values that the feature's ids would be asked for."""
+    array = usual(array)
     if feature.list_text is not None and is_string(array.type):
         array = listed(array, feature.list_text, what)
-    if feature.minimum is not None and is_integer(value_type(array.type)):
-        array = raised(plain(flat(array)[1] if is_list(array.type) else array), feature.minimum)
+    if is_countable(value_type(array.type)):
+        array = integers(flat(array)[1] if is_list(array.type) else array)
+        array = array if feature.minimum is None else raised(plain(array), feature.minimum)
     return array
 
 
@@ -222,13 +228,16 @@ def _row_groups(
     config: Config, columns: list[str], on_row_group: Callable[[int, int], None]
 ) -> Iterator[tuple[str, pa.Table]]:
     """Place and columns of each row group of the train split."""
-    from recsys.data.parquet import ShardTables  # which imports torch; converters count without
+    from recsys.data.parquet import ShardTables, find  # which imports torch; converters count without
+    from recsys.data.splits import path_types
 
-    shards = ShardTables(config.data.patterns("train"), columns, source="data.train")
+    patterns, source = config.data.patterns("train"), "data.train"
+    found = find(patterns, source=source)
+    # As training has them: numbers on the paths of train alone may be text over all splits.
+    types = path_types(config, columns, {"train": found})
+    shards = ShardTables(patterns, columns, source=source, found=found, path_types=types)
     for file, schema in zip(shards.files, shards.schemas, strict=True):
-        for column in columns:
-            if column not in schema.names:
-                raise DataError(f"{file}: no column {column!r}; the file has {', '.join(schema.names)}")
+        check_names(schema, columns, file, "file")
     total = len(shards.row_counts)
     for row_group in range(total):
         yield shards.where(row_group), shards.table(row_group, columns)

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.shard import shard as torchrec_shard
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
@@ -78,12 +80,27 @@ def shard(ranker: Ranker, config: Config, ranks: Ranks, *, seed: int) -> Sharded
             if config.tables[_table_of(table)].data_parallel:
                 replicated[table] = parameter
     ranker.dense_arch.to(ranks.device)
+    if ranker.mean_pooling is not None:
+        ranker.mean_pooling.to(ranks.device)
     return ShardedRanker(
         ranker=ranker,
         plan=plan,
         sparse_optimizer=CombinedOptimizer(fused),
         data_parallel_optimizer=_data_parallel_optimizer(replicated, config.optimizers.data_parallel),
     )
+
+
+def forget_cached_rows(sharded: ShardedRanker) -> None:
+    """Empty the tables' caches on the device, after their weights were written in place.
+
+    Tables of `fused_uvm_caching` would go on with the rows that they had, and write them back over those loaded.
+    """
+    for collection in sharded.ranker.collections.values():
+        lookups: Any = collection._lookups
+        for lookup in lookups:  # as the collection does before it loads a state dict itself
+            while isinstance(lookup, DistributedDataParallel):
+                lookup = lookup.module
+            lookup.purge()
 
 
 def plan_tables(ranker: Ranker, config: Config, ranks: Ranks) -> tuple[EmbeddingBagCollectionSharder, ShardingPlan]:

@@ -1,9 +1,9 @@
 """Checkpoints: what they hold, when one is complete, and reading them without running code.
 
 A checkpoint is a directory `step-<n>` with the tensors in PyTorch's distributed format (DCP), the resolved
-`config.yaml`, the features' vocabularies with their digests in `vocabularies/`, and `meta.json`. It is written beside
-its final name and renamed when complete, so a directory with a final name is whole. Only tensors go into DCP:
-everything else is JSON, YAML or Parquet.
+`config.yaml`, the features' vocabularies with their digests in `vocabularies/`, what the features hold in `kinds.json`,
+and `meta.json`. It is written beside its final name and renamed when complete, so a directory with a final name is
+whole. Only tensors go into DCP: everything else is JSON, YAML or Parquet.
 """
 
 import json
@@ -21,10 +21,11 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.optim.keyed import KeyedOptimizer
 
 from recsys.config import Config
+from recsys.data.kinds import write_kinds
 from recsys.data.storage import THREADS, Place, naming
 from recsys.data.vocabulary import Vocabulary, save_vocabularies
 from recsys.errors import UserError
-from recsys.sharding.shard import ShardedRanker
+from recsys.sharding.shard import ShardedRanker, forget_cached_rows
 from recsys.training.dcp import UnreadableError, load_tensors
 
 FORMAT = 1
@@ -62,8 +63,9 @@ def save_checkpoint(
     dense_arch: nn.Module,
     dense_optimizer: KeyedOptimizer,
     vocabularies: Mapping[str, Vocabulary],
+    kinds: Mapping[str, str],
 ) -> None:
-    """Write model, vocabularies and all optimizers, replacing `directory` if it exists; a collective call."""
+    """Write model, features' values and kinds, and all optimizers, replacing `directory`; a collective call."""
     partial = directory.with_name(directory.name + ".partial")
     if dist.get_rank() == 0:
         delete_checkpoint(partial)
@@ -78,6 +80,7 @@ def save_checkpoint(
     if dist.get_rank() == 0:
         (partial / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         save_vocabularies(vocabularies, partial / VOCABULARIES)
+        write_kinds(kinds, partial)
         (partial / "meta.json").write_text(json.dumps(vars(meta), indent=2) + "\n", encoding="utf-8")
         delete_checkpoint(directory)
         partial.rename(directory)
@@ -145,18 +148,19 @@ def load_model(directory: Path, sharded: ShardedRanker, dense_arch: nn.Module) -
     Raises:
         CheckpointError: a tensor is missing or has another shape than the config's model.
     """
-    _load(directory, _model_state(sharded, dense_arch))
+    _load(directory, sharded, _model_state(sharded, dense_arch))
 
 
 def load_model_and_tables_optimizers(directory: Path, sharded: ShardedRanker, dense_arch: nn.Module) -> None:
     """As `load_model`, with the state of the tables' optimizers, on as many ranks as wrote them."""
-    _load(directory, {**_model_state(sharded, dense_arch), **_table_optimizer_state(sharded)})
+    _load(directory, sharded, {**_model_state(sharded, dense_arch), **_table_optimizer_state(sharded)})
 
 
-def _load(directory: Path, state: dict[str, Any]) -> None:
+def _load(directory: Path, sharded: ShardedRanker, state: dict[str, Any]) -> None:
     """Fill the tensors of `state`, which share memory with the model, in place."""
     try:
         load_tensors(directory, state)
+        forget_cached_rows(sharded)
     except UnreadableError as error:
         raise CheckpointError(f"{directory}: cannot be loaded into the model of its config: {error}") from error
 

@@ -1,6 +1,7 @@
 """Evaluating a ranker on a split, over all ranks."""
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recsys.config import Config, load_config
+from recsys.data.kinds import read_kinds
 from recsys.data.parquet import ParquetShards
 from recsys.data.splits import eval_order, open_loader, open_splits
 from recsys.model.ranker import Ranker, RankerOutput, build_ranker
@@ -54,7 +56,8 @@ def evaluate_checkpoint(
 ) -> dict[str, Metrics]:
     """Figures of a checkpoint's model on a split, printed by the first rank; those of a reference column beside it.
 
-    Vocabularies are those that the checkpoint holds, whatever has become of the files that its config names.
+    Vocabularies are those that the checkpoint holds, whatever has become of the files that its config names, and
+    features hold what they held in training.
 
     Args:
         directory: of the checkpoint.
@@ -68,12 +71,12 @@ def evaluate_checkpoint(
         ConfigError: the config has no such split, or an override is wrong.
         DataError: as `recsys.data.parquet.ParquetShards` and `writing_predictions`.
     """
-    path = Path(directory)
+    path = Path(os.path.expanduser(directory))
     meta = read_meta(path)
     config = load_config(path / "config.yaml", overrides)
     with process_group(config.device) as ranks:
         once_on_each_machine(ranks, partial(write_embedded, config))
-        shards = open_splits(config, [split], path / VOCABULARIES)[split]
+        shards = open_splits(config, [split], path / VOCABULARIES, read_kinds(path))[split]
         ranker = build_ranker(config, seed=0)
         dense_arch = ranker.dense_arch
         sharded = shard(ranker, config, ranks, seed=0)
@@ -94,8 +97,8 @@ def evaluate_checkpoint(
             say(console(), table([_row(name, metrics) for name, metrics in results.items()], f"{directory}, {split}"))
             if domains:
                 say(console(), table([_row(name, metrics) for name, metrics in domains.items()], "By domain"))
-            if counts:
-                say(console(), f"warning: {split}: {in_words(counts)}")
+            for warning in [*shards.warnings, *([f"{split}: {in_words(counts)}"] if counts else [])]:
+                say(console(), f"warning: {warning}")
         return results
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from recsys.config import Config, StageConfig
+from recsys.config import Config, ConfigError, StageConfig
 from recsys.data.loader import Loader
 from recsys.data.order import Epoch
 from recsys.data.parquet import ParquetShards
@@ -138,6 +138,8 @@ class Trainer:
         count = "1 rank" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
         sizes = ", ".join(f"{sum(shards.row_counts):,} {split} rows" for split, shards in self.splits.items())
         monitor.say(f"{config.name}: {count} on {ranks.device.type}, {parameters:,} dense parameters, {sizes}")
+        for warning in (warning for shards in self.splits.values() for warning in shards.warnings):
+            monitor.say(f"warning: {warning}")
         monitor.say(plan)
         monitor.cost(self._cost)
         if not ranks.is_first:
@@ -235,8 +237,17 @@ class Trainer:
     def _save(self, directory: Path, optimizers: PhaseOptimizers) -> None:
         progress = self.progress
         meta = CheckpointMeta(progress.stage, progress.step, progress.of_stage.steps, self.ranks.world_size)
-        vocabularies = self.splits["train"].columns.vocabularies
-        save_checkpoint(directory, self.config, meta, self.sharded, self.dense_arch, optimizers.dense, vocabularies)
+        train = self.splits["train"]
+        save_checkpoint(
+            directory,
+            self.config,
+            meta,
+            self.sharded,
+            self.dense_arch,
+            optimizers.dense,
+            train.columns.vocabularies,
+            train.kinds.as_dict(),
+        )
 
 
 def _stage_summary(settings: StageConfig, totals: StageTotals) -> dict[str, Any]:
@@ -265,13 +276,20 @@ def _better(metrics: Metrics, best: Metrics, stage: StageConfig) -> bool:
 
 
 def _make_way(output_dir: Path) -> None:
-    """Keep an earlier run of the same name under the time at which it ended."""
+    """Keep an earlier run of the same name under the time at which it ended.
+
+    Raises:
+        ConfigError: the directory cannot be made.
+    """
     if (output_dir / "config.yaml").exists():
         stamp = datetime.fromtimestamp(output_dir.stat().st_mtime).strftime("%Y%m%d-%H%M%S")
         kept = output_dir.with_name(f"{output_dir.name}-{stamp}")
         output_dir.rename(kept)
         print(f"An earlier run was in {output_dir}; it is kept as {kept}", flush=True)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir: {output_dir} cannot be a directory: {error.strerror or error}") from None
 
 
 def _hyperparameters(config: Config) -> dict[str, str | int | float | bool]:

@@ -16,6 +16,7 @@ from recsys.config import Config
 from recsys.data.batch import Batch
 from recsys.data.loader import Loader
 from recsys.data.order import Epoch
+from recsys.data.storage import DataError
 from recsys.model.losses import Losses
 from recsys.model.ranker import RankerOutput
 from recsys.runtime import Ranks
@@ -154,6 +155,11 @@ class PhaseTrainer:
         counts = reduce_counts(loader.counts - counts_before, self._counted, self._ranks.device)
         totals = progress.of_stage
         totals.examples -= num_skipped(counts)
+        if totals.examples == examples_before:
+            raise DataError(
+                "data.train: no row that was read has a label, so there is nothing to learn from; correct data.label, "
+                "or join the labels again when the shards are written"
+            )
         totals.waited += loader.wait_seconds - waited_before
         totals.seconds += time.perf_counter() - began - paused
         progress.add_counts("train", counts)

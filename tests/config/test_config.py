@@ -603,3 +603,16 @@ def test_one_file_may_be_included_by_two(tmp_path: Path) -> None:
         run="include: [left.yaml, right.yaml]\n",
     )
     assert load_config(tmp_path / "run.yaml").seed == 1
+
+
+def test_the_home_directory_stands_for_its_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "config.yaml").write_text(f"include: {Path('configs/small.yaml').resolve()}\n")
+    vocabulary = "features.sparse.user_id.ids={type: vocabulary, file: ~/user.parquet}"
+    config = load_config("~/config.yaml", ["output_dir=~/run", "data.synthetic.directory=~/log", vocabulary])
+    assert config.output_dir == f"{tmp_path}/run"
+    assert config.data.synthetic is not None and config.data.synthetic.directory == f"{tmp_path}/log"
+    ids = config.features.sparse["user_id"].ids
+    assert isinstance(ids, VocabularyIdsConfig) and ids.file == f"{tmp_path}/user.parquet"
+    (tmp_path / "other.yaml").write_text("include: ~/config.yaml\n")
+    assert load_config(tmp_path / "other.yaml", ["output_dir=a~/b"]).output_dir == "a~/b"

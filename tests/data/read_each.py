@@ -31,24 +31,32 @@ COLUMNS = Columns(
 
 def read(path: Path) -> dict[str, object]:
     """Everything in the file's order, or the message of a `DataError`; any other exception is its own outcome."""
-    rows: list[list[object]] = []
     try:
-        shards = ParquetShards([str(path)], COLUMNS, source="data.train")
-        with Loader(shards, [Epoch(shards.row_counts, 1, 64, shuffle=False)], 0) as loader:
-            for batch in loader:
-                sparse = batch.sparse_features
-                lists = [sparse[key] for key in COLUMNS.sparse]
-                columns = [batch.labels.tolist(), batch.reference.tolist(), batch.domain.tolist()]
-                columns.append(batch.dense_features[:, 0].tolist())
-                for feature in lists:
-                    offsets, values = feature.offsets().tolist(), feature.values().tolist()
-                    columns.append([values[i:j] for i, j in pairwise(offsets)])
-                rows += map(list, zip(*columns, strict=True))
+        rows, shuffled = (read_in_order(path, shuffle) for shuffle in (False, True))
     except DataError as error:
         return {"error": str(error)}
     except Exception as error:
         return {"unnamed": f"{type(error).__name__}: {error}"}
+    if sorted(map(str, rows)) != sorted(map(str, shuffled)):
+        return {"unnamed": "other rows when they are shuffled"}
     return {"rows": rows}
+
+
+def read_in_order(path: Path, shuffle: bool) -> list[list[object]]:
+    """Rows in the file's order, or shuffled."""
+    rows: list[list[object]] = []
+    shards = ParquetShards([str(path)], COLUMNS, source="data.train")
+    with Loader(shards, [Epoch(shards.row_counts, 1, 64, seed=1, shuffle=shuffle)], 0) as loader:
+        for batch in loader:
+            sparse = batch.sparse_features
+            lists = [sparse[key] for key in COLUMNS.sparse]
+            columns = [batch.labels.tolist(), batch.reference.tolist(), batch.domain.tolist()]
+            columns.append(batch.dense_features[:, 0].tolist())
+            for feature in lists:
+                offsets, values = feature.offsets().tolist(), feature.values().tolist()
+                columns.append([values[i:j] for i, j in pairwise(offsets)])
+            rows += map(list, zip(*columns, strict=True))
+    return rows
 
 
 if __name__ == "__main__":

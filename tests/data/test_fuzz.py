@@ -200,10 +200,15 @@ def test_an_odd_file_is_refused_by_name_or_read_right(tmp_path: Path) -> None:
     rows = json.loads(json.dumps(rows_of(good())))
     same = {"huge-string-beside", "many-columns", "one-row-groups", "one-page-a-row", "strange-name"}
     assert {name for name, of_file in read.items() if of_file == rows} == same
-    assert read.keys() - same == {"x-double", "x-bool", "x-all-null", "user-all-null", "tags-all-null", "tags-long"}
-    assert read["x-double"] == read["x-all-null"]
-    assert [row[3] for row in read["x-bool"]] == [1.0, *[0.5] * (ROWS - 1)]
-    assert read["user-all-null"] == [[*row[:4], [], row[5]] for row in rows]
-    assert read["tags-all-null"] == [[*row[:5], []] for row in rows]
+    odd_values = {f"{name}-{kind}" for name in ("user", "tags") for kind in ("bool", "fixed_list", "null", "all-null")}
+    odd_values |= {"x-double", "x-bool", "x-decimal", "x-null", "x-all-null", "tags-long"}
+    assert read.keys() - same == odd_values
+    assert read["x-double"] == read["x-all-null"] == read["x-null"]
+    for name in ("x-bool", "x-decimal"):
+        assert [row[3] for row in read[name]] == [1.0, *[0.5] * (ROWS - 1)]
+    for kind, first in (("null", []), ("all-null", []), ("bool", [1]), ("fixed_list", [1, 2])):
+        values = [first, *[[]] * (ROWS - 1)]
+        assert read[f"user-{kind}"] == [[*row[:4], ids, row[5]] for row, ids in zip(rows, values, strict=True)]
+        assert read[f"tags-{kind}"] == [[*row[:5], ids] for row, ids in zip(rows, values, strict=True)]
     assert read["x-all-null"] == [[*row[:3], 0.5, *row[4:]] for row in rows]
     assert read["tags-long"][0][5] == list(range(50)) * 2000

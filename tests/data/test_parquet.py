@@ -83,11 +83,8 @@ def test_parts_of_row_groups_of_lists_are_read(tmp_path: Path) -> None:
     [
         pa.array([1.0, 2.0]),
         pa.array(["1", "2"]),
-        pa.array([True, False]),
-        pa.nulls(2),
         pa.array([[1.0], [2.0]]),
         pa.array([[[1]], [[2]]]),
-        pa.array([[1, 2], [3, 4]], pa.list_(pa.int64(), 2)),
         pa.array([{"id": 1}, {"id": 2}]),
     ],
     ids=lambda array: str(array.type),
@@ -95,7 +92,7 @@ def test_parts_of_row_groups_of_lists_are_read(tmp_path: Path) -> None:
 def test_ids_of_any_other_type_are_refused_on_opening(tmp_path: Path, wrong: pa.Array) -> None:
     with pytest.raises(DataError, match=r"part\.parquet: column 'ids' \(sparse feature tags\) has type") as error:
         open_table(tmp_path, ids_table(wrong), JUST_IDS)
-    assert str(error.value).endswith("integers or lists of integers are needed")
+    assert str(error.value).endswith("integers or lists of integers are needed; cast it when the shards are written")
 
 
 NUMBERS = [*INTEGERS, "bool_", "float16", "float32", "float64"]
@@ -192,7 +189,7 @@ def good_table(**changed: Any) -> pa.Table:
         ({"label": [0, -1, -1]}, "label column 'label' has 2 values other than 0 and 1, such as -1"),
         ({"label": [0, 0.5, 1]}, "such as 0.5"),
         ({"label": [0, 1 + 1e-9, 1]}, "such as 1.000000001"),
-        ({"label": [0, float("nan"), 1]}, "such as nan"),
+        ({"label": [0, float("nan"), 1]}, "label column 'label' has 1 value NaN; set data.label_null to skip"),
         ({"label": [0, None, 1]}, "column 'label' has 1 nulls"),
         ({"truth": [0.1, 1.1, 0.2]}, "reference column 'truth' has values outside 0..1"),
         ({"truth": [0.1, -0.1, 0.2]}, "reference column 'truth' has values outside 0..1"),

@@ -15,7 +15,7 @@ from recsys.data import parquet
 from recsys.data.features import Columns
 from recsys.data.order import RowSlice
 from recsys.data.parquet import ParquetShards
-from recsys.data.storage import DataError, find_files
+from recsys.data.storage import DataError, find_files, locate
 
 COLUMNS = Columns(label="label", reference=None, dense={"x": dense_column("x", None)}, sparse={})
 
@@ -206,7 +206,7 @@ def test_a_corrupt_page_is_named_with_its_row_group(tmp_path: Path, compression:
     path.write_bytes(content)
     shards = open_shards(path)
     assert len(shards.read(RowSlice(0, 0, 200))) == 200
-    with pytest.raises(DataError, match=r"part.parquet, row group 1: cannot be read: "):
+    with pytest.raises(DataError, match=r"part.parquet, row group 1: column '(x|label)' cannot be read: "):
         shards.read(RowSlice(1, 0, 200))
 
 
@@ -235,3 +235,129 @@ def test_a_footer_is_parsed_once_unless_memory_for_footers_is_used_up(
     monkeypatch.setattr(pq, "read_metadata", spy)
     assert xs(shards) == list(range(12))
     assert len(parsed) == 1
+
+
+def names_of(*patterns: str | Path, told: list[str] | None = None) -> list[str]:
+    on_repeated = (lambda message: None) if told is None else told.append
+    return [
+        str(file) for file in find_files([str(it) for it in patterns], source="data.train", on_repeated=on_repeated)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "kept", "dropped"),
+    [
+        (["data/a.parquet", "data/./a.parquet"], "data/a.parquet", ["data/./a.parquet"]),
+        (["data//a.parquet", "data/a*.parquet"], "data/a.parquet", ["data//a.parquet"]),
+        (["data/b/../a.parquet", "./data/a.parquet"], "./data/a.parquet", ["data/b/../a.parquet"]),
+        (["data/a.parquet", "{tree}/data/a.parquet"], "data/a.parquet", ["{tree}/data/a.parquet"]),
+        (["file://{tree}/data/a.parquet", "{tree}/data/./a*"], "{tree}/data/a.parquet", ["{tree}/data/./a.parquet"]),
+        (["data/a.parquet", "link.parquet", "up/a.parquet"], "data/a.parquet", ["link.parquet", "up/a.parquet"]),
+        (["data/a.parquet", "hard.parquet"], "hard.parquet", ["data/a.parquet"]),
+    ],
+)
+def test_a_file_that_has_several_names_is_read_once(
+    tree: Path, patterns: list[str], kept: str, dropped: list[str]
+) -> None:
+    (tree / "link.parquet").symlink_to("data/a.parquet")
+    (tree / "up").symlink_to("data")
+    (tree / "hard.parquet").hardlink_to(tree / "data/a.parquet")
+    told: list[str] = []
+    kept = kept.format(tree=tree)
+    assert names_of(*(it.format(tree=tree) for it in patterns), told=told) == [kept]
+    left_out = ", ".join(f"{it.format(tree=tree)} (as {kept})" for it in dropped)
+    assert told == [f"data.train: files that have several names are read once; left out: {left_out}"]
+
+
+def test_a_name_that_two_patterns_have_is_nothing_to_tell(tree: Path) -> None:
+    told: list[str] = []
+    assert names_of("data/*.parquet", "data/a.parquet", told=told) == ["data/a.parquet"]
+    assert told == []
+
+
+def test_files_that_are_merely_alike_are_all_read(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.parquet")
+    assert len(names_of(tmp_path)) == 2
+
+
+def test_many_names_that_are_left_out_are_counted(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet")
+    for number in range(9):
+        (tmp_path / f"b{number}.parquet").symlink_to("a.parquet")
+    told: list[str] = []
+    assert len(names_of(tmp_path, told=told)) == 1
+    assert told[0].endswith(f"{tmp_path}/b4.parquet (as {tmp_path}/a.parquet) and 4 more")
+    assert open_shards(tmp_path).warnings == told
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("run [1]", ["a", "b"]),
+        ("run [1]/*.parquet", ["a", "b"]),
+        ("run [1]/[ac].parquet", ["a"]),
+        ("run [1]/**/*.parquet", ["a", "b"]),
+        ("run [1]/a.parquet", ["a"]),
+        ("run [[]1]/b.*", ["b"]),
+        ("*1]/b.parquet", ["b"]),
+    ],
+)
+def test_a_name_with_brackets_that_is_there_is_no_wildcard(tmp_path: Path, pattern: str, expected: list[str]) -> None:
+    for folder in ("run [1]", "run 1"):
+        for name in ("a", "b") if "[" in folder else ("c",):
+            write(tmp_path / folder / f"{name}.parquet")
+    assert names_of(tmp_path / pattern) == [f"{tmp_path}/run [1]/{name}.parquet" for name in expected]
+
+
+def test_a_file_with_wildcards_in_its_name_is_read(tmp_path: Path) -> None:
+    for name in ("x[1]", "x1", "y?", "yy", "z*", "zz"):
+        write(tmp_path / f"{name}.parquet")
+    for name in ("x[1]", "y?", "z*"):
+        assert names_of(tmp_path / f"{name}.parquet") == [f"{tmp_path}/{name}.parquet"]
+    with pytest.raises(DataError, match=r"no file matches '.*a \[ that is part of a name beside wildcards is written"):
+        names_of(tmp_path / "x[1]*.parqu")
+
+
+def test_brackets_in_names_of_a_file_system_of_fsspec_are_no_wildcards() -> None:
+    memory = MemoryFileSystem()
+    for name in ("/run [1]/a.parquet", "/run [1]/b.parquet", "/run 1/c.parquet"):
+        with memory.open(name, "wb") as file:
+            pq.write_table(table(4), file)
+    try:
+        start = "fsspec+memory:///run"
+        assert names_of(f"{start} [1]/*.parquet") == [f"{start} [1]/a.parquet", f"{start} [1]/b.parquet"]
+        assert names_of(f"{start} [1]/[b].parquet") == [f"{start} [1]/b.parquet"]
+        assert names_of(f"{start} [0-9]/*.parquet") == [f"{start} 1/c.parquet"]
+    finally:
+        memory.rm("/", recursive=True)
+
+
+def test_the_home_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "log" / "a.parquet")
+    (tmp_path / "shards.txt").write_text("~/log\n")
+    for pattern in ("~/log", "~/log/*.parquet", "~/log/a.parquet", "@~/shards.txt"):
+        assert names_of(pattern) == [f"{tmp_path}/log/a.parquet"]
+    assert str(locate("~/run", source="")) == f"{tmp_path}/run"
+
+
+def test_what_stands_above_the_data_is_no_partition(tmp_path: Path) -> None:
+    log = tmp_path / "user=alice" / "log"
+    write(log / "day=7" / "part.parquet")
+
+    def partitions(pattern: str | Path) -> list[dict[str, str | None]]:
+        return [file.partitions for file in find_files([str(pattern)], source="")]
+
+    for pattern in (log, f"{log}/", log / "*", log / "**/*.parquet", log / "day=*/*", log / "day=7", log / "day=7/*"):
+        assert partitions(pattern) == [{"day": "7"}], pattern
+    assert partitions(log / "day=7" / "part.parquet") == [{"day": "7"}]
+    assert partitions(f"{tmp_path}/user=*/log") == [{"user": "alice", "day": "7"}]
+
+
+def test_a_column_of_the_file_is_taken_where_the_pattern_itself_names_such_a_directory(tmp_path: Path) -> None:
+    write(tmp_path / "x=7" / "part.parquet")
+    for pattern in (tmp_path / "x=7", tmp_path / "x=7/*.parquet", tmp_path / "x=7/part.parquet"):
+        assert xs(open_shards(pattern)) == [0, 1, 2, 3]
+    with pytest.raises(DataError, match="is in the file and is on its path as well"):
+        open_shards(tmp_path / "x=*/part.parquet")

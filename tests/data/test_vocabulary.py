@@ -9,11 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reading import bags
 from tiny import tiny_config
 
 from recsys.config import Config, ConfigError, validate
 from recsys.data.features import build_columns
 from recsys.data.ids import VocabularyIds
+from recsys.data.order import RowSlice
+from recsys.data.parquet import ParquetShards
 from recsys.data.storage import DataError
 from recsys.data.vocabulary import Vocabulary, canonical, load_vocabularies, save_vocabularies
 from recsys.prepare.vocabularies import ValueCounts, build_vocabularies
@@ -225,3 +228,67 @@ def test_saved_vocabularies_are_read_instead_of_the_files_and_held_to_their_dige
     (saved / "digests.json").unlink()
     with pytest.raises(DataError, match=r"digests\.json cannot be read"):
         load_vocabularies(config, saved)
+
+
+def test_values_are_counted_as_what_they_are_in_every_type(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    files: list[dict[str, Any]] = [
+        {
+            "word": ["a", "b"],
+            "words": [["a", "c"], ["a"]],
+            "text": ["x|y", "x"],
+            "flag": [1, 1],
+            "flags": [[1], [0, 1]],
+        },
+        {
+            "word": pa.array(["a", None], pa.string_view()),
+            "words": pa.array([["c", "a"], None], pa.list_view(pa.string_view())),
+            "text": pa.array(["y", None], pa.string_view()),
+            "flag": [True, None],
+            "flags": pa.array([[True, True], None], pa.list_(pa.bool_(), 2)),
+        },
+        {name: pa.nulls(2) for name in ("word", "words", "text", "flag", "flags")},
+        {
+            "words": pa.array([[], None], pa.list_(pa.null())),
+            **{n: pa.nulls(2) for n in ("word", "text", "flag", "flags")},
+        },
+    ]
+    for number, table in enumerate(files):
+        pq.write_table(pa.table({"label": [0, 1], **table}), tmp_path / "train" / f"{number}.parquet")
+    names = ("word", "words", "text", "flag", "flags")
+    options: dict[str, Any] = {"text": {"list_text": {"separator": "|"}}, "flags": {"minimum": 0}}
+    config = config_with(tmp_path, {name: by_vocabulary(tmp_path / name, **options.get(name, {})) for name in names})
+    build_vocabularies(config)
+    assert {name: content(tmp_path / name) for name in names} == {
+        "word": [("a", 2), ("b", 1)],
+        "words": [("a", 3), ("c", 2)],
+        "text": [("x", 2), ("y", 2)],
+        "flag": [(1, 3)],
+        "flags": [(1, 4), (0, 1)],
+    }
+    columns = build_columns(config)
+    shards = ParquetShards(config.data.patterns("train"), columns, source="data.train")
+    rows = [shards.read(RowSlice(group, 0, 2)) for group in range(4)]
+    single = {
+        name: [ids[place].tolist() for ids in (it.single for it in rows)] for place, name in enumerate(("word", "flag"))
+    }
+    assert single == {"word": [[1, 2], [1, -1], [-1, -1], [-1, -1]], "flag": [[1, 1], [1, -1], [-1, -1], [-1, -1]]}
+    lists = {name: [bags(it.lists[place]) for it in rows] for place, name in enumerate(("words", "text", "flags"))}
+    assert lists == {
+        "words": [[[1, 2], [1]], [[2, 1], []], [[], []], [[], []]],
+        "text": [[[1, 2], [1]], [[2], []], [[], []], [[], []]],
+        "flags": [[[1], [2, 1]], [[1, 1], []], [[], []], [[], []]],
+    }
+    request = pa.table({"word": pa.array(["b", "?"], pa.string_view()), **{n: pa.nulls(2) for n in names[1:]}})
+    raw = build_columns(config, raw=True)
+    served = raw.decode_features(request, raw.layout(raw.check_features(request.schema, "request")), "request")
+    assert served.single.tolist() == [[2, 0], *[[-1, -1]] * 4]
+
+
+def test_a_column_that_is_there_twice_is_named(log: Path, tmp_path: Path) -> None:
+    config = config_with(log, {"brand": by_vocabulary(tmp_path / "brand.parquet")}, tables=9)
+    part = next((log / "train").glob("*.parquet"))
+    table = pq.read_table(part)
+    pq.write_table(table.append_column("brand", table["brand"]), part)
+    with pytest.raises(DataError, match=rf"{part.name}: 2 columns are named 'brand'; rename all but one"):
+        build_vocabularies(config)

@@ -14,7 +14,7 @@ from recsys.config import Config, ConfigError, load_config
 from recsys.data.batch import Batch
 from recsys.model.experts import expert_layers
 from recsys.model.experts.hilomoe import HiLoMoELinear
-from recsys.model.ranker import POOLED, Ranker, RankerOutput, build_dense_arch, build_ranker
+from recsys.model.ranker import POOLED, MeanPooling, Ranker, RankerOutput, build_dense_arch, build_ranker
 
 CPU = torch.device("cpu")
 
@@ -100,6 +100,30 @@ def test_logits_do_not_depend_on_the_order_in_which_features_are_pooled(ranker: 
     planned.feature_names = order
     with pytest.raises(AssertionError):
         torch.testing.assert_close(planned(batch)[1].logits, wanted.logits)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_means_and_their_gradients_are_those_of_the_formula(weighted: bool) -> None:
+    """With ids that have weights as well, where fbgemm's own means have undivided gradients."""
+    lengths = torch.tensor([3, 0, 1, 2, 1, 4], dtype=torch.int32)
+    values = torch.randint(0, 9, (11,))
+    features = KeyedJaggedTensor(["a", "b"], values, torch.rand(11) if weighted else None, lengths=lengths, stride=3)
+    tables = torch.randn(2, 9, 4, dtype=torch.float64, requires_grad=True)
+    weights = features.weights_or_none()
+    bags, at = [], 0
+    for feature in (0, 1):
+        for length in lengths[3 * feature : 3 * feature + 3].tolist():
+            of = tables[feature][values[at : at + length]]
+            bags.append((of if weights is None else of * weights[at : at + length, None]).sum(0))
+            at += length
+    sums = torch.cat([torch.stack(bags[:3]), torch.stack(bags[3:])], 1)
+    found = MeanPooling([4, 4], [True, False])(sums, features)
+    means = torch.cat([sums[:, :4] / lengths[:3].clamp(min=1)[:, None], sums[:, 4:]], 1)
+    torch.testing.assert_close(found, means)
+    gradient = torch.randn_like(found)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(of, tables, gradient, retain_graph=True)[0] for of in (found, means))
+    )
 
 
 def test_frozen_embeddings_have_no_graph_and_the_same_logits(ranker: Ranker) -> None:
@@ -218,7 +242,10 @@ def test_tables_follow_the_config(config: Config) -> None:
         "item": (30, 8, ["item"]),
         "tag": (12, 4, ["tags"]),
     }
-    assert [found[name].pooling.value for name in ("user", "item", "tag")] == ["MEAN", "MEAN", "SUM"]
+    # Means are made of the sums that all tables pool.
+    assert [found[name].pooling.value for name in ("user", "item", "tag")] == ["SUM", "SUM", "SUM"]
+    mean_pooling = build_ranker(config, seed=1).mean_pooling
+    assert mean_pooling is not None and mean_pooling._means.tolist() == [True, True, False]
     assert all(parameter.is_meta for parameter in collection.parameters())
 
 

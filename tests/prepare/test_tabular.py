@@ -299,11 +299,52 @@ def test_too_many_values_and_no_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "log.csv", csv_text(RAW))
     with pytest.raises(DataError, match="more than 5 different values to count"):
         convert(tmp_path, path, max_values=5)
-    with pytest.raises(DataError, match="no row is in the train split, of 0 in all"):
+    with pytest.raises(DataError, match=r"none\.csv: no rows"):
         convert(tmp_path, write(tmp_path / "none.csv", csv_text(RAW[:1]).splitlines()[0] + "\n"))
     with pytest.raises(FileNotFoundError):
         convert(tmp_path, tmp_path / "missing.csv")
     assert sorted(one.name for one in tmp_path.iterdir()) == ["log.csv", "none.csv", "schema.yaml"]
+
+
+@pytest.mark.parametrize("by", ["random", "order", "time", "file"])
+def test_sources_without_rows_are_named(tmp_path: Path, by: str) -> None:
+    split: dict[str, Any] = {"by": by}
+    if by == "time":
+        split["column"] = "at"
+    elif by == "file":
+        split |= {"valid_files": ["c.csv"], "test_files": ["c.csv"]}
+    header = csv_text(RAW).splitlines(keepends=True)[0]
+    paths = [
+        write(tmp_path / "a.csv", header),
+        write(tmp_path / "b.csv", csv_text(RAW)),
+        write(tmp_path / "c.csv", header + "\n\n" if by != "file" else csv_text(RAW[:2])),
+    ]
+    summary = convert(tmp_path, *paths, changes={"split": split}, overwrite=True)
+    assert summary["empty"] == [str(paths[0])] if by == "file" else [str(paths[0]), str(paths[2])]
+    assert sum(len(rows) for rows in read(tmp_path).values()) == ROWS + 2 * (by == "file")
+    sources, split_of_none = (paths[:1], {"by": "random"}) if by == "file" else (paths[::2], split)
+    with pytest.raises(DataError, match=r"a\.csv(, .*c\.csv)?: no rows"):
+        convert(tmp_path, *sources, changes={"split": split_of_none}, overwrite=True)
+    write(tmp_path / "a.csv", "")
+    with pytest.raises(DataError, match=r"a\.csv, line 1: the file is empty, without a header of columns"):
+        convert(tmp_path, *paths, changes={"split": split}, overwrite=True)
+
+
+def test_splits_by_order_know_no_headers_and_no_blank_lines(tmp_path: Path) -> None:
+    text = csv_text(RAW).replace("unused", '"un\nused"', 1)
+    convert(tmp_path, write(tmp_path / "log.csv", text + "\n" * 9))
+    assert [len(rows) for rows in read(tmp_path).values()] == [280, 80, 40]
+
+
+def test_items_of_lists_are_no_hexadecimal_numbers(tmp_path: Path) -> None:
+    path = write(tmp_path / "log.csv", "clicked,seen\n" + "1,1|2\n" * 10 + "0,3|0x1F\n")
+    changes = {
+        "domain": None,
+        "tables": {"item": {"ids": "keep"}},
+        "columns": {"clicked": {"type": "int"}, "seen": {"type": "ints", "table": "item"}},
+    }
+    with pytest.raises(DataError, match="line 12: column 'seen': an item of the list is hexadecimal; write decimal"):
+        convert(tmp_path, path, changes=changes)
 
 
 def test_row_groups_and_files_are_of_one_size(tmp_path: Path) -> None:
@@ -372,6 +413,10 @@ def with_column(**column: Any) -> dict[str, Any]:
             {"split": {"by": "time", "column": "page", "boundaries": [2, 1]}},
             "split.boundaries: test begins before valid",
         ),
+        ({"delimiter": "§"}, "delimiter: must be one ASCII character and no line break, not '§'"),
+        ({"delimiter": "\n"}, r"delimiter: must be one ASCII character and no line break, not '\\n'"),
+        ({"quote": "“"}, "quote: must be one ASCII character and no line break, not '“'"),
+        ({"delimiter": '"'}, "quote: '\"' is the delimiter; quote: null if nothing encloses fields"),
         ({"format": "jsonl"}, "nulls: JSON Lines have none; remove it"),
         ({"header": False}, "columns: without a header, columns have no source"),
     ],

@@ -15,7 +15,11 @@ from ranks import run_module, run_ranks
 from runs import as_config, train_on
 from tiny import tiny_config, write_tiny_log
 
-from recsys.training.checkpoint import CheckpointError, read_meta
+from recsys.config import Config, load_config
+from recsys.model.ranker import POOLED, build_ranker
+from recsys.runtime import Ranks
+from recsys.sharding.shard import shard
+from recsys.training.checkpoint import CheckpointError, load_model, read_meta
 from recsys.training.dcp import _member, _Reader
 
 
@@ -71,6 +75,26 @@ def test_a_checkpoint_from_before_options_were_retired_opens(checkpoint: Path) -
             feature.pop("minimum"), feature.pop("list_text", None)  # keys that there were not
     (checkpoint / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     assert figures() == now
+
+
+def _purged(ranks: Ranks, config: Config, checkpoint: str) -> list[str]:
+    """What the tables' lookups were told while a checkpoint was loaded."""
+    ranker = build_ranker(config, seed=0)
+    dense_arch = ranker.dense_arch
+    sharded = shard(ranker, config, ranks, seed=0)
+    told: list[str] = []
+    for lookup in ranker.collections[POOLED]._lookups:  # type: ignore[union-attr]
+        inner = getattr(lookup, "module", lookup)
+        inner.purge = lambda: told.append("purge")
+    load_model(Path(checkpoint), sharded, dense_arch)
+    return told
+
+
+def test_loading_empties_the_tables_caches(checkpoint: Path) -> None:
+    """Which a GPU's tables have: a cached row would outlive the weights that were loaded in its place."""
+    config = load_config(checkpoint / "config.yaml")
+    ((first, *others),) = run_ranks(1, _purged, config, str(checkpoint))
+    assert first == "purge" and set(others) <= {"purge"}
 
 
 def test_another_format_is_refused(checkpoint: Path) -> None:

@@ -1,11 +1,16 @@
-"""Training on a GPU. Run where there is one: pytest -m gpu."""
+"""Training on a GPU. Run where there is one: pytest -m gpu.
+
+Each run is a fresh process: a fork server that has imported TorchRec cannot fork processes that use CUDA.
+"""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from ranks import run_module
 from tiny import write_tiny_config, write_tiny_log
 
 pytestmark = [
@@ -14,14 +19,19 @@ pytestmark = [
 ]
 
 
+def train(config: Path, output_dir: Path, *overrides: str) -> Any:
+    """The summary of a run in a process of its own."""
+    command = [sys.executable, "-m", "recsys.train", "--config", str(config), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads((output_dir / "summary.json").read_text())
+
+
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad", "sgd", "adam"])
 def test_a_gpu_trains_with_every_fused_optimizer(tmp_path: Path, optimizer: str) -> None:
     write_tiny_log(tmp_path)
     config = write_tiny_config(tmp_path / "tiny.yaml", tmp_path, tmp_path / "out")
-    override = f"optimizers.sparse.type={optimizer}"
-    (finished,) = run_module(1, "recsys.train", "--config", str(config), "device=cuda", override)
-    assert finished.code == 0, finished.stderr
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    summary = train(config, tmp_path / "out", "device=cuda", f"optimizers.sparse.type={optimizer}")
     assert summary["device"] == "cuda"
     assert summary["test"]["log_loss"] < 1.0
 
@@ -31,7 +41,5 @@ def test_a_gpu_and_a_cpu_agree(tmp_path: Path) -> None:
     figures = {}
     for device in ("cpu", "cuda"):
         config = write_tiny_config(tmp_path / f"{device}.yaml", tmp_path, tmp_path / device)
-        (finished,) = run_module(1, "recsys.train", "--config", str(config), f"device={device}")
-        assert finished.code == 0, finished.stderr
-        figures[device] = json.loads((tmp_path / device / "summary.json").read_text())["test"]
+        figures[device] = train(config, tmp_path / device, f"device={device}")["test"]
     assert figures["cuda"]["log_loss"] == pytest.approx(figures["cpu"]["log_loss"], abs=1e-3)

@@ -14,6 +14,7 @@ from ranks import run_module, run_ranks
 from runs import train_on
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_config
+from torchrec import KeyedTensor
 
 from recsys.config import Config, SparseOptimizerConfig, validate
 from recsys.data.batch import Part, build_batch
@@ -24,7 +25,7 @@ from recsys.runtime import Ranks
 from recsys.sharding.shard import _local_parts, shard
 
 ROWS = {"train": 610, "valid": 90, "test": 120}
-EPOCHS = 2
+EPOCHS = 3
 
 
 def raw_table(rows: int, seed: int) -> pa.Table:
@@ -227,10 +228,14 @@ def pooled_and_stepped(ranks: Ranks, config: Config) -> tuple[dict[str, Any], di
     for group in sharded.sparse_optimizer.param_groups:
         group["lr"] = 0.5
     sharded.sparse_optimizer.step()  # the fused optimizer takes the rate over
-    pooled = ranker.collections["embedding_bag_collection"](lookups(config, ranks.rank).sparse_features)
-    sums = {name: values.detach().numpy() for name, values in pooled.to_dict().items()}
+    features = lookups(config, ranks.rank).sparse_features
+    pooled = ranker.collections["embedding_bag_collection"](features)
     pooled.values().sum().backward()
-    return sums, {
+    assert ranker.mean_pooling is not None
+    (sums,) = KeyedTensor.regroup([pooled], [ranker.feature_names])
+    dims = [config.tables[feature.table].embedding_dim for feature in config.features.sparse.values()]
+    whole = ranker.mean_pooling(sums, features).detach().split(dims, 1)
+    return {name: of.numpy() for name, of in zip(ranker.feature_names, whole, strict=True)}, {
         name: [(column, old, new.detach().numpy()) for old, (new, _, column) in zip(before[name], of, strict=True)]
         for name, of in parts.items()
     }

@@ -1,0 +1,109 @@
+"""What sparse features hold, the same in all files of all splits, in training as in whatever comes after it.
+
+A value finds its row by what it is: the text "7" and the number 7 are hashed to different rows. So a column that is
+text here and a number there would train rows that are never asked for.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from recsys.data.arrow import is_list, is_string
+from recsys.data.features import Columns, SparseColumn
+from recsys.data.storage import DataError
+
+KINDS = "kinds.json"
+"""File of a checkpoint, beside its config."""
+
+
+class Kinds:
+    """What each sparse feature holds, as the first file says, or whoever knew before.
+
+    Args:
+        known: by feature, `numbers`, `strings`, `dates` or `others`.
+        source: who knew, for messages.
+    """
+
+    def __init__(self, known: Mapping[str, str] | None = None, source: str = "") -> None:
+        self._known = {name: (kind, source) for name, kind in (known or {}).items()}
+
+    def check(self, columns: Columns, schema: pa.Schema, file: str) -> None:
+        """Refuse a file in which a feature holds something else than in those before.
+
+        Raises:
+            DataError: it does.
+        """
+        for name, sparse in columns.sparse.items():
+            column = sparse.settings.column or name
+            kind = _kind_of(sparse, schema.field(column).type)
+            if kind is None:
+                continue
+            known, where = self._known.setdefault(name, (kind, file))
+            if kind != known:
+                raise DataError(
+                    f"{file}: column {column!r} (sparse feature {name}) holds {kind}, but {known} in {where}, so that "
+                    "one value would have two rows; write the column alike in all files of all splits"
+                )
+
+    def as_dict(self) -> dict[str, str]:
+        """By feature, of those that were seen."""
+        return {name: kind for name, (kind, _) in self._known.items()}
+
+    def of_columns(self, columns: Columns) -> dict[str, str]:
+        """What columns hold, as far as features say it, which read them as they stand."""
+        known = {}
+        for name, sparse in columns.sparse.items():
+            if name in self._known and sparse.settings.list_text is None:
+                known[sparse.settings.column or name] = self._known[name][0]
+        return known
+
+
+def write_kinds(kinds: Mapping[str, str], directory: Path) -> None:
+    """Leave in a checkpoint what its features hold."""
+    (directory / KINDS).write_text(json.dumps(dict(kinds), indent=2) + "\n", encoding="utf-8")
+
+
+def read_kinds(directory: Path) -> Kinds:
+    """What the features of a checkpoint hold; nothing is known of one that was written before this was kept.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    file = directory / KINDS
+    try:
+        known: Any = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Kinds()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read ({type(error).__name__}: {error}); restore it") from None
+    if not (isinstance(known, dict) and all(isinstance(kind, str) for kind in known.values())):
+        raise DataError(f"{file} does not say what features hold; restore it")
+    return Kinds(known, f"the rows that {directory} was trained on")
+
+
+def _kind_of(sparse: SparseColumn, kind: pa.DataType) -> str | None:
+    """What a feature holds; None if that is nothing but nulls."""
+    text = sparse.settings.list_text
+    if text is not None and is_string(_plain(kind)) and not is_list(kind):
+        return "strings" if text.items == "strings" else "numbers"
+    while hasattr(kind, "value_type"):  # of lists of any sort, of dictionaries
+        kind = kind.value_type
+    if pa.types.is_null(kind):
+        return None
+    if (
+        pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_decimal(kind)
+    ):
+        return "numbers"
+    if is_string(kind) or pa.types.is_string_view(kind):
+        return "strings"
+    return "dates" if pa.types.is_date(kind) or pa.types.is_timestamp(kind) else "others"
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
