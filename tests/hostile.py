@@ -82,7 +82,7 @@ WIDE = {
     "tables.user.embedding_dim": 2**16,
     "model.tower.hidden": 2**16,
     "model.hilomoe.num_experts": 2**16,
-    "model.hilomoe.num_layers": 2**10,
+    "model.hilomoe.num_layers": 2**8,
     "model.dense_dim": 2**16,
     "data.batch_size": 2**31 - 1,
     "data.domain.num_domains": 2**20,

@@ -64,6 +64,8 @@ def test_a_run_on_gpus_can_be_planned_without_any() -> None:
         (("--ids", "tags"), "'tags' is not of the form feature=mean\n"),
         (("--ids", "tags=nan"), "'tags=nan' is not of the form feature=mean\n"),
         (("--nproc", "0"), "'0' is no number of at least 1\n"),
+        ((f"model.tower.hidden=[{'65536,' * 64}]",), "error: model: its dense part takes "),
+        ((f"tables.user.num_embeddings={2**40}",), "the planner found no placement on 1 ranks"),
         (("tables.user.sharding=[row_wise]", "device=cpu"), "on a CPU there are table_wise, column_wise"),
     ],
 )

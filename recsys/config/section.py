@@ -22,7 +22,7 @@ Rows = Annotated[int, Field(gt=0, lt=2**31)]
 """Of what one process holds at a time, which TorchRec counts in 32 bits."""
 Width = Annotated[int, Field(gt=0, le=2**16)]
 """Of a layer: two such layers are 16 GiB already."""
-Layers = Annotated[int, Field(gt=0, le=2**10)]
+Layers = Annotated[int, Field(gt=0, le=2**8)]
 Threads = Annotated[int, Field(gt=0, le=2**10)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 """Tables, features and stages are named by a path on the command line and in state dicts, where a dot separates."""

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from recsys.config.section import Layers, Name, Probability, Section, Width, listed
 
-_MAX_LAYERS = 2**10
+_MAX_LAYERS = 2**8
 Hidden = Annotated[tuple[Width, ...], Field(max_length=_MAX_LAYERS)]
 Stream = Annotated[tuple[Width, ...], Field(min_length=1, max_length=_MAX_LAYERS)]
 

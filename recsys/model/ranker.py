@@ -3,6 +3,7 @@
 Shapes: B rows of this rank's batch, F_d dense features, W the tower's input width.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import cache
 from types import MappingProxyType
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
 
 from recsys.config import Config, ConfigError, HiLoMoEConfig, ModelConfig
@@ -185,7 +187,7 @@ def build_ranker(config: Config, *, seed: int, device: torch.device | None = Non
     tables' are set when they are sharded.
 
     Raises:
-        ConfigError: experts are asked for in a linear that is not there.
+        ConfigError: experts are asked for in a linear that is not there, or the dense arch does not fit this machine.
     """
     tables = [
         EmbeddingBagConfig(
@@ -200,12 +202,25 @@ def build_ranker(config: Config, *, seed: int, device: torch.device | None = Non
     weighted = any(feature.weights is not None for feature in config.features.sparse.values())
     collection = EmbeddingBagCollection(tables=tables, device=device or torch.device("meta"), is_weighted=weighted)
     dims = {name: config.tables[feature.table].embedding_dim for name, feature in config.features.sparse.items()}
+    _check_memory(config.model, dims, num_dense_features=len(config.features.dense))
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         dense_arch = build_dense_arch(config.model, dims, num_dense_features=len(config.features.dense))
     means = [config.tables[feature.table].pooling == "mean" for feature in config.features.sparse.values()]
     mean_pooling = MeanPooling(list(dims.values()), means) if any(means) else None
     return Ranker({POOLED: collection}, dense_arch, list(dims), mean_pooling)
+
+
+def _check_memory(config: ModelConfig, embedding_dims: Mapping[str, int], *, num_dense_features: int) -> None:
+    with torch.random.fork_rng(devices=()), FakeTensorMode():  # whose tensors have shapes and no content
+        dense_arch = build_dense_arch(config, embedding_dims, num_dense_features=num_dense_features)
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in dense_arch.parameters())
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise ConfigError(
+            f"model: its dense part takes {needed / 2**30:,.1f} GiB, and this machine has {there / 2**30:,.1f}; make "
+            "the tower or model.hilomoe smaller"
+        )
 
 
 def build_dense_arch(config: ModelConfig, embedding_dims: Mapping[str, int], *, num_dense_features: int) -> DenseArch:

@@ -289,3 +289,12 @@ def test_experts_in_no_linear_are_refused_with_the_names_that_there_are(tmp_path
     tiny = write_tiny_config(tmp_path / "tiny.yaml", tmp_path, tmp_path)
     with pytest.raises(ConfigError, match=r"experts_in: 'tower\.cross\.\*' matches no linear; there are .*, head"):
         build_ranker(load_config(tiny, ["model.hilomoe.experts_in=[tower.cross.*]"]), seed=3)
+
+
+def test_a_dense_arch_beyond_the_machines_memory_is_refused_before_it_is_built(config: Config) -> None:
+    tower = config.model.tower.model_copy(update={"hidden": (1 << 16,) * 256})
+    huge = config.model_copy(update={"model": config.model.model_copy(update={"tower": tower, "hilomoe": None})})
+    with pytest.raises(
+        ConfigError, match=r"^model: its dense part takes 4,\d+\.\d GiB, and this machine has .*smaller$"
+    ):
+        build_ranker(huge, seed=1)
