@@ -106,6 +106,12 @@ class HashIdsConfig(_Ids):
     salt: Salt = 0
     buckets: Count | None = None
 
+    @model_validator(mode="after")
+    def _known_where_applied(self) -> Self:
+        if self.applied and self.buckets is None:
+            raise ValueError("applied needs buckets: how many values were hashed into when the shards were written")
+        return self
+
 
 class VocabularyIdsConfig(_Ids):
     """Strings or integers by the vocabulary in `file` (recsys.data.vocabulary).

@@ -15,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from recsys.config import Config, ConfigError, DenseFeatureConfig, DomainConfig, SparseFeatureConfig
+from recsys.data.applied import AppliedIds, check_mark
 from recsys.data.arrow import (
     filled,
     flat,
@@ -42,10 +43,17 @@ LABEL = "label"
 
 
 class SparseColumn(NamedTuple):
-    """A sparse feature: its settings, and how its values become rows of its table."""
+    """A sparse feature.
+
+    Attributes:
+        settings: of what is read.
+        ids: how the values that are read become rows of the table.
+        applied: how raw values became those, where a converter mapped them.
+    """
 
     settings: SparseFeatureConfig
     ids: IdMapping
+    applied: AppliedIds | None = None
 
 
 class RowOrder(Protocol):
@@ -191,12 +199,13 @@ class Columns:
 
     def _has_lists(self, name: str, schema: pa.Schema, source: str) -> bool:
         """Whether a sparse feature's column, which must be of a type that it takes, has lists."""
-        settings, ids = self.sparse[name]
+        settings, ids, applied = self.sparse[name]
         column = settings.column or name
         kind = usual_type(schema.field(column).type)
         text = settings.list_text if is_string(value_type(kind)) and not is_list(kind) else None
         items = (pa.string() if text.items == "strings" else pa.int64()) if text else value_type(kind)
         nothing = pa.types.is_null(items)
+        check_mark(schema.field(column), source, f"features.sparse.{name}.ids", ids, applied)
         if not (ids.accepts(items) or nothing):
             hint = (
                 f", which needs features.sparse.{name}.ids: {{type: hash}} or a vocabulary; without,"
@@ -286,7 +295,8 @@ def build_columns(config: Config, vocabularies: Path | None = None, *, raw: bool
             )
         settings = feature if raw else feature.stored
         ids = of_raw if settings is feature else build_ids(settings, num_embeddings, None)
-        sparse[name] = SparseColumn(settings, ids)
+        applied = None if settings is feature else AppliedIds(of_raw, feature.minimum)
+        sparse[name] = SparseColumn(settings, ids, applied)
     data = config.data
     return Columns(
         label=data.label,
@@ -349,7 +359,7 @@ class _Decoding:
 
     def ids(self, name: str, target: NDArray[Any]) -> bool:
         """Write the ids of a column of single values, -1 for nulls; whether there are any of those."""
-        settings, mapping = self.columns.sparse[name]
+        settings, mapping, _ = self.columns.sparse[name]
         values, what = self.arrays[settings.column or name], self.what(name)
         if pa.types.is_null(values.type):
             target[:] = -1
@@ -365,7 +375,7 @@ class _Decoding:
 
     def id_lists(self, name: str) -> Jagged:
         """Ids of a column of lists, or of single ones in a file of its own kind; a null is an empty list."""
-        settings, mapping = self.columns.sparse[name]
+        settings, mapping, _ = self.columns.sparse[name]
         column = settings.column or name
         array, what = self.arrays[column], self.what(name)
         if settings.list_text is not None and is_string(value_type(array.type)) and not is_list(array.type):

@@ -130,7 +130,7 @@ class ShardTables:
                 self._row_groups += [(len(self.files), group) for group in range(len(opened.counts))]
                 row_counts += opened.counts
                 self.files.append(str(place))
-                schema = next((one for one in known if opened.schema.equals(one)), None)
+                schema = next((one for one in known if opened.schema.equals(one, check_metadata=True)), None)
                 if schema is None:
                     known.append(schema := opened.schema)
                 self.schemas.append(schema)
@@ -223,7 +223,8 @@ class ShardTables:
         footer = raw.parsed() if raw else pq.read_metadata(file)
         # As rows are read, so that the types that are checked are those that come.
         given = _opened(file, footer).schema_arrow
-        schema = _plain_schema(given)
+        # Without what is said of the file as a whole, such as pandas says, which differs from one to the next.
+        schema = _plain_schema(given).remove_metadata()
         counts = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
         if sum(counts) != footer.num_rows:
             raise DataError(

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from recsys.config import SparseFeatureConfig, VocabularyIdsConfig
+from recsys.data.applied import AppliedIds, marked
 from recsys.data.arrow import whole
 from recsys.data.ids import build_ids
 from recsys.data.storage import DataError
@@ -254,7 +255,8 @@ def write_data_set(
     table = raw
     for column, feature in {**{feature: feature for feature in sparse}, **mapped_as}.items():
         rows = mapped(whole(raw, column), mappings[feature], f"{name}: column {column!r}")
-        table = table.set_column(table.schema.get_field_index(column), column, rows)
+        field = marked(pa.field(column, rows.type), AppliedIds(mappings[feature], sparse[feature].minimum))
+        table = table.set_column(table.schema.get_field_index(column), field, rows)
     with new_data_set(output, overwrite=overwrite) as stage:
         told = {}
         for split, rows in splits.items():

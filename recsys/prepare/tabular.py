@@ -34,6 +34,7 @@ from recsys.config import (
     read_yaml,
     validate,
 )
+from recsys.data.applied import AppliedIds, marked
 from recsys.data.arrow import is_list, raised, split_texts, whole
 from recsys.data.ids import IdMapping, PlainIds, VocabularyIds, build_ids
 from recsys.data.storage import DataError
@@ -123,6 +124,11 @@ class ColumnSchema(_Section):
     table: Name | None = None
     dense: DenseFeatureConfig | None = None
     minimum: float | None = None
+
+    @property
+    def least_id(self) -> int | None:
+        """The minimum of what a sparse feature reads."""
+        return None if self.minimum is None else int(self.minimum)
 
     @property
     def items(self) -> Literal["strings", "ints"]:
@@ -229,7 +235,7 @@ class Schema(_Section):
             features[name] = SparseFeatureConfig(
                 table=table,
                 list_text=ListTextConfig(separator=column.separator, items=column.items) if as_text else None,
-                minimum=None if column.minimum is None else int(column.minimum),
+                minimum=column.least_id,
                 ids=self.tables[table].ids_of(table),
             )
         return features
@@ -519,7 +525,8 @@ def _write(
                 ids = mapped(whole(table, name), mapping, f"{files.paths[block.file]}: column {name!r}")
                 if name in kept:
                     sizes[name] = max(sizes[name], (pc.max(_items(ids)).as_py() or 0) + 1)
-                table = table.set_column(table.schema.get_field_index(name), name, ids)
+                field = marked(pa.field(name, ids.type), AppliedIds(mapping, schema.read[name].least_id))
+                table = table.set_column(table.schema.get_field_index(name), field, ids)
             for number, split in enumerate(SPLITS):
                 part = _rows(table, place == number)
                 writers[split].write(part)
