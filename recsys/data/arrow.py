@@ -53,6 +53,8 @@ def usual_type(kind: pa.DataType) -> pa.DataType:
         return pa.date32()
     if pa.types.is_dictionary(kind):
         values = usual_type(kind.value_type)
+        if pa.types.is_null(values):
+            return values
         return kind if values == kind.value_type else pa.dictionary(kind.index_type, values, kind.ordered)
     if is_list(kind):
         values = usual_type(kind.value_type)
@@ -69,6 +71,8 @@ def usual(values: pa.Array) -> pa.Array:
     kind = usual_type(values.type)
     if kind == values.type:
         return values
+    if pa.types.is_null(kind):
+        return pa.nulls(len(values))
     if pa.types.is_dictionary(kind):
         return pa.DictionaryArray.from_arrays(values.indices, usual(values.dictionary), ordered=kind.ordered)
     if not is_list(kind):

@@ -487,7 +487,7 @@ class _Decoding:
                 f"{self.where}: domain column {domain.column!r} has {column.null_count} nulls; "
                 "give rows of no known domain a number of their own when the shards are written"
             )
-        values: NDArray[Any] = column.to_numpy()
+        values = filled(column.cast(pa.int64()) if pa.types.is_null(column.type) else column, 0)
         if (wrong := (values < 0) | (values >= domain.num_domains)).any():
             raise DataError(
                 f"{self.where}: domain column {domain.column!r} has {count(wrong)} out of range, such as "

@@ -108,7 +108,7 @@ class PlainIds:
 
     def map(self, values: pa.Array, what: str) -> Mapped:
         """As `IdMapping`."""
-        values, num_rows = integers(values), self.num_rows
+        values, num_rows = plain(integers(values)), self.num_rows
         given = filled(values, 0)
         if given.min(initial=0) >= 0 and given.max(initial=0) < num_rows:
             if values.null_count:
