@@ -626,7 +626,5 @@ def _checked(values: pa.Array, column: ColumnSchema, schema: Schema, needed: boo
         if least < 0:
             raise Malformed(f"the id {least} is negative; ids that are kept count from 0")
         if (greatest := pc.max(_items(values)).as_py() or 0) >= MAX_NUM_EMBEDDINGS:
-            raise Malformed(
-                f"the id {greatest} is beyond the rows of any table; set the table's ids to hash or vocabulary"
-            )
+            raise Malformed(f"the id {greatest} is beyond the rows of any table; set its ids to hash or vocabulary")
     return values
