@@ -426,6 +426,7 @@ def _opened(
         pre_buffer=pre_buffer,
         page_checksum_verification=True,
         arrow_extensions_enabled=False,
+        coerce_int96_timestamp_unit="us",  # of nanoseconds, int64 holds only the years 1677 to 2262
     )
 
 

@@ -127,8 +127,6 @@ def test_every_file_is_asked(tmp_path: Path) -> None:
     told = field.metadata[b"hilorec.ids"].replace(b'"salt": 0', b'"salt": 7')
     salted = field.with_metadata({b"hilorec.ids": told})
     other = table.set_column(table.schema.get_field_index("user"), salted, table["user"])
-        table.schema.get_field_index("user"), field.with_metadata({b"hilorec.ids": told}), table["user"]
-    )
     pq.write_table(other, part.with_name("part-00001.parquet"))
     with pytest.raises(DataError, match=r'part-00001\.parquet: column \'user\' holds rows by .*"salt": 7'):
         open_splits(config_of(tmp_path / "one"), ["train"])

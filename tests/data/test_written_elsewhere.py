@@ -1,6 +1,7 @@
 """Files as other programs write them, and as none should: read right, or refused with file, row group and column."""
 
 import io
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from test_fuzz import outcomes
 from recsys.data import parquet
 from recsys.data.features import Columns, RowOrder
 from recsys.data.hashing import hash_ids
-from recsys.data.ids import HashedIds, VocabularyIds
+from recsys.data.ids import DatetimeIds, HashedIds, VocabularyIds
 from recsys.data.order import RowSlice
 from recsys.data.parquet import ColumnError, ParquetShards, ShardTables
 from recsys.data.storage import DataError
@@ -99,6 +100,16 @@ def test_extension_types_are_read_as_what_they_are_checked_as(tmp_path: Path, st
     assert ids(shards, rows)["jsons"] == lists
     with pytest.raises(DataError, match=r"column 'uuid' \(sparse feature uuid\) has type fixed_size_binary\[16\];"):
         open_file(path, Columns("label", None, {}, {"uuid": sparse_column("uuid", 9, HashedIds(9))}))
+
+
+def test_times_of_the_older_kind_are_read_in_every_year(tmp_path: Path) -> None:
+    """INT96, as Hive, Impala and older Sparks write it, is days and nanoseconds."""
+    moments = [datetime(1, 1, 1, 5), datetime(1500, 2, 28, 23), datetime(1969, 12, 31, 1), datetime(9999, 12, 31, 22)]
+    values = pa.array([*moments, None], pa.timestamp("us"))
+    pq.write_table(pa.table({"hour": values}), tmp_path / "x.parquet", use_deprecated_int96_timestamps=True)
+    assert pq.read_metadata(tmp_path / "x.parquet").schema.column(0).physical_type == "INT96"
+    columns = Columns(None, None, {}, {"hour": sparse_column("hour", 24, DatetimeIds("hour"))})
+    assert read_first(open_file(tmp_path / "x.parquet", columns)).single.tolist() == [[5, 23, 1, 22, -1]]
 
 
 def varint(number: int) -> bytes:
