@@ -25,7 +25,6 @@ from recsys.data.arrow import (
     is_list,
     is_number,
     is_string,
-    plain,
     raised,
     usual,
     usual_type,
@@ -377,9 +376,8 @@ class _Decoding:
         """Ids of a column of lists, or of single ones in a file of its own kind; a null is an empty list."""
         settings, mapping, _ = self.columns.sparse[name]
         column = settings.column or name
-        array, what = self.arrays[column], self.what(name)
-        if settings.list_text is not None and is_string(value_type(array.type)) and not is_list(array.type):
-            array = listed(plain(array), settings.list_text, what)
+        what = self.what(name)
+        array = listed(self.arrays[column], settings.list_text, what)
         if is_list(array.type):
             lengths, values = flat(array)
         else:

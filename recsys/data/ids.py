@@ -28,10 +28,12 @@ from recsys.data.arrow import (
     integers,
     is_countable,
     is_integer,
+    is_list,
     is_number,
     is_string,
     plain,
     split_texts,
+    value_type,
 )
 from recsys.data.hashing import hash_ids
 from recsys.data.storage import DataError
@@ -354,18 +356,20 @@ def check_rows(ids: NDArray[np.int32 | np.int64], mapping: IdMapping, what: str)
     return least < 0
 
 
-def listed(texts: pa.Array, settings: ListTextConfig, what: str) -> pa.Array:
-    """The lists that texts hold.
+def listed(values: pa.Array, settings: ListTextConfig | None, what: str) -> pa.Array:
+    """The lists that texts hold; what is no text, or holds no lists, as it is.
 
     Args:
-        texts: strings.
-        settings: how they hold them.
+        values: of a column, of a type that `recsys.data.arrow.usual` gives.
+        settings: how texts hold lists; None if they do not.
         what: feature or column, and file, for messages.
 
     Raises:
         DataError: a text holds something else.
     """
-    lists = split_texts(texts, settings.separator)
+    if settings is None or is_list(values.type) or not is_string(value_type(values.type)):
+        return values
+    lists = split_texts(plain(values), settings.separator)
     if settings.items == "strings":
         return lists
     try:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys.config import Config, ConfigError, SparseFeatureConfig, VocabularyIdsConfig
-from recsys.data.arrow import flat, integers, is_countable, is_list, is_string, plain, raised, usual, value_type, whole
+from recsys.data.arrow import flat, integers, is_countable, is_list, plain, raised, usual, value_type, whole
 from recsys.data.features import check_names
 from recsys.data.ids import listed
 from recsys.data.storage import DataError
@@ -208,9 +208,7 @@ def build_vocabularies(
 
 def _raw_values(array: pa.Array, feature: SparseFeatureConfig, what: str) -> pa.Array:
     """What is counted of a column: the values that the feature's ids would be asked for."""
-    array = usual(array)
-    if feature.list_text is not None and is_string(array.type):
-        array = listed(array, feature.list_text, what)
+    array = listed(usual(array), feature.list_text, what)
     if is_countable(value_type(array.type)):
         array = integers(flat(array)[1] if is_list(array.type) else array)
         array = array if feature.minimum is None else raised(plain(array), feature.minimum)
