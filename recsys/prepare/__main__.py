@@ -96,8 +96,16 @@ def _add_converters(commands: "argparse._SubParsersAction[ArgumentParser]", outp
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     criteo.add_argument("--ids", choices=("vocabulary", "hash"), default="vocabulary")
-    criteo.add_argument("--min-count", type=int, default=10, help="rarer values share row 0 of a vocabulary's table")
-    criteo.add_argument("--buckets", type=int, default=1_000_000, help="rows of each table of hashes")
+    # Without defaults, so that one that the ids do not take is refused.
+    criteo.add_argument(
+        "--min-count",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="for vocabularies: rarer values share row 0 of the table (default: 10)",
+    )
+    criteo.add_argument(
+        "--buckets", type=int, default=argparse.SUPPRESS, help="for hashes: rows of each table (default: 1000000)"
+    )
     criteo.add_argument("--split", choices=("order", "last-file"), default="order", help="what is held out")
     criteo.add_argument("--valid", type=float, default=0.1, help="share of the rows before those of test")
     criteo.add_argument("--test", type=float, default=0.1, help="share of the last rows")
@@ -158,8 +166,8 @@ def _criteo(options: argparse.Namespace) -> None:
         schema = criteo_schema(
             sources,
             ids=options.ids,
-            min_count=options.min_count,
-            buckets=options.buckets,
+            min_count=getattr(options, "min_count", None),
+            buckets=getattr(options, "buckets", None),
             split=options.split,
             valid=options.valid,
             test=options.test,

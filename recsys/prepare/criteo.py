@@ -17,8 +17,8 @@ def criteo_schema(
     sources: Sequence[Path],
     *,
     ids: Literal["vocabulary", "hash"] = "vocabulary",
-    min_count: int = 10,
-    buckets: int = 1_000_000,
+    min_count: int | None = None,
+    buckets: int | None = None,
     split: Literal["order", "last-file"] = "order",
     valid: float = 0.1,
     test: float = 0.1,
@@ -33,18 +33,19 @@ def criteo_schema(
     Args:
         sources: the files, whose rows are in the order of time.
         ids: see `TableSchema`.
-        min_count: for a vocabulary.
-        buckets: of each of the 26 tables, for hashing.
+        min_count: for a vocabulary, by default 10.
+        buckets: of each of the 26 tables, for hashing, by default a million.
         split: `order` holds out the last rows; `last-file` the last file, its first half as valid.
         valid: share of the rows before those of test, for `order`.
         test: share of the last rows, for `order`.
         embedding_dim: of every table.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or one is set that these ids do not take.
     """
-    choice = {"buckets": buckets} if ids == "hash" else {"min_count": min_count}
-    table = TableSchema(ids=ids, **choice)
+    choice = {"min_count": min_count, "buckets": buckets}
+    own, default = ("buckets", 1_000_000) if ids == "hash" else ("min_count", 10)
+    table = TableSchema(ids=ids, **{own: default, **{key: value for key, value in choice.items() if value is not None}})
     if split == "order":
         rule = SplitSchema(by="order", valid=valid, test=test)
     else:

@@ -691,10 +691,11 @@ class _Findings:
             drawn = sum(scan.counts[f"features.sparse.{key}", "values"] for key in features)
             rows = table.num_embeddings
             if drawn >= DRAWS_A_ROW * rows and seen[name] < (1 - UNSEEN_SHARE) * rows:
-                message = (
-                    f"data.train: tables.{name}: some {seen[name]:,} of its {rows:,} rows occur, among {drawn:,} ids; "
-                    "lower its num_embeddings, or correct the ids"
-                )
+                way_out = "lower its num_embeddings, or correct the ids"
+                if any((ids := config.features.sparse[key].ids) is not None and ids.applied for key in features):
+                    way_out = "its ids were mapped at conversion: convert with fewer buckets"
+                found = f"some {seen[name]:,} of its {rows:,} rows occur, among {drawn:,} ids"
+                message = f"data.train: tables.{name}: {found}; {way_out}"
                 self.warnings.append(Finding("train", f"tables.{name}", message))
 
     def look_at_drift(self, drift: Iterable[Drift]) -> None:

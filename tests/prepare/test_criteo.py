@@ -166,6 +166,8 @@ def test_a_terminal_shows_a_bar_for_each_pass(
 @pytest.mark.parametrize(
     ("option", "message"),
     [
+        (("--ids", "hash", "--min-count", "3"), "error: min_count has no meaning with ids hash; remove it"),
+        (("--buckets", "3"), "error: ids hash needs buckets, and nothing else takes them"),
         (("--min-count", "0"), "error: --min-count: Input should be greater than 0"),
         (("--ids", "hash", "--buckets", "-1"), "error: --buckets: Input should be greater than 0"),
         (("--valid", "1.5"), "error: --valid: Input should be less than 1"),

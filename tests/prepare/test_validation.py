@@ -277,7 +277,10 @@ def test_a_file_without_rows_is_a_warning(log: Path) -> None:
 def test_a_table_of_which_most_rows_never_occur_is_a_warning(log: Path) -> None:
     assert check(log, tables__user__num_embeddings=60).warnings == []
     (found,) = check(log, tables__user__num_embeddings=400).warnings
-    assert found.of == "tables.user" and "40 of its 400 rows occur, among 6,000 ids" in found.message
+    assert found.of == "tables.user" and "40 of its 400 rows occur, among 6,000 ids; lower its num" in found.message
+    ids = {"type": "hash", "buckets": 400, "applied": True}
+    (found,) = check(log, tables__user__num_embeddings=400, features__sparse__user__ids=ids).warnings
+    assert found.message.endswith("its ids were mapped at conversion: convert with fewer buckets")
     assert check(log, tables__user__num_embeddings=10_000).warnings == []  # 6,000 ids cannot show it
 
 
