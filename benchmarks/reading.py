@@ -363,7 +363,7 @@ def _files(config: str) -> tuple[list[Path], list[str]]:
     import glob
 
     read = load_config(config)
-    columns = [read.data.label, *read.features.dense, *read.features.sparse]
+    columns = [read.data.label or "label", *read.features.dense, *read.features.sparse]
     return [Path(path) for path in sorted(glob.glob(read.data.patterns("train")[0]))], columns
 
 

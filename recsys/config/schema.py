@@ -290,7 +290,7 @@ class DataConfig(Section):
     train: Text | tuple[Text, ...]
     valid: Text | tuple[Text, ...] | None = None
     test: Text | tuple[Text, ...] | None = None
-    label: Text = "label"
+    label: Text | None = "label"
     label_null: Literal["error", "skip"] = "error"
     weight: Text | None = None
     reference: Text | None = None

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recsys.config import Config, load_config
+from recsys.config import Config, ConfigError, load_config
 from recsys.data.kinds import read_kinds
 from recsys.data.parquet import ParquetShards
 from recsys.data.splits import eval_order, open_loader, open_splits
@@ -64,16 +64,20 @@ def evaluate_checkpoint(
         split: train, valid or test.
         overrides: of the config that the checkpoint holds.
         as_json: print one JSON object instead of a table.
-        predictions: where to write them (see `writing_predictions`), if anywhere.
+        predictions: where to write them (see `writing_predictions`), if anywhere. Where `data.label` is null, they are
+            all that there is.
 
     Raises:
         CheckpointError: no checkpoint is there, or it does not fit.
-        ConfigError: the config has no such split, or an override is wrong.
+        ConfigError: the config has no such split, an override is wrong, or rows without label are to be measured.
         DataError: as `recsys.data.parquet.ParquetShards` and `writing_predictions`.
     """
     path = Path(os.path.expanduser(directory))
     meta = read_meta(path)
     config = load_config(path / "config.yaml", overrides)
+    labelled = config.data.label is not None
+    if not (labelled or predictions):
+        raise ConfigError("data.label: null leaves nothing to measure; pass --predictions, or name the label")
     with process_group(config.device) as ranks:
         once_on_each_machine(ranks, partial(write_embedded, config))
         shards = open_splits(config, [split], path / VOCABULARIES, read_kinds(path))[split]
@@ -82,19 +86,25 @@ def evaluate_checkpoint(
         sharded = shard(ranker, config, ranks, seed=0)
         load_model(path, sharded, dense_arch)
         with (
-            writing_predictions(predictions, ranks, with_domain=config.data.domain is not None)
+            writing_predictions(predictions, ranks, with_label=labelled, with_domain=config.data.domain is not None)
             if predictions
             else nullcontext(_ignore)
         ) as on_output:
             model, reference, counts, domains = evaluate(ranker, shards, config, ranks, on_output=on_output)
-        results = {"model": model, **({"reference": reference} if reference else {})}
+        results = {"model": model} if labelled else {}
+        results |= {"reference": reference} if reference else {}
         if ranks.is_first and as_json:
             figures = {name: metrics.as_dict() for name, metrics in results.items()}
             about = {"checkpoint": directory, "split": split, "step": meta.step}
+            about |= {"predictions": predictions, "rows": sum(shards.row_counts)} if predictions else {}
             of_domains = {"domains": {name: it.as_dict() for name, it in domains.items()}} if domains else {}
             print(json.dumps({**about, **figures, **of_domains, "data": by_kind(counts)}, indent=2))
         elif ranks.is_first:
-            say(console(), table([_row(name, metrics) for name, metrics in results.items()], f"{directory}, {split}"))
+            if predictions:
+                say(console(), f"{sum(shards.row_counts):,} predictions of {directory} on {split}, in {predictions}")
+            if results:
+                rows = [_row(name, metrics) for name, metrics in results.items()]
+                say(console(), table(rows, f"{directory}, {split}"))
             if domains:
                 say(console(), table([_row(name, metrics) for name, metrics in domains.items()], "By domain"))
             for warning in [*shards.warnings, *([f"{split}: {in_words(counts)}"] if counts else [])]:
@@ -114,6 +124,8 @@ def evaluate(
 ) -> Evaluation:
     """Figures of the ranker on every row of a split, and those of the reference column if there is one.
 
+    Without a label, figures are of no rows.
+
     A collective call; the figures are the same on all ranks and, but for rounding, for any number of them. The ranker
     must not be attached to a pipeline. Its training mode is kept.
 
@@ -129,22 +141,24 @@ def evaluate(
     limits, domain = config.metrics.model_dump(), config.data.domain
     model, reference = BinaryMetrics(**limits), BinaryMetrics(**limits)
     by_domain = GroupedMetrics(domain.num_domains, **limits) if domain else None
-    was_training = ranker.training
+    labelled, was_training = config.data.label is not None, ranker.training
     ranker.eval()
     with open_loader(shards, [epoch], config, ranks) as loader:
         for step, batch in enumerate(loader):
-            if config.data.reference:
+            if labelled and config.data.reference:
                 reference.update(_logits(batch.reference), batch.labels)
             _, output = ranker(batch.to(ranks.device, non_blocking=True))
-            model.update(output.logits, output.labels)
-            if by_domain is not None:
+            if labelled:
+                model.update(output.logits, output.labels)
+            if labelled and by_domain is not None:
                 by_domain.update(output.logits, output.labels, output.domain)
             on_output(output)
             on_batch(step + 1, epoch.num_steps)
     ranker.train(was_training)
     counts = reduce_counts(loader.counts, shards.columns.counted, ranks.device)
-    domains = dict(zip(domain.labels, by_domain.compute(), strict=True)) if domain and by_domain else {}
-    return Evaluation(model.compute(), reference.compute() if config.data.reference else None, counts, domains)
+    domains = dict(zip(domain.labels, by_domain.compute(), strict=True)) if labelled and domain and by_domain else {}
+    has_reference = labelled and config.data.reference
+    return Evaluation(model.compute(), reference.compute() if has_reference else None, counts, domains)
 
 
 def _row(name: str, metrics: Metrics) -> dict[str, str]:

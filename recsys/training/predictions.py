@@ -16,16 +16,19 @@ ROW_GROUP_ROWS = 1 << 17
 
 
 @contextmanager
-def writing_predictions(directory: str, ranks: Ranks, *, with_domain: bool) -> Iterator[Callable[[RankerOutput], None]]:
+def writing_predictions(
+    directory: str, ranks: Ranks, *, with_label: bool, with_domain: bool
+) -> Iterator[Callable[[RankerOutput], None]]:
     """Give what takes the output for each of this rank's batches, in order; entering it is a collective call.
 
-    They become `part-<rank>-of-<ranks>.parquet`, with columns `label` (int8), `probability` (float32) and perhaps
-    `domain` (int64). The file appears, whole, when the block ends without error.
+    They become `part-<rank>-of-<ranks>.parquet`, with columns `probability` (float32) and, where there are any, `label`
+    (int8) and `domain` (int64). The file appears, whole, when the block ends without error.
 
     Args:
         directory: path or URL, as in `recsys.data.storage.locate`; no file may be there.
         ranks: this process among all.
-        with_domain: whether the batches have a domain.
+        with_label: whether the batches have labels.
+        with_domain: whether they have a domain.
 
     Raises:
         DataError: there are files already, or the storage refuses or does not answer.
@@ -38,7 +41,11 @@ def writing_predictions(directory: str, ranks: Ranks, *, with_domain: bool) -> I
             raise DataError(f"--predictions: {place} holds files, such as {taken[0]}; name a new or an empty directory")
     dist.barrier()  # none begins to write while the first looks what is there
     schema = pa.schema(
-        {"label": pa.int8(), "probability": pa.float32(), **({"domain": pa.int64()} if with_domain else {})}
+        {
+            **({"label": pa.int8()} if with_label else {}),
+            "probability": pa.float32(),
+            **({"domain": pa.int64()} if with_domain else {}),
+        }
     )
     with (place / f"part-{ranks.rank:05d}-of-{ranks.world_size:05d}.parquet").writing() as path:
         held: list[pa.Table] = []

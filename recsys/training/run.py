@@ -45,9 +45,11 @@ def train(config: Config) -> dict[str, Any]:
     """Run all stages of a config on all ranks and return the summary; what is written is in `config.output_dir`.
 
     Raises:
-        ConfigError: a setting that the device or the data cannot meet.
+        ConfigError: a setting that the device or the data cannot meet, or there is no label.
         DataError: shards that cannot be trained on.
     """
+    if config.data.label is None:
+        raise ConfigError("data.label: null is for evaluating with --predictions; name one, as training learns from it")
     with process_group(config.device) as ranks:
         once_on_each_machine(ranks, partial(write_embedded, config))
         splits = open_splits(config, config.data.splits)

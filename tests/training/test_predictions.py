@@ -24,7 +24,7 @@ def output(logits: list[float], labels: list[float], domain: list[int]) -> Ranke
 def test_a_file_of_each_rank_has_its_batches_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predictions, "ROW_GROUP_ROWS", 3)
     directory = tmp_path / "new" / "test"
-    with writing_predictions(str(directory), ALONE, with_domain=True) as write:
+    with writing_predictions(str(directory), ALONE, with_label=True, with_domain=True) as write:
         write(output([0.0, 2.0], [0, 1], [5, 6]))
         write(output([-2.0], [1], [7]))
         write(output([], [], []))
@@ -41,14 +41,14 @@ def test_a_file_of_each_rank_has_its_batches_in_order(tmp_path: Path, monkeypatc
 
 
 def test_without_rows_or_domains_the_file_has_its_columns(tmp_path: Path) -> None:
-    with writing_predictions(str(tmp_path), ALONE, with_domain=False):
+    with writing_predictions(str(tmp_path), ALONE, with_label=True, with_domain=False):
         pass
     table = pq.read_table(tmp_path / "part-00000-of-00001.parquet")
     assert (table.schema.names, len(table)) == (["label", "probability"], 0)
 
 
 def fail_midway(directory: Path) -> None:
-    with writing_predictions(str(directory), ALONE, with_domain=False) as write:
+    with writing_predictions(str(directory), ALONE, with_label=True, with_domain=False) as write:
         write(output([0.0], [1], []))
         raise ValueError("in the middle")
 
@@ -63,7 +63,7 @@ def test_a_directory_that_holds_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "part-00001-of-00002.parquet").touch()
     with (
         pytest.raises(DataError, match=f"--predictions: {tmp_path} holds files, such as .*part-00001"),
-        writing_predictions(str(tmp_path), ALONE, with_domain=False),
+        writing_predictions(str(tmp_path), ALONE, with_label=True, with_domain=False),
     ):
         pytest.fail("it was written to")
 
@@ -72,6 +72,6 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
         pytest.raises(DataError, match="file/deeper"),
-        writing_predictions(str(tmp_path / "file" / "deeper"), ALONE, with_domain=False),
+        writing_predictions(str(tmp_path / "file" / "deeper"), ALONE, with_label=True, with_domain=False),
     ):
         pytest.fail("it was written to")

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from ranks import run_module, run_ranks
@@ -13,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 from tiny import tiny_config, write_tiny_log
 
-from recsys.config import Config, load_config
+from recsys.config import Config, ConfigError, load_config
 from recsys.data.splits import open_splits
 from recsys.model.cost import cost_report
 from recsys.model.experts import expert_layers
@@ -23,7 +24,7 @@ from recsys.training.evaluation import evaluate
 from recsys.training.metrics import Metrics
 from recsys.training.monitor import Monitor
 from recsys.training.optimizers import begin_phase
-from recsys.training.run import Trainer
+from recsys.training.run import Trainer, train
 
 BACKBONE = {"trains": "backbone", "steps": 4, "learning_rate": 0.01, "sparse_learning_rate": 0.1}
 EXPERTS = {"trains": "experts", "steps": 4, "learning_rate": 0.01, "balance_weight": 0.01, "diversity_weight": 0.1}
@@ -101,6 +102,38 @@ def test_evaluate_reproduces_the_runs_test_figures_on_any_world_size(run: Path, 
         assert found["domains"][name] == pytest.approx(figures, abs=1e-6)
     assert {"column": "truth", **found["reference"]} == pytest.approx(summary["reference"], abs=1e-6)
     assert (found["split"], found["step"]) == ("test", 65)
+
+
+def test_rows_without_label_are_predicted_as_those_with_one(run: Path, log: Path, tmp_path: Path) -> None:
+    checkpoint = json.loads((run / "summary.json").read_text())["checkpoint"]
+    unlabelled = tmp_path / "unlabelled"
+    unlabelled.mkdir()
+    for file in sorted((log / "test").glob("*.parquet")):
+        pq.write_table(pq.read_table(file).drop(["label", "truth"]), unlabelled / file.name)
+    given = ("--checkpoint", checkpoint, "--predictions")
+    (labelled,) = run_module(1, "recsys.evaluate", *given, str(tmp_path / "with"))
+    assert labelled.code == 0, labelled.stderr
+    overrides = ("data.label=null", "data.reference=null", f"data.test={unlabelled}/*.parquet")
+    first, *_ = run_module(2, "recsys.evaluate", *given, str(tmp_path / "without"), "--json", *overrides)
+    assert first.code == 0, first.stderr
+    assert {"predictions", "rows"} <= (found := json.loads(first.stdout)).keys() and "model" not in found
+    assert found["rows"] == 251
+    expected, got = pq.read_table(tmp_path / "with"), pq.read_table(tmp_path / "without")
+    assert got.schema.names == ["probability", "domain"] and got["domain"] == expected["domain"]
+    assert got["probability"].to_pylist() == pytest.approx(expected["probability"].to_pylist(), abs=1e-6)
+    (told,) = run_module(1, "recsys.evaluate", *given, str(tmp_path / "more"), *overrides)
+    assert told.code == 0 and f"251 predictions of {checkpoint} on test, in {tmp_path / 'more'}" in told.stdout
+    (refused,) = run_module(1, "recsys.evaluate", "--checkpoint", checkpoint, *overrides)
+    assert refused.code == 2 and "data.label: null leaves nothing to measure" in refused.stderr
+
+
+def test_training_needs_a_label(log: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.label: null is for evaluating"):
+        train(
+            as_config(
+                {**tiny_config(log, tmp_path), "data": {**tiny_config(log, tmp_path)["data"], "label": None}}, tmp_path
+            )
+        )
 
 
 def test_tensorboard_holds_what_one_watches(run: Path) -> None:
