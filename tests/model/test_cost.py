@@ -197,10 +197,11 @@ def test_whatever_else_an_expert_layer_does_is_routing(load: Any) -> None:
 def test_counting_neither_draws_nor_allocates(load: Any) -> None:
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    cost = cost_report(load("tables.user.num_embeddings=10000000000", "model.tower.hidden=[4000000, 1000000]")).cost
+    hidden = [2**16] * 40  # 640 GiB
+    cost = cost_report(load("tables.user.num_embeddings=10000000000", f"model.tower.hidden={hidden}")).cost
     assert torch.equal(torch.random.get_rng_state(), before)
     assert cost.parameters["embedding"] == 8 * 10**10 + 30 * 8 + 12 * 4
-    assert cost.flops["tower"] == 2 * (WIDTH * 4 * 10**6 + 4 * 10**12)
+    assert cost.flops["tower"] == 2 * (WIDTH * 2**16 + 39 * 2**32)
 
 
 def test_lookups_count_by_their_ids(load: Any) -> None:

@@ -22,7 +22,7 @@ class ScaledTowerConfig(TowerSettings):
     expert_linears = ("tower.only",)
 
     type: Literal["scaled"]
-    width: PositiveInt = 6
+    width: Width = 6
 """
 TOWER = """
 from torch import Tensor, nn
