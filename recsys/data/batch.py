@@ -24,7 +24,7 @@ class Batch(Pipelineable):
     Attributes:
         dense_features: (B, F_d) float32, in the config's order.
         sparse_features: one key a sparse feature, B bags each; a null or empty id list is an empty bag.
-        labels: (B,) float32, 0 or 1; NaN where the config names no label.
+        labels: (B,) float32, 0 or 1; (0,) where the config names no label.
         reference: (B,) float64 probabilities of the reference column; (0,) where there is none.
         domain: (B,) int64, the domain of each row; (0,) where the config names no domain column.
         loss_scale: what the sum of this rank's losses is multiplied by so that the mean over ranks, which is what DDP

@@ -243,7 +243,7 @@ class Columns:
         rows = decoding.features()
         return replace(
             rows,
-            labels=decoding.labels(self._label, self.label_null) if self._label else decoding.no_labels(),
+            labels=decoding.labels(self._label, self.label_null) if self._label else rows.labels,
             reference=decoding.reference(self.reference) if self.reference else rows.reference,
             domain=decoding.domains(self.domain) if self.domain else rows.domain,
             weight=decoding.weights(self.weight) if self.weight else rows.weight,
@@ -435,10 +435,6 @@ class _Decoding:
             values = (values.astype(np.float64) - settings.standardize.mean) / settings.standardize.std
         self.order.place(values, target)
         _check_finite(target, what, " in float32" + " after log1p" * settings.log1p)
-
-    def no_labels(self) -> NDArray[np.float32]:
-        """NaN for each row."""
-        return np.full(len(self.table), np.nan, np.float32)
 
     def labels(self, label: Expression, label_null: Literal["error", "skip"]) -> NDArray[np.float32]:
         """(N,) of 0 and 1, and NaN for rows to skip."""

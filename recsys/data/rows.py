@@ -67,7 +67,7 @@ class Rows:
     """Decoded and checked rows.
 
     Attributes:
-        labels: (N,) float32, NaN in rows that batches leave out, or in all where there is none; (0,) of features alone.
+        labels: (N,) float32, NaN in rows that batches leave out; or (0,) where there are none.
         reference: (N,) float64, or (0,) where there is none.
         domain: (N,) int64, or (0,) where there is none.
         dense: (F_d, N) float32.

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -147,6 +148,8 @@ def evaluate(
         for step, batch in enumerate(loader):
             if labelled and config.data.reference:
                 reference.update(_logits(batch.reference), batch.labels)
+            if not labelled:  # one for each row is needed, but no figure is made of it
+                batch = replace(batch, labels=torch.full((batch.sparse_features.stride(),), torch.nan))
             _, output = ranker(batch.to(ranks.device, non_blocking=True))
             if labelled:
                 model.update(output.logits, output.labels)

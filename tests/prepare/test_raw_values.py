@@ -352,7 +352,8 @@ def test_criteo(tmp_path: Path, ids: Any) -> None:
     lines = source.read_text().splitlines()
     lines[:3] = ["\t".join([line.split("\t")[0], "-3", *line.split("\t")[2:]]) for line in lines[:3]]
     source.write_text("\n".join(lines) + "\n")
-    convert_text([source], tmp_path / "out", criteo_schema([source], ids=ids, min_count=3, buckets=1009))
+    options: Raw = {"min_count": 3} if ids == "vocabulary" else {"buckets": 1009}
+    convert_text([source], tmp_path / "out", criteo_schema([source], ids=ids, **options))
     config = config_of(tmp_path)
     assert all(config.features.dense[name].minimum == 0.0 for name in INTEGERS)
     saved = held_by_a_checkpoint(config, tmp_path)
