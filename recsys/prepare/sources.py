@@ -252,11 +252,9 @@ def write_data_set(
         feature: build_ids(settings, columns[feature]["size"], held.get(feature))
         for feature, settings in sparse.items()
     }
-    table = raw
-    for column, feature in {**{feature: feature for feature in sparse}, **mapped_as}.items():
-        rows = mapped(whole(raw, column), mappings[feature], f"{name}: column {column!r}")
-        field = marked(pa.field(column, rows.type), AppliedIds(mappings[feature], sparse[feature].minimum))
-        table = table.set_column(table.schema.get_field_index(column), field, rows)
+    applied = {feature: AppliedIds(mapping, sparse[feature].minimum) for feature, mapping in mappings.items()}
+    of_columns = {column: applied[feature] for column, feature in {**{it: it for it in sparse}, **mapped_as}.items()}
+    table = _mapped(raw, of_columns, name)
     with new_data_set(output, overwrite=overwrite) as stage:
         told = {}
         for split, rows in splits.items():
@@ -270,6 +268,16 @@ def write_data_set(
         summary = {"name": name, "columns": columns, "vocabularies": vocabularies, "splits": told}
         writing.write_summary(stage, summary)
         writing.write_config(stage, summary, sparse=sparse, dense={}, data={"domain": domain} if domain else {})
+
+
+def _mapped(raw: pa.Table, applied: Mapping[str, AppliedIds], name: str) -> pa.Table:
+    """Rows of tables in the place of some columns' raw values."""
+    table = raw
+    for column, how in applied.items():
+        rows = mapped(whole(raw, column), how.mapping, f"{name}: column {column!r}")
+        field = marked(pa.field(column, rows.type), how)
+        table = table.set_column(table.schema.get_field_index(column), field, rows)
+    return table
 
 
 @contextmanager

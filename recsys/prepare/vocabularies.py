@@ -165,22 +165,7 @@ def build_vocabularies(
         DataError: a file is there already; a shard cannot be read, lacks a column or has one of another type; no value
             was found often enough.
     """
-    files: dict[str, Path] = {}
-    applied: dict[str, Path] = {}
-    for name, feature in config.features.sparse.items():
-        if isinstance(feature.ids, VocabularyIdsConfig):
-            (applied if feature.ids.applied else files)[name] = Path(feature.ids.file)
-    if not (files or applied):
-        raise ConfigError("no feature takes its ids from a vocabulary; set ids to {type: vocabulary, file: PATH}")
-    if of_shards := [name for name in features or ([] if files else applied) if name in applied]:
-        raise _is_applied(of_shards[0])
-    if unknown := [name for name in features if name not in files]:
-        raise ConfigError(
-            f"features.sparse.{unknown[0]} takes no ids from a vocabulary; those that do are {', '.join(files)}"
-        )
-    wanted = {files[name] for name in features or files}
-    if shared := [name for name, file in applied.items() if file in wanted]:
-        raise _is_applied(shared[0])
+    files, wanted = _files_to_build(config, features)
     if taken := [file for file in wanted if file.exists() and not overwrite]:
         raise DataError(f"{min(taken)} is there already; pass --overwrite to build it anew")
     readers = {file: tuple(name for name in files if files[name] == file) for file in sorted(wanted)}
@@ -204,6 +189,27 @@ def build_vocabularies(
         coverage = pc.sum(vocabulary.counts).as_py() / pc.sum(counted["count"]).as_py()
         built.append(Built(file, names, len(counted), len(vocabulary), coverage))
     return built
+
+
+def _files_to_build(config: Config, features: Sequence[str]) -> tuple[dict[str, Path], set[Path]]:
+    """The vocabulary's file of each feature whose shards hold raw values, and the files that are asked for."""
+    files: dict[str, Path] = {}
+    applied: dict[str, Path] = {}
+    for name, feature in config.features.sparse.items():
+        if isinstance(feature.ids, VocabularyIdsConfig):
+            (applied if feature.ids.applied else files)[name] = Path(feature.ids.file)
+    if not (files or applied):
+        raise ConfigError("no feature takes its ids from a vocabulary; set ids to {type: vocabulary, file: PATH}")
+    if of_shards := [name for name in features or ([] if files else applied) if name in applied]:
+        raise _is_applied(of_shards[0])
+    if unknown := [name for name in features if name not in files]:
+        raise ConfigError(
+            f"features.sparse.{unknown[0]} takes no ids from a vocabulary; those that do are {', '.join(files)}"
+        )
+    wanted = {files[name] for name in features or files}
+    if shared := [name for name, file in applied.items() if file in wanted]:
+        raise _is_applied(shared[0])
+    return files, wanted
 
 
 def _raw_values(array: pa.Array, feature: SparseFeatureConfig, what: str) -> pa.Array:

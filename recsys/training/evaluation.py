@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,22 +94,18 @@ def evaluate_checkpoint(
             model, reference, counts, domains = evaluate(ranker, shards, config, ranks, on_output=on_output)
         results = {"model": model} if labelled else {}
         results |= {"reference": reference} if reference else {}
+        about: dict[str, Any] = {"checkpoint": directory, "split": split, "step": meta.step}
+        if predictions:
+            # Rows whose label is null may be left out; without any label, none is.
+            rows = model.examples if labelled else sum(shards.row_counts)
+            about |= {"predictions": predictions, "rows": rows}
         if ranks.is_first and as_json:
             figures = {name: metrics.as_dict() for name, metrics in results.items()}
-            about = {"checkpoint": directory, "split": split, "step": meta.step}
-            about |= {"predictions": predictions, "rows": sum(shards.row_counts)} if predictions else {}
             of_domains = {"domains": {name: it.as_dict() for name, it in domains.items()}} if domains else {}
             print(json.dumps({**about, **figures, **of_domains, "data": by_kind(counts)}, indent=2))
         elif ranks.is_first:
-            if predictions:
-                say(console(), f"{sum(shards.row_counts):,} predictions of {directory} on {split}, in {predictions}")
-            if results:
-                rows = [_row(name, metrics) for name, metrics in results.items()]
-                say(console(), table(rows, f"{directory}, {split}"))
-            if domains:
-                say(console(), table([_row(name, metrics) for name, metrics in domains.items()], "By domain"))
-            for warning in [*shards.warnings, *([f"{split}: {in_words(counts)}"] if counts else [])]:
-                say(console(), f"warning: {warning}")
+            warnings = [*shards.warnings, *([f"{split}: {in_words(counts)}"] if counts else [])]
+            _show(about, results, domains, warnings)
         return results
 
 
@@ -162,6 +158,20 @@ def evaluate(
     domains = dict(zip(domain.labels, by_domain.compute(), strict=True)) if labelled and domain and by_domain else {}
     has_reference = labelled and config.data.reference
     return Evaluation(model.compute(), reference.compute() if has_reference else None, counts, domains)
+
+
+def _show(
+    about: Mapping[str, Any], results: Mapping[str, Metrics], domains: Mapping[str, Metrics], warnings: Sequence[str]
+) -> None:
+    """Print what came of a checkpoint as tables."""
+    where = f"{about['checkpoint']}, {about['split']}"
+    if "predictions" in about:
+        say(console(), f"{about['rows']:,} predictions in {about['predictions']} ({where})")
+    for title, figures in ((where, results), ("By domain", domains)):
+        if figures:
+            say(console(), table([_row(name, metrics) for name, metrics in figures.items()], title))
+    for warning in warnings:
+        say(console(), f"warning: {warning}")
 
 
 def _row(name: str, metrics: Metrics) -> dict[str, str]:

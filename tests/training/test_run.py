@@ -122,7 +122,7 @@ def test_rows_without_label_are_predicted_as_those_with_one(run: Path, log: Path
     assert got.schema.names == ["probability", "domain"] and got["domain"] == expected["domain"]
     assert got["probability"].to_pylist() == pytest.approx(expected["probability"].to_pylist(), abs=1e-6)
     (told,) = run_module(1, "recsys.evaluate", *given, str(tmp_path / "more"), *overrides)
-    assert told.code == 0 and f"251 predictions of {checkpoint} on test, in {tmp_path / 'more'}" in told.stdout
+    assert told.code == 0 and f"251 predictions in {tmp_path / 'more'} ({checkpoint}, test)" in told.stdout
     (refused,) = run_module(1, "recsys.evaluate", "--checkpoint", checkpoint, *overrides)
     assert refused.code == 2 and "data.label: null leaves nothing to measure" in refused.stderr
 
