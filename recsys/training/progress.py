@@ -16,7 +16,7 @@ class StageTotals:
 
     Attributes:
         steps: optimizer steps.
-        epochs: that were begun.
+        epochs: that were trained on, whole or in part.
         examples: rows that were trained on.
         seconds: of training, evaluation left out.
         waited: seconds of those in which this rank waited for data.
