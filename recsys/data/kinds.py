@@ -37,6 +37,8 @@ class Kinds:
             DataError: it does.
         """
         for name, sparse in columns.sparse.items():
+            if sparse.applied is not None:
+                continue  # rows of a table say nothing of the values that they stand for
             column = sparse.settings.column or name
             kind = _kind_of(sparse, schema.field(column).type)
             if kind is None:

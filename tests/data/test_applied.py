@@ -7,9 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from reading import ids, read_first
 
 from recsys.config import Config, ConfigError, load_config
 from recsys.data.features import build_columns
+from recsys.data.hashing import hash_ids
+from recsys.data.kinds import read_kinds, write_kinds
 from recsys.data.splits import open_splits
 from recsys.data.storage import DataError
 from recsys.data.vocabulary import save_vocabularies
@@ -65,6 +68,25 @@ def test_a_checkpoint_is_not_judged_on_shards_by_another_vocabulary(tmp_path: Pa
     moved = one.model_copy(update={"data": config_of(other).data})
     with pytest.raises(DataError, match=r"part-00000\.parquet: column 'item' holds rows by .*vocabulary.* take ids"):
         open_splits(moved, ["valid"], tmp_path / "saved")
+
+
+def test_raw_values_are_read_by_a_checkpoint_of_converted_shards(tmp_path: Path) -> None:
+    config = config_of(convert(tmp_path / "one", "aabbccddee"))
+    converted = open_splits(config, ["train"])["train"]
+    save_vocabularies(converted.columns.vocabularies, tmp_path / "saved")
+    (tmp_path / "saved/kinds").mkdir()
+    write_kinds(converted.kinds.as_dict(), tmp_path / "saved/kinds")
+    raw = {"item": ["a", "e", "?"], "items": ["a|b", "", "e"], "user": [0, 7, 9], "kept": [0, 1, 2]}
+    pq.write_table(pa.table(raw), tmp_path / "raw.parquet")
+    overrides = [f"features.sparse.{name}.ids.applied=false" for name in ("item", "items", "user")]
+    asked = config_of(tmp_path / "one", *overrides, "data.label=null", f"data.test={tmp_path}/raw.parquet")
+    shards = open_splits(asked, ["test"], tmp_path / "saved", read_kinds(tmp_path / "saved/kinds"))["test"]
+    known = converted.columns.vocabularies["item"].lookup(pa.array(["a", "e", "b"])).tolist()
+    found = ids(shards, read_first(shards))
+    assert found["item"] == [[known[0]], [known[1]], [0]]
+    assert found["items"] == [[known[0], known[2]], [], [known[1]]]
+    (users,) = hash_ids(pa.array([2, 7, 9]), 50).reshape(1, -1).tolist()
+    assert found["user"] == [[user] for user in users]
 
 
 @pytest.mark.parametrize(
