@@ -15,7 +15,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+    WeightDecayMode,
+)
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -35,6 +38,7 @@ _FUSED = {
     "sgd": EmbOptimType.EXACT_SGD,
     "adam": EmbOptimType.ADAM,
 }
+_THAT_COUNT = (EmbOptimType.ADAM, EmbOptimType.EXACT_ROWWISE_ADAGRAD)
 _FUSED_ON_CPU = ("rowwise_adagrad", "adagrad", "sgd")
 _DATA_PARALLEL = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
 _INIT_BLOCK_ROWS = 1 << 16
@@ -75,6 +79,9 @@ def shard(ranker: Ranker, config: Config, ranks: Ranks, *, seed: int) -> Sharded
         collection = torchrec_shard(unsharded, module_plan, env, ranks.device, sharder)
         setattr(ranker, name, collection)
         _initialise_tables(collection, config.tables, seed)
+        for module in _fused_modules(collection):
+            if module.optimizer in _THAT_COUNT:
+                module.register_forward_hook(_uncount_without_gradient)
         fused.append(collection.fused_optimizer)
         for table, parameter in collection.named_parameters():
             if config.tables[_table_of(table)].data_parallel:
@@ -90,16 +97,36 @@ def shard(ranker: Ranker, config: Config, ranks: Ranks, *, seed: int) -> Sharded
     )
 
 
+def _lookups(collection: Any) -> list[Any]:
+    """What looks a collection's tables up on this rank, one for each way in which they are sharded."""
+    lookups = collection._lookups
+    return [lookup.module if isinstance(lookup, DistributedDataParallel) else lookup for lookup in lookups]
+
+
+def _fused_modules(collection: nn.Module) -> list[SplitTableBatchedEmbeddingBagsCodegen]:
+    """What holds this rank's tables together with their optimizers."""
+    modules = (module for lookup in _lookups(collection) for module in lookup.modules())
+    return [module for module in modules if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen)]
+
+
+def _uncount_without_gradient(module: Any, *_: object) -> None:
+    """Take back a step that was counted for a forward which no update follows.
+
+    fbgemm counts every forward, so that evaluation and stages that leave the tables alone would move Adam's correction
+    of its averages on.
+    """
+    if not torch.is_grad_enabled():
+        module.iter_cpu.sub_(1)
+        module.iter.sub_(1)
+
+
 def forget_cached_rows(sharded: ShardedRanker) -> None:
     """Empty the tables' caches on the device, after their weights were written in place.
 
     Tables of `fused_uvm_caching` would go on with the rows that they had, and write them back over those loaded.
     """
     for collection in sharded.ranker.collections.values():
-        lookups: Any = collection._lookups
-        for lookup in lookups:  # as the collection does before it loads a state dict itself
-            while isinstance(lookup, DistributedDataParallel):
-                lookup = lookup.module
+        for lookup in _lookups(collection):  # as the collection does before it loads a state dict itself
             lookup.purge()
 
 

@@ -19,6 +19,8 @@ from recsys.data.splits import open_splits
 from recsys.model.ranker import POOLED, Ranker, build_ranker
 from recsys.runtime import Ranks, derive_seed
 from recsys.sharding import shard as sharding
+from recsys.training.monitor import Monitor
+from recsys.training.run import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +143,26 @@ def test_what_the_device_or_the_stage_lacks_is_refused(
         raw[section] = {**raw[section], **values} if section == "tables" else values
     (message,) = run_ranks(1, _fails, as_config(raw, tmp_path))
     assert expected in message
+
+
+def _steps_counted(ranks: Ranks, config: Config) -> set[int]:
+    output_dir = Path(config.output_dir)
+    output_dir.mkdir(exist_ok=True)
+    with Monitor(output_dir, enabled=False) as monitor:
+        trainer = Trainer(config, ranks, open_splits(config, config.data.splits), monitor)
+        trainer.run()
+        collection = trainer.sharded.ranker.collections[POOLED]
+    modules = sharding._fused_modules(collection)
+    return {int(count) for module in modules for count in (module.iter, module.iter_cpu)}
+
+
+def test_only_steps_that_update_the_tables_count(log: Path, tmp_path: Path) -> None:
+    raw = tiny_config(log, tmp_path / "out")
+    raw["logging"] = {"eval_every_steps": 2}
+    stage = {"learning_rate": 0.01, "steps": 5}
+    raw["stages"] = {
+        "backbone": {"trains": "backbone", "sparse_learning_rate": 0.1, **stage},
+        "experts": {"trains": "experts", **stage},
+        "joint": {"trains": "all", "sparse_learning_rate": 0.1, **stage, "steps": 3},
+    }
+    assert run_ranks(2, _steps_counted, as_config(raw, tmp_path)) == [{8}, {8}]
