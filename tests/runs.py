@@ -1,5 +1,6 @@
 """Whole runs on a config of a test's, and what their checkpoints hold."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import yaml
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from recsys.checkpoint.layout import META, digest_of
 from recsys.config import Config, load_config
 from recsys.data.splits import open_splits
 from recsys.runtime import Ranks
@@ -34,3 +36,11 @@ def checkpoint_tensors(directory: Path, scratch: Path) -> dict[str, Tensor]:
     dcp_to_torch_save(directory, scratch / "whole.pt")
     tensors: dict[str, Tensor] = torch.load(scratch / "whole.pt", weights_only=True)
     return tensors
+
+
+def reseal(checkpoint: Path) -> None:
+    """Have a checkpoint's `meta.json` say what its files are now, as if they had been written so."""
+    path = checkpoint / META
+    files = [file for file in checkpoint.rglob("*") if file.is_file() and file != path]
+    digests = {str(file.relative_to(checkpoint)): digest_of(file)._asdict() for file in files}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "files": digests}))

@@ -6,6 +6,7 @@ from recsys.config.load import DEFAULT_CONFIG, load_config
 from recsys.config.schema import (
     MAX_NUM_EMBEDDINGS,
     BucketizeIdsConfig,
+    CheckpointsConfig,
     Config,
     DataConfig,
     DataParallelOptimizerConfig,
@@ -35,6 +36,7 @@ __all__ = [
     "DEFAULT_CONFIG",
     "MAX_NUM_EMBEDDINGS",
     "BucketizeIdsConfig",
+    "CheckpointsConfig",
     "Config",
     "ConfigError",
     "Count",

@@ -465,8 +465,22 @@ class LoggingConfig(Section):
 
 
 class CheckpointsConfig(Section):
-    """What happens to a stage's checkpoint beside being written: `copy_to` is a directory or URL to copy it below."""
+    """When checkpoints are written beside the ends of stages, and which are kept beside those.
 
+    One is due every `every_steps` steps of a phase, and when `every_minutes` have passed since the last. Kept are the
+    `keep_last` newest, the `keep_best` with the best `keep_best_by` on the valid split, and those of every step that
+    `keep_every_steps` divides. `asynchronous` writes them in the background. `grace_seconds` is how long a run that is
+    told to stop may take to write one. `copy_to` is a directory or URL to copy the checkpoints of stages' ends below.
+    """
+
+    every_steps: Count | None = None
+    every_minutes: PositiveFloat | None = 10.0
+    keep_last: Count = 2
+    keep_best: Number = 0
+    keep_best_by: Literal["log_loss", "auc"] = "log_loss"
+    keep_every_steps: Count | None = None
+    asynchronous: bool = True
+    grace_seconds: PositiveFloat = 25.0
     copy_to: Text | None = None
 
 
@@ -477,6 +491,7 @@ class Config(Section):
     output_dir: Text
     seed: Seed = 17
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    resume: Text = "auto"
     data: DataConfig
     tables: Annotated[dict[Name, TableConfig], Field(min_length=1)]
     features: FeaturesConfig

@@ -1,6 +1,7 @@
 """Which table lives where: TorchRec's planner under the config's constraints, and the plan as a report."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -108,6 +109,25 @@ def _constraint(table: TableConfig, *, on_cpu: bool) -> ParameterConstraints:
         compute_kernels=[kernel] if kernel else None,
         min_partition=table.min_partition,
     )
+
+
+def plan_as_dict(plan: ShardingPlan, tables: Mapping[str, TableConfig]) -> dict[str, Any]:
+    """By table: sharding, kernel, ranks, and where its shards are, each as [row, column, rows, columns]; for JSON.
+
+    A table that every rank has has no shards.
+    """
+    shardings = {name: sharding for collection in plan.plan.values() for name, sharding in collection.items()}
+    told = {}
+    for name in tables:
+        sharding: ParameterSharding = shardings[table_key(name)]
+        shards = getattr(sharding.sharding_spec, "shards", None) or []
+        told[name] = {
+            "sharding": sharding.sharding_type,
+            "kernel": sharding.compute_kernel,
+            "ranks": list(sharding.ranks or []),
+            "shards": [[*shard.shard_offsets, *shard.shard_sizes] for shard in shards],
+        }
+    return told
 
 
 def plan_rows(plan: ShardingPlan, tables: Mapping[str, TableConfig]) -> list[dict[str, str]]:

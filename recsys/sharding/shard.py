@@ -79,9 +79,6 @@ def shard(ranker: Ranker, config: Config, ranks: Ranks, *, seed: int) -> Sharded
         collection = torchrec_shard(unsharded, module_plan, env, ranks.device, sharder)
         setattr(ranker, name, collection)
         _initialise_tables(collection, config.tables, seed)
-        for module in _fused_modules(collection):
-            if module.optimizer in _THAT_COUNT:
-                module.register_forward_hook(_uncount_without_gradient)
         fused.append(collection.fused_optimizer)
         for table, parameter in collection.named_parameters():
             if config.tables[_table_of(table)].data_parallel:
@@ -89,12 +86,35 @@ def shard(ranker: Ranker, config: Config, ranks: Ranks, *, seed: int) -> Sharded
     ranker.dense_arch.to(ranks.device)
     if ranker.mean_pooling is not None:
         ranker.mean_pooling.to(ranks.device)
-    return ShardedRanker(
+    sharded = ShardedRanker(
         ranker=ranker,
         plan=plan,
         sparse_optimizer=CombinedOptimizer(fused),
         data_parallel_optimizer=_data_parallel_optimizer(replicated, config.optimizers.data_parallel),
     )
+    for module in _that_count(sharded):
+        module.register_forward_hook(_uncount_without_gradient)
+    return sharded
+
+
+def steps_counted(sharded: ShardedRanker) -> Tensor | None:
+    """How many updates the fused optimizers on this rank have counted, (1,) int64; None where none counts.
+
+    Adam corrects its averages by it, and TorchRec leaves it out of an optimizer's state.
+    """
+    return next((module.iter for module in _that_count(sharded)), None)
+
+
+def set_steps_counted(sharded: ShardedRanker, steps: Tensor) -> None:
+    """Have the fused optimizers on this rank go on from so many updates."""
+    for module in _that_count(sharded):
+        module.iter.copy_(steps)
+        module.iter_cpu.copy_(steps)
+
+
+def _that_count(sharded: ShardedRanker) -> list[SplitTableBatchedEmbeddingBagsCodegen]:
+    modules = (module for collection in sharded.ranker.collections.values() for module in _fused_modules(collection))
+    return [module for module in modules if module.optimizer in _THAT_COUNT]
 
 
 def _lookups(collection: Any) -> list[Any]:

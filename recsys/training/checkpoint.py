@@ -1,95 +1,183 @@
-"""Checkpoints: what they hold, when one is complete, and reading them without running code.
+"""A run's checkpoints: what they hold of it, writing them in the background, and reading them into a model.
 
-A checkpoint is a directory `step-<n>` with the tensors in PyTorch's distributed format (DCP), the resolved
-`config.yaml`, the features' vocabularies with their digests in `vocabularies/`, what the features hold in `kinds.json`,
-and `meta.json`. It is written beside its final name and renamed when complete, so a directory with a final name is
-whole. Only tensors go into DCP: everything else is JSON, YAML or Parquet.
+Beside the tensors, in PyTorch's distributed format (DCP), a checkpoint has `config.yaml`, the features' vocabularies with
+their digests in `vocabularies/`, what the features hold in `kinds.json`, the run's `progress.json` and the tables'
+`plan.json`; `recsys.checkpoint.layout` says how it lies on a disk. Only tensors go into DCP: everything else is JSON,
+YAML or Parquet.
 """
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torchrec.optim.keyed import KeyedOptimizer
 
-from recsys.config import Config
-from recsys.data.kinds import write_kinds
+from recsys.checkpoint import layout
+from recsys.checkpoint.layout import CheckpointError, CheckpointMeta
+from recsys.config import CheckpointsConfig, TableConfig
 from recsys.data.storage import THREADS, Place, naming
-from recsys.data.vocabulary import Vocabulary, save_vocabularies
-from recsys.errors import UserError
-from recsys.sharding.shard import ShardedRanker, forget_cached_rows
-from recsys.training.dcp import UnreadableError, load_tensors
+from recsys.model.ranker import table_name
+from recsys.runtime import Ranks
+from recsys.sharding.plan import plan_as_dict
+from recsys.sharding.shard import ShardedRanker, forget_cached_rows, set_steps_counted, steps_counted
+from recsys.training import reshard
+from recsys.training.dcp import UnreadableError, load_tensors, tensor_sizes
 
-FORMAT = 1
-VOCABULARIES = "vocabularies"
+State = dict[str, Tensor | ShardedTensor]
+"""Tensors by the name that they have in a checkpoint."""
+
+_STEPS = "optimizer.sparse_steps"
+
+_T = TypeVar("_T")
 
 
-class CheckpointError(UserError):
-    """A checkpoint cannot be read or does not fit; the message names the path and the way out."""
+class Checkpoints:
+    """Writes a run's checkpoints, one at a time, and deletes those that the config does not have kept.
 
+    Where the config has it `asynchronous`, `save` returns as soon as the tensors are copied from where training changes
+    them; the rest is done in the background, over a process group of its own. All methods are collective calls.
 
-@dataclass(frozen=True)
-class CheckpointMeta:
-    """What a checkpoint says of itself.
+    Args:
+        folder: where checkpoints lie.
+        config: how they are written, and which are kept.
+        ranks: this process among all.
+        write_files: writes what is the same throughout a run into a checkpoint's directory; the first rank calls it.
 
     Attributes:
-        stage: last stage that had begun.
-        step: optimizer steps done, over all stages.
-        stage_step: those of the stage.
-        world_size: number of ranks that wrote it; any number can read the model.
-        format: version of this layout.
+        waited: seconds that training has waited for checkpoints.
     """
 
-    stage: str
-    step: int
-    stage_step: int
-    world_size: int
-    format: int = FORMAT
+    def __init__(
+        self, folder: Path, config: CheckpointsConfig, ranks: Ranks, write_files: Callable[[Path], None]
+    ) -> None:
+        self.folder = folder
+        self.waited = 0.0
+        self._config, self._ranks, self._write_files = config, ranks, write_files
+        self._group = dist.new_group(backend="gloo")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, state: State, progress: bytes, meta: CheckpointMeta) -> Path:
+        """Begin to write a checkpoint, once the one before it is whole, and tell where it will be.
+
+        Args:
+            state: what this rank has of the tensors.
+            progress: contents of `progress.json`.
+            meta: without the files' digests.
+
+        Raises:
+            CheckpointError: this one, or the one before it, cannot be written.
+        """
+        self.wait()
+        began = time.perf_counter()
+        directory = self.folder / f"step-{meta.step}"
+        cannot = f"checkpoint {directory} cannot be written"
+        together(self._ranks, cannot, partial(self._make, layout.partial(directory)), self._group)
+        save: Any = dcp.save
+        if self._config.asynchronous:
+            save = partial(dcp.async_save, async_stager=BlockingAsyncStager())
+        with _naming(cannot):
+            saving = save(state, checkpoint_id=layout.partial(directory), process_group=self._group)
+        self._pending = self._pool.submit(self._finish, saving, directory, progress, meta)
+        self.waited += time.perf_counter() - began
+        if not self._config.asynchronous:
+            self.wait()
+        return directory
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being written is whole.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        if self._pending is None:
+            return
+        began = time.perf_counter()
+        pending, self._pending = self._pending, None
+        pending.result()
+        self.waited += time.perf_counter() - began
+
+    def close(self) -> None:
+        """Wait, and end what works in the background."""
+        self.wait()
+        self._pool.shutdown()
+
+    def _make(self, written: Path) -> None:
+        if self._ranks.is_first:
+            layout.delete(written)
+            written.mkdir(parents=True)
+
+    def _finish(self, saving: Any, directory: Path, progress: bytes, meta: CheckpointMeta) -> None:
+        cannot = f"checkpoint {directory} cannot be written"
+        written = layout.partial(directory)
+        try:
+            with _naming(cannot):
+                if isinstance(saving, Future):
+                    saving.result()
+            own = sorted(written.glob(f"__{self._ranks.rank}_*"))
+            digests = together(
+                self._ranks, cannot, lambda: {file.name: layout.digest_of(file) for file in own}, self._group
+            )
+            files = {name: digest for of_rank in digests for name, digest in of_rank.items()}
+            commit = partial(self._commit, directory, progress, replace(meta, files=files))
+            together(self._ranks, cannot, commit, self._group)
+        except CheckpointError:
+            if self._ranks.is_first:
+                layout.delete(written)  # which may be what fills the disk
+            raise
+
+    def _commit(self, directory: Path, progress: bytes, meta: CheckpointMeta) -> None:
+        if not self._ranks.is_first:
+            return
+        written = layout.partial(directory)
+        self._write_files(written)
+        (written / layout.PROGRESS).write_bytes(progress)
+        names = {str(path.relative_to(written)): path for path in written.rglob("*") if path.is_file()}
+        new = {name: path for name, path in names.items() if name not in meta.files}
+        files = {**meta.files, **{name: layout.digest_of(path) for name, path in new.items()}}
+        layout.commit(directory, new.values(), replace(meta, files=files))
+        layout.prune(self.folder, self._config)
 
 
-def save_checkpoint(
-    directory: Path,
-    config: Config,
-    meta: CheckpointMeta,
-    sharded: ShardedRanker,
-    dense_arch: nn.Module,
-    dense_optimizer: KeyedOptimizer,
-    vocabularies: Mapping[str, Vocabulary],
-    kinds: Mapping[str, str],
-) -> None:
-    """Write model, features' values and kinds, and all optimizers, replacing `directory`; a collective call."""
-    partial = directory.with_name(directory.name + ".partial")
-    if dist.get_rank() == 0:
-        delete_checkpoint(partial)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    state = {
-        **_model_state(sharded, dense_arch),
-        **_table_optimizer_state(sharded),
-        **_optimizer_state("dense", dense_optimizer),
-    }
-    dcp.save(state, checkpoint_id=partial)
-    if dist.get_rank() == 0:
-        (partial / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        save_vocabularies(vocabularies, partial / VOCABULARIES)
-        write_kinds(kinds, partial)
-        (partial / "meta.json").write_text(json.dumps(vars(meta), indent=2) + "\n", encoding="utf-8")
-        delete_checkpoint(directory)
-        partial.rename(directory)
-    dist.barrier()
+def together(ranks: Ranks, cannot: str, action: Callable[[], _T], group: dist.ProcessGroup | None = None) -> list[_T]:
+    """What an action gives on each rank; a collective call that ends on all ranks alike.
 
+    Args:
+        ranks: this process among all.
+        cannot: what could not be done, for an error.
+        action: of this rank alone.
+        group: over which the ranks meet.
 
-def delete_checkpoint(directory: Path) -> None:
-    """Delete a checkpoint that another replaces, or that nobody will go back to; nothing happens where none is."""
-    shutil.rmtree(directory, ignore_errors=True)
+    Raises:
+        CheckpointError: on every rank, if the storage refused or an error was raised on any.
+    """
+    mine: tuple[Any, str | None]
+    try:
+        mine = action(), None
+    except CheckpointError as error:
+        mine = None, str(error)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        mine = None, f"{cannot}: {error.strerror or error}{where}"
+    found: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(found, mine, group=group)
+    for _, told in found:
+        if told is not None:
+            raise CheckpointError(told)
+    return [result for result, _ in found]
 
 
 def copy_checkpoint(directory: Path, to: Place) -> None:
@@ -100,46 +188,38 @@ def copy_checkpoint(directory: Path, to: Place) -> None:
     Raises:
         DataError: the storage refuses, fails or does not answer; the message names the copy.
     """
-    meta = to / "meta.json"
+    meta = to / layout.META
     with naming(f"copy of {directory} to {to}"):
         if dist.get_rank() == 0 and meta.exists():
             meta.filesystem.delete_file(meta.path)
         dist.barrier()
-        files = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / "meta.json")
+        files = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / layout.META)
         with ThreadPoolExecutor(THREADS) as pool:
             mine = files[dist.get_rank() :: dist.get_world_size()]
             list(pool.map(lambda file: (to / str(file.relative_to(directory))).put(file), mine))
         dist.barrier()
         if dist.get_rank() == 0:
             with meta.writing() as path:
-                shutil.copyfile(directory / "meta.json", path)
+                shutil.copyfile(directory / layout.META, path)
         dist.barrier()
 
 
-def read_meta(directory: Path) -> CheckpointMeta:
-    """What a checkpoint says of itself.
+def verified(directory: Path, ranks: Ranks) -> CheckpointMeta:
+    """What a checkpoint says of itself, once its files are seen to be what was written; a collective call.
+
+    Each rank looks at its share of the files.
 
     Raises:
-        CheckpointError: no complete checkpoint is there, or it was written by another version.
+        CheckpointError: none is there, or a file is missing, cut off or altered; the message names it.
     """
-    try:
-        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        found = sorted(str(path.parent) for path in directory.glob("**/meta.json"))
-        hint = (
-            f"; there are {', '.join(found)}"
-            if found
-            else "; name a directory such as outputs/default/checkpoints/step-100"
-        )
-        raise CheckpointError(
-            f"{directory} is no complete checkpoint ({type(error).__name__}: {error}){hint}"
-        ) from None
-    if meta.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{directory} has checkpoint format {meta.get('format')}, this version reads {FORMAT}; "
-            "use the version that wrote it"
-        )
-    return CheckpointMeta(**meta)
+
+    def check() -> CheckpointMeta:
+        meta = layout.read_meta(directory)
+        if wrong := layout.verify(directory, meta, share=(ranks.rank, ranks.world_size)):
+            raise CheckpointError(f"{wrong}; the checkpoint is damaged, take another")
+        return meta
+
+    return together(ranks, f"{directory} cannot be read", check)[0]
 
 
 def load_model(directory: Path, sharded: ShardedRanker, dense_arch: nn.Module) -> None:
@@ -148,38 +228,114 @@ def load_model(directory: Path, sharded: ShardedRanker, dense_arch: nn.Module) -
     Raises:
         CheckpointError: a tensor is missing or has another shape than the config's model.
     """
-    _load(directory, sharded, _model_state(sharded, dense_arch))
+    _load(directory, model_state(sharded, dense_arch))
+    forget_cached_rows(sharded)
 
 
-def load_model_and_tables_optimizers(directory: Path, sharded: ShardedRanker, dense_arch: nn.Module) -> None:
-    """As `load_model`, with the state of the tables' optimizers, on as many ranks as wrote them."""
-    _load(directory, sharded, {**_model_state(sharded, dense_arch), **_table_optimizer_state(sharded)})
+def load_model_and_tables_optimizers(
+    directory: Path, sharded: ShardedRanker, dense_arch: nn.Module, tables: Mapping[str, TableConfig]
+) -> list[str]:
+    """As `load_model`, with the state of the tables' optimizers, on any number of ranks and for any plan.
+
+    Args:
+        directory: of the checkpoint.
+        sharded: filled.
+        dense_arch: filled.
+        tables: of the config.
+
+    Returns:
+        Tensors of the optimizers' state that begin anew, as the checkpoint holds nothing of the kind.
+
+    Raises:
+        CheckpointError: as `load_model`.
+    """
+    sizes = tensor_sizes(directory)
+    state = table_optimizer_state(sharded)
+    as_they_are = {name: value for name, value in state.items() if name in sizes and sizes[name][0] == value.size()}
+    _load(directory, {**model_state(sharded, dense_arch), **as_they_are})
+    forget_cached_rows(sharded)
+    if _STEPS in as_they_are:
+        set_steps_counted(sharded, as_they_are[_STEPS])
+    others = {name: value for name, value in state.items() if name not in as_they_are}
+    return _reshard(directory, sizes, others, plan_as_dict(sharded.plan, tables), tables)
 
 
-def _load(directory: Path, sharded: ShardedRanker, state: dict[str, Any]) -> None:
-    """Fill the tensors of `state`, which share memory with the model, in place."""
-    try:
-        load_tensors(directory, state)
-        forget_cached_rows(sharded)
-    except UnreadableError as error:
-        raise CheckpointError(f"{directory}: cannot be loaded into the model of its config: {error}") from error
+def _reshard(
+    directory: Path,
+    sizes: Mapping[str, tuple[torch.Size, torch.dtype]],
+    state: State,
+    plan: reshard.Plan,
+    tables: Mapping[str, TableConfig],
+) -> list[str]:
+    """Fill what depends on the plan from what a checkpoint of another one has; the names of what it has nothing for."""
+    there = {of.table: of.name for of in map(reshard.sum_of_squares, sizes) if of is not None}
+    missing = []
+    for name, value in state.items():
+        of = reshard.sum_of_squares(name)
+        if of is None or of.table not in there:
+            missing.append(name)
+            continue
+        size, dtype = sizes[there[of.table]]
+        saved = torch.empty(size, dtype=dtype)
+        _load(directory, {there[of.table]: saved}, alone=True)
+        dim = tables[table_name(of.table)].embedding_dim
+        saved_plan = json.loads((directory / layout.PLAN).read_text(encoding="utf-8"))
+        before, now = (reshard.columns_of(one, table_name(of.table), dim) for one in (saved_plan, plan))
+        reshard.fill(value, saved, before, now)
+    return missing
 
 
-def _model_state(sharded: ShardedRanker, dense_arch: nn.Module) -> dict[str, Any]:
-    state = dense_arch.state_dict(prefix="model.dense_arch.")
+def load_dense_optimizer(directory: Path, optimizer: KeyedOptimizer) -> None:
+    """Read the state of a phase's dense optimizer, which has taken no step yet; a collective call.
+
+    A checkpoint from a phase's very beginning has none, and nothing happens.
+    """
+    if any(name.startswith("optimizer.dense.") for name in tensor_sizes(directory)):
+        optimizer.init_state()
+        for parameter in optimizer.params.values():
+            parameter.grad = None
+        _load(directory, dense_optimizer_state(optimizer))
+
+
+def load_own(directory: Path, prefix: str) -> dict[str, Tensor]:
+    """The plain tensors whose name has the prefix, by what follows it, on the CPU; not a collective call.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    found = {
+        name: torch.empty(size, dtype=dtype)
+        for name, (size, dtype) in tensor_sizes(directory).items()
+        if name.startswith(prefix)
+    }
+    _load(directory, found, alone=True)
+    return {name.removeprefix(prefix): value for name, value in found.items()}
+
+
+def model_state(sharded: ShardedRanker, dense_arch: nn.Module) -> State:
+    """The model's weights, as views."""
+    state: State = dense_arch.state_dict(prefix="model.dense_arch.")
     for name, collection in sharded.ranker.collections.items():
         state.update(collection.state_dict(prefix=f"model.{name}."))
     return state
 
 
-def _table_optimizer_state(sharded: ShardedRanker) -> dict[str, Any]:
+def table_optimizer_state(sharded: ShardedRanker) -> State:
+    """State of the tables' optimizers, as views; how many steps fused ones have counted is among it."""
     state = _optimizer_state("sparse", sharded.sparse_optimizer)
+    if (steps := steps_counted(sharded)) is not None:
+        state[_STEPS] = steps
     if sharded.data_parallel_optimizer is not None:
         state.update(_optimizer_state("data_parallel", sharded.data_parallel_optimizer))
     return state
 
 
-def _optimizer_state(name: str, optimizer: KeyedOptimizer) -> dict[str, Tensor | ShardedTensor]:
+def dense_optimizer_state(optimizer: KeyedOptimizer) -> State:
+    """State of a phase's dense optimizer, as views."""
+    return _optimizer_state("dense", optimizer)
+
+
+def _optimizer_state(name: str, optimizer: KeyedOptimizer) -> State:
     """Every tensor of an optimizer's state under a flat name; learning rates are the config's, not state."""
     return dict(_flatten(f"optimizer.{name}", optimizer.state_dict()["state"]))
 
@@ -192,3 +348,22 @@ def _flatten(path: str, value: Any) -> Iterator[tuple[str, Tensor | ShardedTenso
         yield path, value
     else:
         raise TypeError(f"{path}: optimizer state of type {type(value).__name__} cannot be checkpointed")
+
+
+def _load(directory: Path, state: Mapping[str, Any], *, alone: bool = False) -> None:
+    """Fill the tensors of `state`, which share memory with the model, in place."""
+    try:
+        load_tensors(directory, dict(state), alone=alone)
+    except UnreadableError as error:
+        raise CheckpointError(f"{directory}: cannot be loaded into the model of its config: {error}") from error
+
+
+@contextmanager
+def _naming(cannot: str) -> Iterator[None]:
+    """Have an error of DCP's or of the disk's say what could not be written, in one line."""
+    try:
+        yield
+    except (dcp.CheckpointException, OSError, RuntimeError) as error:
+        failures = error.failures.values() if isinstance(error, dcp.CheckpointException) else ()
+        cause = next((failure[0] for failure in failures), error)
+        raise CheckpointError(f"{cannot}: {(str(cause).strip() or type(cause).__name__).splitlines()[0]}") from error

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 
@@ -21,12 +21,13 @@ class UnreadableError(Exception):
     """The tensors cannot be read; the message says why in one line."""
 
 
-def load_tensors(directory: Path, state: dict[str, Any]) -> None:
-    """Fill every tensor of `state` in place from the one of its name; a collective call.
+def load_tensors(directory: Path, state: dict[str, Any], *, alone: bool = False) -> None:
+    """Fill every tensor of `state` in place from the one of its name; a collective call unless `alone`.
 
     Args:
         directory: a checkpoint, written by any number of ranks.
         state: tensors and sharded tensors by name.
+        alone: whether this rank reads by itself.
 
     Raises:
         UnreadableError: a tensor is missing or of another shape, or the index is damaged or names what it may not.
@@ -34,12 +35,29 @@ def load_tensors(directory: Path, state: dict[str, Any]) -> None:
     reader = _Reader(directory)
     try:
         reader.read_metadata()  # DCP itself takes an index that it cannot read for one that is not there
-        dcp.load(state, storage_reader=reader, planner=_TensorsOnly())
+        dcp.load(state, storage_reader=reader, planner=_TensorsOnly(), no_dist=alone)
     except (dcp.CheckpointException, pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
         # DCP wraps what went wrong on each rank.
         failures = error.failures.values() if isinstance(error, dcp.CheckpointException) else ()
         cause = next((failure[0] for failure in failures), error)
         raise UnreadableError((str(cause).strip() or type(cause).__name__).splitlines()[0]) from error
+
+
+def tensor_sizes(directory: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Size and type of every tensor of a checkpoint, by its name.
+
+    Raises:
+        UnreadableError: the index is damaged or names what it may not.
+    """
+    try:
+        metadata = _Reader(directory).read_metadata().state_dict_metadata
+        return {
+            name: (told.size, told.properties.dtype)
+            for name, told in metadata.items()
+            if isinstance(told, TensorStorageMetadata)
+        }
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
+        raise UnreadableError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
 
 
 class _Unpickler(pickle.Unpickler):

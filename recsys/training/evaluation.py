@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from recsys.checkpoint.layout import CONFIG, VOCABULARIES, read_meta
 from recsys.config import Config, ConfigError, load_config
 from recsys.data.kinds import read_kinds
 from recsys.data.parquet import ParquetShards
@@ -21,7 +22,7 @@ from recsys.prepare.synthetic import write_embedded
 from recsys.runtime import Ranks, once_on_each_machine, process_group
 from recsys.sharding.shard import shard
 from recsys.terminal import console, say, table
-from recsys.training.checkpoint import VOCABULARIES, load_model, read_meta
+from recsys.training.checkpoint import load_model, verified
 from recsys.training.counts import Counts, by_kind, in_words, reduce_counts
 from recsys.training.metrics import BinaryMetrics, GroupedMetrics, Metrics
 from recsys.training.predictions import writing_predictions
@@ -75,11 +76,12 @@ def evaluate_checkpoint(
     """
     path = Path(os.path.expanduser(directory))
     meta = read_meta(path)
-    config = load_config(path / "config.yaml", overrides)
+    config = load_config(path / CONFIG, overrides)
     labelled = config.data.label is not None
     if not (labelled or predictions):
         raise ConfigError("data.label: null leaves nothing to measure; pass --predictions, or name the label")
     with process_group(config.device) as ranks:
+        verified(path, ranks)
         once_on_each_machine(ranks, partial(write_embedded, config))
         shards = open_splits(config, [split], path / VOCABULARIES, read_kinds(path))[split]
         ranker = build_ranker(config, seed=0)

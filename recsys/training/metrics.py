@@ -1,5 +1,6 @@
 """Binary classification metrics over all ranks: the same figures for any world size."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import isnan, log
 
@@ -81,6 +82,23 @@ class BinaryMetrics:
         self._kept.append((logits.detach().float(), labels.float()))
         if self._examples > self._exact_examples:
             self._bin_kept()
+
+    def state(self) -> dict[str, Tensor]:
+        """What this rank has accumulated, for `load_state`."""
+        state = {"examples": torch.tensor(self._examples)}
+        if self._sums is not None:
+            state["sums"] = self._sums
+        if self._bins is not None:
+            state["bins"] = self._bins
+        if self._kept:
+            state["kept"] = torch.cat([torch.stack(pair) for pair in self._kept], 1)
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` told, with tensors on the examples' device."""
+        self._examples = int(state["examples"])
+        self._sums, self._bins = state.get("sums"), state.get("bins")
+        self._kept = [(kept[0], kept[1])] if (kept := state.get("kept")) is not None else []
 
     def compute(self) -> Metrics:
         """The figures over all ranks, the same on each; a collective call.

@@ -122,7 +122,26 @@ def begin_phase(
     ranker.embeddings_frozen = TABLES not in phase.trains
     ranker.loss_weights = settings.loss_weights
     ranker.dense_arch = DistributedDataParallel(dense_arch, gradient_as_bucket_view=True)
+    _settle_buckets(ranker.dense_arch, config, settings)
     return _optimizers(sharded, dense_arch, config, settings, num_steps)
+
+
+def _settle_buckets(dense_arch: DistributedDataParallel, config: Config, stage: StageConfig) -> None:
+    """Have DDP order its buckets now, as it does after its first backward.
+
+    The order decides in which order gradients are summed over three ranks or more. A run that is resumed has a new DDP,
+    whose next step must sum as that of the run which was not interrupted.
+    """
+    device = next(dense_arch.parameters()).device
+    width = sum(config.tables[feature.table].embedding_dim for feature in config.features.sparse.values())
+    inputs = (torch.zeros(2, width, device=device), torch.zeros(2, len(config.features.dense), device=device))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # of which dropout draws
+        logits, losses = dense_arch(*inputs, stage.loss_weights)
+        (logits.sum() + sum(losses.values())).backward()
+    for parameter in dense_arch.parameters():
+        parameter.grad = None
+    for layer in expert_layers(dense_arch.module).values():
+        layer.forget_routing()
 
 
 def _optimizers(

@@ -23,6 +23,8 @@ EXACT_PATHS = 1 << 16
 """Up to so many possible paths, K^L, each is told apart; beyond, they are hashed into so many buckets."""
 
 
+_SUMS = ("scores", "entropy", "paths")
+
 SAMPLE_EVERY = 8
 """Entropy and paths are taken from every so many-th step, from a window's first on: they cost ten times the load."""
 
@@ -154,6 +156,25 @@ class RoutingStatistics:
         self._epoch = {name: self._epoch[name] + new if name in self._epoch else new for name, new in window.items()}
         return window
 
+    def state(self) -> dict[str, Tensor]:
+        """What this rank has summed up, for `load_state` of statistics of the same linears."""
+        state = {"steps": torch.tensor(self._steps)}
+        for name, linear in self._linears.items():
+            state |= {f"{name}.{kind}": getattr(linear, kind) for kind in _SUMS}
+            if name in self._epoch:
+                state |= {f"{name}.epoch_{kind}": getattr(self._epoch[name], kind) for kind in (*_SUMS, "sampled")}
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` told."""
+        self._steps = int(state["steps"])
+        for name, linear in self._linears.items():
+            for kind in _SUMS:
+                getattr(linear, kind).copy_(state[f"{name}.{kind}"])
+            if f"{name}.epoch_sampled" in state:
+                told = {kind: state[f"{name}.epoch_{kind}"].cpu() for kind in (*_SUMS, "sampled")}
+                self._epoch[name] = RoutingSummary(**told, paths_exact=linear.paths_exact)
+
     def epoch(self) -> dict[str, RoutingSummary]:
         """All steps so far, by linear; a collective call."""
         self.window()
@@ -168,10 +189,10 @@ class _Linear:
         device, num_layers, num_experts = layer.weight.device, layer.num_layers, layer.num_experts
         self.scores = torch.zeros(num_domains, num_layers * num_experts, device=device)
         self.entropy = torch.zeros(num_layers + 1, device=device)
-        self._paths_exact = num_experts**num_layers <= EXACT_PATHS
-        num_paths = num_experts**num_layers if self._paths_exact else EXACT_PATHS
+        self.paths_exact = num_experts**num_layers <= EXACT_PATHS
+        num_paths = num_experts**num_layers if self.paths_exact else EXACT_PATHS
         self.paths = torch.zeros(num_paths, dtype=torch.uint8, device=device)
-        if self._paths_exact:
+        if self.paths_exact:
             factors = torch.tensor([num_experts**number for number in range(num_layers)])
         else:
             # Multilinear hashing: a random odd 64-bit factor a layer, of whose sum modulo 2^64 the high bits are kept.
@@ -186,14 +207,14 @@ class _Linear:
         self.entropy[:-1] += entropy
         self.entropy[-1] += len(scores)
         paths = (scores.max(-1).indices * self._factors).sum(-1)
-        if not self._paths_exact:
+        if not self.paths_exact:
             paths = (paths >> 48) & (EXACT_PATHS - 1)
         self.paths.index_fill_(0, paths, 1)
 
     def summary(self, scores: Tensor, entropy: Tensor, paths: Tensor) -> RoutingSummary:
         """Of the sums over all ranks."""
         shape = (-1, self.layer.num_layers, self.layer.num_experts)
-        return RoutingSummary(scores.view(shape), entropy[:-1], entropy[-1], paths, self._paths_exact)
+        return RoutingSummary(scores.view(shape), entropy[:-1], entropy[-1], paths, self.paths_exact)
 
 
 def dead_experts(routing: Mapping[str, RoutingSummary]) -> Iterator[str]:

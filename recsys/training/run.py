@@ -1,7 +1,9 @@
 """A run from config to summary: data, model, stages in order, evaluation, checkpoints."""
 
+import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from datetime import datetime
 from functools import partial
 from itertools import count
@@ -10,33 +12,42 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
+from recsys.checkpoint.layout import CONFIG, PLAN, PROGRESS, VOCABULARIES, CheckpointMeta, tidy
 from recsys.config import Config, ConfigError, StageConfig
+from recsys.data.kinds import write_kinds
 from recsys.data.loader import Loader
 from recsys.data.order import Epoch
 from recsys.data.parquet import ParquetShards
 from recsys.data.splits import open_loader, open_splits, train_order
 from recsys.data.storage import locate
+from recsys.data.vocabulary import save_vocabularies
 from recsys.model.cost import cost_report
 from recsys.model.ranker import build_ranker
 from recsys.prepare.synthetic import write_embedded
 from recsys.runtime import Ranks, derive_seed, once_on_each_machine, process_group
-from recsys.sharding.plan import PLAN_TEXTS, plan_rows
+from recsys.sharding.plan import PLAN_TEXTS, plan_as_dict, plan_rows
 from recsys.sharding.shard import shard
 from recsys.terminal import markdown, table
 from recsys.training.checkpoint import (
-    CheckpointMeta,
+    Checkpoints,
     copy_checkpoint,
-    delete_checkpoint,
+    dense_optimizer_state,
+    load_dense_optimizer,
     load_model_and_tables_optimizers,
-    save_checkpoint,
+    load_own,
+    model_state,
+    table_optimizer_state,
+    verified,
 )
 from recsys.training.counts import by_kind, in_words
 from recsys.training.evaluation import Evaluation, evaluate
 from recsys.training.metrics import Metrics
 from recsys.training.monitor import Monitor
-from recsys.training.optimizers import PhaseOptimizers, phase_lengths, phases
+from recsys.training.optimizers import phase_lengths, phases
 from recsys.training.progress import Best, Progress, StageTotals
+from recsys.training.resume import checkpoint_to_resume
 from recsys.training.stage import PhaseTrainer
 from recsys.versions import git_commit, versions
 
@@ -56,9 +67,15 @@ def train(config: Config) -> dict[str, Any]:
         output_dir = Path(config.output_dir)
         monitor = Monitor(output_dir, enabled=ranks.is_first)
         trainer = Trainer(config, ranks, splits, monitor)
+        unfinished = (output_dir / "config.yaml").exists() and not (output_dir / "summary.json").exists()
+        start = checkpoint_to_resume(config, ranks, monitor.say, unfinished=unfinished)
         # Only now, when whatever could be refused has been.
         if ranks.is_first:
-            _make_way(output_dir)
+            if start is None or not unfinished:
+                _make_way(output_dir)
+            tidy(trainer.checkpoints.folder)
+        if start is not None:
+            trainer.resume(start)
         with monitor:
             return trainer.run()
 
@@ -88,21 +105,53 @@ class Trainer:
         self.dense_arch = ranker.dense_arch
         self.sharded = shard(ranker, config, ranks, seed=derive_seed(config.seed, "tables"))
         self.progress = Progress(counts={split: Counter() for split in splits})
-        self._phase_lengths = phase_lengths(config.stages, self._epoch(0).num_steps)
+        phase_lengths(config.stages, self._epoch(0).num_steps)
         self._cost = cost_report(config)
-        self._best_directory = Path(config.output_dir) / "checkpoints" / "best"
+        self.checkpoints = Checkpoints(
+            Path(config.output_dir) / "checkpoints", config.checkpoints, ranks, self._write_files
+        )
+        self._resumed: Path | None = None  # until the phase that it stands in has begun
+        self._own: dict[str, Tensor] = {}
+        self._saved_step: int | None = None
         copy_to = config.checkpoints.copy_to
         self._copies = copy_to and locate(copy_to, source="checkpoints.copy_to").checked("checkpoints.copy_to")
 
+    def resume(self, directory: Path) -> None:
+        """Go on from a checkpoint of a run of this config, on any number of ranks; a collective call.
+
+        Raises:
+            CheckpointError: it is damaged, or holds another model.
+            PositionError: the data are not those that it was trained on.
+        """
+        meta = verified(directory, self.ranks)
+        anew = load_model_and_tables_optimizers(directory, self.sharded, self.dense_arch, self.config.tables)
+        self.progress = Progress.from_json((directory / PROGRESS).read_bytes(), str(directory / PROGRESS))
+        self.progress.begin_again(self._epoch(self.progress.epoch))
+        if meta.world_size == self.ranks.world_size:
+            self._own = load_own(directory, f"rank{self.ranks.rank}.")
+        if directory.parent == self.checkpoints.folder:
+            self._saved_step = meta.step
+        if not self.progress.phase_over:
+            self._resumed = directory
+        self.monitor.say(f"Resumed from {directory}: {_where(self.progress)}")
+        if anew:
+            more = f" and {len(anew) - 1} more" if len(anew) > 1 else ""
+            self.monitor.say(f"warning: the checkpoint has nothing for {anew[0]}{more}: state that begins anew")
+
     def run(self) -> dict[str, Any]:
-        """All stages, then the held-out splits."""
+        """All stages, or those that are left, then the held-out splits."""
         self._announce()
         # Dropout must differ between ranks; nothing else draws from the global generator from here on.
-        torch.manual_seed(derive_seed(self.config.seed, f"dropout {self.ranks.rank}"))
-        for name in self.config.stages:
+        since = f" since {self.progress.step}" if self.progress.step else ""
+        torch.manual_seed(derive_seed(self.config.seed, f"dropout {self.ranks.rank}{since}"))
+        if "rng.cpu" in self._own:
+            _set_rng(self._own, self.ranks.device)
+        names = list(self.config.stages)
+        for name in names[names.index(self.progress.stage) if self.progress.stage else 0 :]:
             self._run_stage(name)
         # The last stage has just evaluated the valid split, so only the test split is new.
         test = self._evaluate("final", "test") if "test" in self.splits else None
+        self.checkpoints.close()
         summary = self._summary(test)
         self.monitor.close_run(summary, _hyperparameters(self.config))
         return summary
@@ -154,69 +203,112 @@ class Trainer:
         monitor.text("plan", markdown(rows))
 
     def _run_stage(self, name: str) -> None:
-        """Train the phases of one stage, evaluate what it leads to and save it."""
+        """Train the phases of one stage, those that are left of it where the run was resumed within it."""
+        progress = self.progress
+        if progress.stage != name:
+            progress.begin_stage(name)
+        for phase in phases(self.config.stages[name])[progress.phase :]:
+            if phase.number != progress.phase:
+                progress.begin_phase(phase.number)
+            if not progress.phase_over:
+                self._run_phase(name)
+
+    def _run_phase(self, name: str) -> None:
+        """Train a phase, evaluate what it leads to and save it."""
         progress, settings = self.progress, self.config.stages[name]
-        progress.begin_stage(name)
-        for phase in phases(settings):
-            progress.begin_phase(phase.number)
-            self.monitor.begin_stage(name, settings.trains, self._phase_lengths[name])
-            trainer = PhaseTrainer(
-                self.config,
-                self.ranks,
-                self.sharded,
-                self.dense_arch,
-                progress,
-                self.monitor,
-                counted=self.splits["train"].columns.counted,
-                num_steps=self._phase_lengths[name],
-                evaluate=lambda: self._evaluate(name, "valid"),
-            )
-            orders = map(self._epoch, count(progress.epoch))
-            with open_loader(self.splits["train"], orders, self.config, self.ranks) as loader:
-                if settings.patience is not None:
-                    self._train_to_best(trainer, loader)
-                else:
-                    while not trainer.is_over:
-                        trainer.train_epoch(self._epoch(progress.epoch), loader)
-                    trainer.detach()
-                    progress.valid = self._evaluate(name, "valid").model if "valid" in self.splits else None
+        num_steps = self._phase_length(settings)
+        self.monitor.begin_stage(name, settings.trains, num_steps)
+        trainer = PhaseTrainer(
+            self.config,
+            self.ranks,
+            self.sharded,
+            self.dense_arch,
+            progress,
+            self.monitor,
+            counted=self.splits["train"].columns.counted,
+            num_steps=num_steps,
+            evaluate=lambda: self._evaluate(name, "valid"),
+            after_step=lambda: self._after_step(trainer),
+        )
+        if self._resumed is not None:
+            load_dense_optimizer(self._resumed, trainer.optimizers.dense)
+            if progress.is_within_epoch:
+                trainer.load_open_state(
+                    {name.removeprefix("open."): value for name, value in self._own.items() if name.startswith("open.")}
+                )
+            self._resumed = None
+        under_way = self._epoch(progress.epoch)
+        # What is over, though not done with, has nothing left to read.
+        first = progress.epoch + (progress.is_within_epoch and progress.epoch_step >= under_way.num_steps)
+        with open_loader(self.splits["train"], map(self._epoch, count(first)), self.config, self.ranks) as loader:
+            if settings.patience is not None:
+                self._train_to_best(trainer, loader)
+            else:
+                while not trainer.is_over:
+                    trainer.train_epoch(self._epoch(progress.epoch), loader)
+                trainer.detach()
+                progress.valid = self._evaluate(name, "valid").model if "valid" in self.splits else None
         totals = progress.of_stage
         totals.valid = progress.valid
-        totals.checkpoint = self._best_directory.with_name(f"step-{progress.step}")
-        self._save(totals.checkpoint, trainer.optimizers)
+        totals.checkpoint = self.checkpoints.folder / f"step-{progress.step}"
+        progress.phase_over = True
+        self._save(trainer, kept="stage", valid=progress.valid)
         if self._copies:
+            self.checkpoints.wait()
             copy = self._copies / totals.checkpoint.name
             copy_checkpoint(totals.checkpoint, copy)
             self.monitor.say(f"{name:<10} checkpoint copied to {copy}")
+
+    def _phase_length(self, stage: StageConfig) -> int:
+        """Steps that the phase under way lasts at most, those taken included."""
+        progress = self.progress
+        if stage.epochs is None:
+            assert stage.steps is not None
+            return stage.steps
+        if not progress.is_within_epoch:
+            return progress.phase_steps + (stage.epochs - progress.phase_epochs) * self._epoch(progress.epoch).num_steps
+        left = self._epoch(progress.epoch).num_steps - progress.epoch_step
+        full = self._epoch(progress.epoch + 1).num_steps
+        return progress.phase_steps + left + (stage.epochs - progress.phase_epochs - 1) * full
 
     def _train_to_best(self, trainer: PhaseTrainer, loader: Loader) -> None:
         """Train until patience ends and go back to the best state, that in which the phase began included."""
         progress, name = self.progress, self.progress.stage
         settings = self.config.stages[name]
         assert settings.patience is not None
-        if progress.valid is None:
-            self.monitor.say(f"{name:<10} valid before the first step:")
-            progress.valid = self._evaluate(name, "valid").model
-        best = progress.best = Best(0, progress.valid)
-        self._save(self._best_directory, trainer.optimizers)
-        while not trainer.is_over and progress.phase_epochs - best.epoch < settings.patience:
+        if progress.best is None:
+            if progress.valid is None:
+                self.monitor.say(f"{name:<10} valid before the first step:")
+                progress.valid = self._evaluate(name, "valid").model
+            progress.best = Best(0, progress.step, progress.valid)
+            if self._saved_step != progress.step:
+                self._save(trainer, valid=progress.valid)
+        while not trainer.is_over and progress.phase_epochs - progress.best.epoch < settings.patience:
             trainer.train_epoch(self._epoch(progress.epoch), loader)
             trainer.detach()
             metrics = self._evaluate(name, "valid").model
-            if _better(metrics, best.metrics, settings):
-                best = progress.best = Best(progress.phase_epochs, metrics)
-                self._save(self._best_directory, trainer.optimizers)
-        if best.epoch != progress.phase_epochs:
-            load_model_and_tables_optimizers(self._best_directory, self.sharded, self.dense_arch)
+            if _better(metrics, progress.best.metrics, settings):
+                progress.best = Best(progress.phase_epochs, progress.step, metrics)
+                self._save(trainer, valid=metrics)
+        best = progress.best
+        if best.step != progress.step:
+            self.checkpoints.wait()
+            directory = self.checkpoints.folder / f"step-{best.step}"
+            verified(directory, self.ranks)
+            load_model_and_tables_optimizers(directory, self.sharded, self.dense_arch, self.config.tables)
             of = f"epoch {best.epoch}" if best.epoch else "the state it began with"
             self.monitor.say(f"{name:<10} back to its best, {of}")
-        if self.ranks.is_first:
-            delete_checkpoint(self._best_directory)
         progress.valid, progress.of_stage.best_epoch = best.metrics, best.epoch
 
+    def _after_step(self, trainer: PhaseTrainer) -> None:
+        """Save the run if that is due."""
+        every = self.config.checkpoints.every_steps
+        if every is not None and self.progress.phase_steps % every == 0:
+            self._save(trainer)
+
     def _epoch(self, number: int) -> Epoch:
-        """The order of an epoch."""
-        return train_order(self.splits["train"], self.config, self.ranks.world_size, number)
+        """The order of an epoch, or of what is left of it."""
+        return self.progress.epoch_of(train_order(self.splits["train"], self.config, self.ranks.world_size, number))
 
     def _evaluate(self, source: str, split: str) -> Evaluation:
         """Figures of a split and of its reference column, shown and recorded under a stage's name or `final`."""
@@ -236,20 +328,37 @@ class Trainer:
             self.monitor.evaluation("reference", split, progress.step, found.reference)
         return found
 
-    def _save(self, directory: Path, optimizers: PhaseOptimizers) -> None:
-        progress = self.progress
-        meta = CheckpointMeta(progress.stage, progress.step, progress.of_stage.steps, self.ranks.world_size)
-        train = self.splits["train"]
-        save_checkpoint(
-            directory,
-            self.config,
-            meta,
-            self.sharded,
-            self.dense_arch,
-            optimizers.dense,
-            train.columns.vocabularies,
-            train.kinds.as_dict(),
+    def _save(self, trainer: PhaseTrainer, *, kept: str | None = None, valid: Metrics | None = None) -> None:
+        """Begin to write a checkpoint from which the run goes on as if nothing had happened."""
+        progress, rank = self.progress, f"rank{self.ranks.rank}."
+        own = {**{f"open.{name}": value for name, value in trainer.open_state().items()}, **_rng(self.ranks.device)}
+        state = {
+            **model_state(self.sharded, self.dense_arch),
+            **table_optimizer_state(self.sharded),
+            **dense_optimizer_state(trainer.optimizers.dense),
+            **{rank + name: value for name, value in own.items()},
+        }
+        meta = CheckpointMeta(
+            progress.stage,
+            progress.step,
+            progress.of_stage.steps,
+            self.ranks.world_size,
+            kept=kept,
+            best_step=progress.best.step if progress.best and not progress.phase_over else None,
+            valid=valid.as_dict() if valid else None,
         )
+        self.checkpoints.save(state, progress.to_json(self._epoch(progress.epoch)), meta)
+        self._saved_step = progress.step
+
+    def _write_files(self, directory: Path) -> None:
+        """What is the same in all checkpoints of the run."""
+        train = self.splits["train"]
+        (directory / CONFIG).write_text(self.config.to_yaml(), encoding="utf-8")
+        (directory / PLAN).write_text(
+            json.dumps(plan_as_dict(self.sharded.plan, self.config.tables), indent=2) + "\n", encoding="utf-8"
+        )
+        save_vocabularies(train.columns.vocabularies, directory / VOCABULARIES)
+        write_kinds(train.kinds.as_dict(), directory)
 
 
 def _stage_summary(settings: StageConfig, totals: StageTotals) -> dict[str, Any]:
@@ -265,7 +374,7 @@ def _stage_summary(settings: StageConfig, totals: StageTotals) -> dict[str, Any]
         "data_wait": totals.waited / totals.seconds,
         "losses": totals.losses,
         "valid": totals.valid.as_dict() if totals.valid else None,
-        "routing": {linear: routing.as_dict() for linear, routing in totals.routing.items()},
+        "routing": totals.routing,
         "checkpoint": str(totals.checkpoint),
     }
 
@@ -275,6 +384,25 @@ def _better(metrics: Metrics, best: Metrics, stage: StageConfig) -> bool:
     if new is None or math.isnan(new):
         return False
     return bool(old is None or (new > old if stage.monitor == "auc" else new < old))
+
+
+def _where(progress: Progress) -> str:
+    """Where a run stands, in words."""
+    if progress.phase_over:
+        return f"{progress.stage} has ended, {progress.step:,} steps in all"
+    return f"{progress.stage}, step {progress.phase_steps:,} of the stage, {progress.step:,} in all"
+
+
+def _rng(device: torch.device) -> dict[str, Tensor]:
+    """States of the generators from which dropout draws."""
+    states = {"rng.cpu": torch.get_rng_state()}
+    return states | ({"rng.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _set_rng(states: Mapping[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["rng.cpu"])
+    if device.type == "cuda" and "rng.cuda" in states:
+        torch.cuda.set_rng_state(states["rng.cuda"], device)
 
 
 def _make_way(output_dir: Path) -> None:

@@ -20,6 +20,7 @@ pytest.importorskip("moto", reason="needs the dev extra")
 
 from s3 import S3, FirstFail, Request
 
+from recsys.checkpoint.layout import CheckpointError, read_meta
 from recsys.data import storage as location
 from recsys.data.features import Columns
 from recsys.data.loader import Loader
@@ -27,7 +28,7 @@ from recsys.data.order import Epoch, RowSlice
 from recsys.data.parquet import ParquetShards
 from recsys.data.storage import DataError, find_files, locate
 from recsys.runtime import Ranks
-from recsys.training.checkpoint import CheckpointError, copy_checkpoint, read_meta
+from recsys.training.checkpoint import copy_checkpoint
 
 COLUMNS = Columns(
     "label",

@@ -12,14 +12,15 @@ import pytest
 import yaml
 from hostile import TEXTS
 from ranks import run_module, run_ranks
-from runs import as_config, train_on
+from runs import as_config, reseal, train_on
 from tiny import tiny_config, write_tiny_log
 
+from recsys.checkpoint.layout import CheckpointError, read_meta
 from recsys.config import Config, load_config
 from recsys.model.ranker import POOLED, build_ranker
 from recsys.runtime import Ranks
 from recsys.sharding.shard import shard
-from recsys.training.checkpoint import CheckpointError, load_model, read_meta
+from recsys.training.checkpoint import load_model
 from recsys.training.dcp import _member, _Reader
 
 
@@ -74,6 +75,7 @@ def test_a_checkpoint_from_before_options_were_retired_opens(checkpoint: Path) -
         for feature in features.values():
             feature.pop("minimum"), feature.pop("list_text", None)  # keys that there were not
     (checkpoint / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    reseal(checkpoint)
     assert figures() == now
 
 
@@ -150,6 +152,7 @@ class Trap:
 
 def test_an_index_that_would_run_code_is_refused_without_running_it(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / ".metadata").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    reseal(checkpoint)
     assert "no checkpoint of ours" in evaluation_error(checkpoint)
     assert not (tmp_path / "sprung").exists()
 
