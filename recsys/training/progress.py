@@ -80,7 +80,7 @@ class Progress:
         epoch: number of the epoch under way over all stages, from 0; each has a reading order of its own.
         epoch_step: steps of that epoch that were taken under its layout.
         epoch_examples: rows of that epoch that were trained on, those left out for want of a label among them.
-        epoch_counts: values of that epoch that were cut, replaced or left out until the last checkpoint, over all ranks.
+        epoch_counts: values of that epoch that were cut, replaced or left out until a checkpoint, over all ranks.
         window_counts: those since the last line of the log.
         left: what of the epoch under way was read when the run was resumed within it, None where it was not.
         best: of the phase under way, where it is chosen by the valid split.

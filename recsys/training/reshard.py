@@ -2,8 +2,8 @@
 
 DCP cuts a table's weights, and what an optimizer keeps for each of them, anew for any plan. What it cannot cut is a sum
 of squares that is kept for a row: row-wise Adagrad keeps one for each row and *column shard*, the mean over the shard's
-columns, so that its shape depends on the plan. It is read here as a function of row and column that is constant within a
-shard. A shard of another plan takes the mean of that function over its own columns, and a state that is kept for each
+columns, so that its shape depends on the plan. It is read here as a function of row and column that is constant within
+a shard. A shard of another plan takes the mean of that function over its own columns, and a state that is kept for each
 weight (Adagrad's) takes its value. The mean over a whole row is the same before and after, which is what row-wise
 Adagrad keeps of a table that is not cut into columns.
 """
