@@ -1,7 +1,7 @@
 """A run's checkpoints: what they hold of it, writing them in the background, and reading them into a model.
 
-Beside the tensors, in PyTorch's distributed format (DCP), a checkpoint has `config.yaml`, the features' vocabularies with
-their digests in `vocabularies/`, what the features hold in `kinds.json`, the run's `progress.json` and the tables'
+Beside the tensors, in PyTorch's distributed format (DCP), a checkpoint has `config.yaml`, the features' vocabularies
+with their digests in `vocabularies/`, what the features hold in `kinds.json`, the run's `progress.json` and the tables'
 `plan.json`; `recsys.checkpoint.layout` says how it lies on a disk. Only tensors go into DCP: everything else is JSON,
 YAML or Parquet.
 """

@@ -16,6 +16,7 @@ from torch import Tensor
 from recsys.config import Config
 from recsys.data.splits import open_splits
 from recsys.runtime import Ranks
+from recsys.training.checkpoint import load_dense_optimizer
 from recsys.training.monitor import Monitor
 from recsys.training.reshard import Columns, recut
 from recsys.training.run import Trainer
@@ -72,6 +73,7 @@ def _save_again(ranks: Ranks, config: Config, start: str) -> None:
             evaluate=lambda: None,
             after_step=lambda: None,
         )
+        load_dense_optimizer(Path(start), phase.optimizers.dense)
         trainer._save(phase)
         trainer.checkpoints.close()
 
