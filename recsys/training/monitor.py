@@ -37,6 +37,7 @@ class Monitor:
         self._enabled = enabled
         self._console = terminal.console(quiet=not enabled)
         self._writer: SummaryWriter | None = None
+        self._first_step: int | None = None
         self._progress = Progress(
             TextColumn("{task.description:<10}"),
             BarColumn(bar_width=24),
@@ -50,7 +51,7 @@ class Monitor:
 
     def __enter__(self) -> Self:
         if self._enabled:
-            self._writer = SummaryWriter(str(self.output_dir / "tensorboard"))
+            self._writer = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=self._first_step)
         self._progress.start()
         return self
 
@@ -60,6 +61,10 @@ class Monitor:
         self._progress.stop()
         if self._writer is not None:
             self._writer.close()
+
+    def goes_on_from(self, step: int) -> None:
+        """Before it is entered: what an interrupted run recorded behind that step is not shown."""
+        self._first_step = step + 1
 
     def say(self, what: str | terminal.Drawn) -> None:
         """Print a line or a table."""

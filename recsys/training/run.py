@@ -133,6 +133,7 @@ class Trainer:
             self._saved_step = meta.step
         if not self.progress.phase_over:
             self._resumed = directory
+        self.monitor.goes_on_from(self.progress.step)
         self.monitor.say(f"Resumed from {directory}: {_where(self.progress)}")
         if anew:
             more = f" and {len(anew) - 1} more" if len(anew) > 1 else ""

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import run_module, run_ranks
 from runs import as_config, checkpoint_tensors
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_config, write_tiny_log
 from torch import Tensor
 
@@ -137,3 +138,148 @@ def test_resumed_equals_uninterrupted(log: Path, tmp_path: Path, world_size: int
         assert its_summary == summary, step
         assert_same_tensors(tensors_of(folder / "checkpoints" / f"step-{last}", tmp_path), expected)
         shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
+def test_on_another_number_of_ranks_the_rows_left_are_trained_once(
+    log: Path, tmp_path: Path, before: int, after: int
+) -> None:
+    stages = tiny_config(log, tmp_path)["stages"]
+    stages["joint"] = {"trains": "all", "epochs": 1, "learning_rate": 0.01, "sparse_learning_rate": 0.1}
+    whole = config_of(log, tmp_path / "whole", tmp_path, stages=stages)
+    _, (summary, *_), rows = zip(*run_ranks(before, run, whole, None), strict=True)
+    steps = [read_meta(path).step for path in reversed(checkpoints(tmp_path / "whole" / "checkpoints"))]
+    epochs = sum(stage["epochs"] for stage in summary["stages"].values())
+    once = Counter(row for rank in rows for step in rank for row in step)
+    assert once.total() == epochs * 900 and set(once.values()) == {epochs}
+    for step in (steps[len(steps) // 4], steps[-2]):
+        start = tmp_path / "whole" / "checkpoints" / f"step-{step}"
+        config = config_of(log, tmp_path / f"from-{step}", tmp_path, stages=stages)
+        _, (its_summary, *_), rest = zip(*run_ranks(after, run, config, start), strict=True)
+        done = Counter(row for rank in rows for of_step in rank[:step] for row in of_step)
+        left = Counter(row for rank in rest for of_step in rank for row in of_step)
+        assert done + left == once
+        for name, stage_ in summary["stages"].items():
+            assert its_summary["stages"][name]["examples"] == stage_["examples"]
+        assert its_summary["data"] == summary["data"]  # what was cut, before and after
+        assert its_summary["test"]["auc"] == pytest.approx(summary["test"]["auc"], abs=0.05)
+
+
+def test_a_run_that_was_cut_off_is_gone_on_with_and_a_finished_one_is_kept_aside(log: Path, tmp_path: Path) -> None:
+    config = config_of(log, tmp_path / "out", tmp_path)
+    path = tmp_path / "config-under-test.yaml"
+    (done,) = run_module(1, "recsys.train", "--config", str(path))
+    assert done.code == 0, done.stderr
+    figures = json.loads((tmp_path / "out" / "summary.json").read_text())
+    cut_off(tmp_path / "out", 35)
+    (again,) = run_module(1, "recsys.train", "--config", str(path))
+    assert again.code == 0, again.stderr
+    assert f"Resumed from {tmp_path}/out/checkpoints/step-35: " in again.stdout
+    assert without_times(json.loads((tmp_path / "out" / "summary.json").read_text())) == without_times(figures)
+    assert_one_tail(tmp_path / "out" / "tensorboard")
+    (third,) = run_module(1, "recsys.train", "--config", str(path), "stages.joint.steps=1")
+    assert third.code == 0 and "An earlier run was in" in third.stdout and "Resumed" not in third.stdout
+    assert len(list(tmp_path.glob("out*"))) == 2
+    assert config.resume == "auto"
+
+
+def cut_off(output_dir: Path, step: int) -> None:
+    """Leave a run as it was some time after a step's checkpoint."""
+    (output_dir / "summary.json").unlink()
+    for checkpoint in checkpoints(output_dir / "checkpoints"):
+        if read_meta(checkpoint).step > step:
+            shutil.rmtree(checkpoint)
+
+
+def assert_one_tail(folder: Path) -> None:
+    """Every scalar of the run stands once at each step, though its events are in two files."""
+    assert len(list(folder.glob("events*"))) == 2
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    for tag in ("train/auc", "valid/auc", "learning_rate/dense"):
+        steps = [event.step for event in events.Scalars(tag)]
+        assert steps == sorted(set(steps)) and len(steps) > 5, tag
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("seed=3", "seed: 17 -> 3"),
+        ("stages.joint.learning_rate=0.5", "stages.joint.learning_rate: 0.003 -> 0.5"),
+        ("features.sparse.tags.max_length=1", "features.sparse.tags.max_length: 2 -> 1"),
+    ],
+)
+def test_a_config_that_differs_is_refused_with_both_ways_out(
+    cut: Path, tmp_path: Path, override: str, told: str
+) -> None:
+    (done,) = run_module(1, "recsys.train", "--config", str(cut / "config.yaml"), override, f"output_dir={cut}")
+    assert done.code == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert told in done.stderr and "set it back" in done.stderr and "resume=never" in done.stderr
+    assert not (cut / "summary.json").exists()
+
+
+def test_what_has_no_part_in_the_result_may_differ(cut: Path) -> None:
+    changes = ("logging.every_steps=3", "data.reader_threads=2", "checkpoints.keep_last=1", "device=cpu")
+    (done,) = run_module(1, "recsys.train", "--config", str(cut / "config.yaml"), *changes, f"output_dir={cut}")
+    assert done.code == 0, done.stderr
+    assert "Resumed from" in done.stdout
+
+
+def test_another_run_is_gone_on_with_and_harmless_changes_are_told(cut: Path, tmp_path: Path) -> None:
+    config, other = str(cut / "config.yaml"), tmp_path / "other"
+    changes = (f"resume={cut}", f"output_dir={other}", "stages.joint.learning_rate=0.5", "tables.item.sharding=null")
+    (done,) = run_module(1, "recsys.train", "--config", config, *changes, "tables.item.min_partition=null")
+    assert done.code == 0, done.stderr
+    assert "stages.joint.learning_rate: 0.003 -> 0.5" in done.stdout
+    assert json.loads((other / "summary.json").read_text())["steps"] > 35
+    assert not (cut / "summary.json").exists()
+    (refused,) = run_module(1, "recsys.train", "--config", config, f"resume={cut}", f"output_dir={other}", "seed=3")
+    assert refused.code == 2 and "seed: 17 -> 3" in refused.stderr and "warm_start" in refused.stderr
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud(cut: Path) -> None:
+    newest, older = checkpoints(cut / "checkpoints")[:2]
+    spoilt = max(newest.glob("*.distcp"))
+    data = bytearray(spoilt.read_bytes())
+    data[len(data) // 2] ^= 1
+    spoilt.write_bytes(data)
+    (done,) = run_module(1, "recsys.train", "--config", str(cut / "config.yaml"), f"output_dir={cut}")
+    assert done.code == 0, done.stderr
+    assert f"{newest} is passed over: {spoilt} is not what was written" in " ".join(done.stdout.split())
+    assert f"Resumed from {older}" in " ".join(done.stdout.split())
+
+
+def test_never_begins_anew_and_keeps_what_is_there(cut: Path) -> None:
+    (done,) = run_module(
+        1, "recsys.train", "--config", str(cut / "config.yaml"), "resume=never", f"output_dir={cut}", "seed=3"
+    )
+    assert done.code == 0, done.stderr
+    assert "Resumed" not in done.stdout
+    (kept,) = cut.parent.glob(f"{cut.name}-*")
+    assert checkpoints(kept / "checkpoints")
+
+
+def test_rows_that_changed_since_are_refused(cut: Path, log: Path, tmp_path: Path) -> None:
+    shutil.copytree(log, tmp_path / "log")
+    (tmp_path / "log" / "train" / "part-2.parquet").unlink()
+    config = str(cut / "config.yaml")
+    train = f"data.train={tmp_path}/log/train/*.parquet"
+    (done,) = run_module(1, "recsys.train", "--config", config, f"resume={cut}", f"output_dir={tmp_path}/new", train)
+    assert done.code == 2 and "the position belongs to another order of rows" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def cut_once(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cut")
+    config_of(log, folder / "out", folder)
+    (done,) = run_module(1, "recsys.train", "--config", str(folder / "config-under-test.yaml"))
+    assert done.code == 0, done.stderr
+    cut_off(folder / "out", 70)
+    return folder / "out"
+
+
+@pytest.fixture
+def cut(cut_once: Path, tmp_path: Path) -> Path:
+    """A run that was cut off."""
+    return shutil.copytree(cut_once, tmp_path / "cut")
