@@ -1,6 +1,8 @@
 """A run that is resumed ends as the one that was not interrupted: the same bits on as many ranks."""
 
+import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
