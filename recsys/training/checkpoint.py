@@ -72,7 +72,7 @@ def save_checkpoint(
         partial.mkdir(parents=True)
     dist.barrier()
     state = {
-        **_model_state(sharded, dense_arch),
+        **model_state(sharded, dense_arch),
         **_table_optimizer_state(sharded),
         **_optimizer_state("dense", dense_optimizer),
     }
@@ -148,12 +148,12 @@ def load_model(directory: Path, sharded: ShardedRanker, dense_arch: nn.Module) -
     Raises:
         CheckpointError: a tensor is missing or has another shape than the config's model.
     """
-    _load(directory, sharded, _model_state(sharded, dense_arch))
+    _load(directory, sharded, model_state(sharded, dense_arch))
 
 
 def load_model_and_tables_optimizers(directory: Path, sharded: ShardedRanker, dense_arch: nn.Module) -> None:
     """As `load_model`, with the state of the tables' optimizers, on as many ranks as wrote them."""
-    _load(directory, sharded, {**_model_state(sharded, dense_arch), **_table_optimizer_state(sharded)})
+    _load(directory, sharded, {**model_state(sharded, dense_arch), **_table_optimizer_state(sharded)})
 
 
 def _load(directory: Path, sharded: ShardedRanker, state: dict[str, Any]) -> None:
@@ -165,7 +165,8 @@ def _load(directory: Path, sharded: ShardedRanker, state: dict[str, Any]) -> Non
         raise CheckpointError(f"{directory}: cannot be loaded into the model of its config: {error}") from error
 
 
-def _model_state(sharded: ShardedRanker, dense_arch: nn.Module) -> dict[str, Any]:
+def model_state(sharded: ShardedRanker, dense_arch: nn.Module) -> dict[str, Any]:
+    """The model's tensors by name; they share memory with it."""
     state = dense_arch.state_dict(prefix="model.dense_arch.")
     for name, collection in sharded.ranker.collections.items():
         state.update(collection.state_dict(prefix=f"model.{name}."))

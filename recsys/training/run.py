@@ -6,7 +6,7 @@ from datetime import datetime
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -29,11 +29,14 @@ from recsys.training.checkpoint import (
     copy_checkpoint,
     delete_checkpoint,
     load_model_and_tables_optimizers,
+    model_state,
     save_checkpoint,
 )
 from recsys.training.counts import by_kind, in_words
 from recsys.training.evaluation import Evaluation, evaluate
-from recsys.training.metrics import Metrics
+from recsys.training.finite import Moment, NotFinite, check_predictions, check_weights, end_not_finite
+from recsys.training.learnable import check_labels
+from recsys.training.metrics import Metrics, far_off
 from recsys.training.monitor import Monitor
 from recsys.training.optimizers import PhaseOptimizers, phase_lengths, phases
 from recsys.training.progress import Best, Progress, StageTotals
@@ -53,6 +56,7 @@ def train(config: Config) -> dict[str, Any]:
     with process_group(config.device) as ranks:
         once_on_each_machine(ranks, partial(write_embedded, config))
         splits = open_splits(config, config.data.splits)
+        check_labels(config, splits, ranks)
         output_dir = Path(config.output_dir)
         monitor = Monitor(output_dir, enabled=ranks.is_first)
         trainer = Trainer(config, ranks, splits, monitor)
@@ -90,6 +94,7 @@ class Trainer:
         self.progress = Progress(counts={split: Counter() for split in splits})
         self._phase_lengths = phase_lengths(config.stages, self._epoch(0).num_steps)
         self._cost = cost_report(config)
+        self._last_good: Path | None = None
         self._best_directory = Path(config.output_dir) / "checkpoints" / "best"
         copy_to = config.checkpoints.copy_to
         self._copies = copy_to and locate(copy_to, source="checkpoints.copy_to").checked("checkpoints.copy_to")
@@ -103,6 +108,7 @@ class Trainer:
             self._run_stage(name)
         # The last stage has just evaluated the valid split, so only the test split is new.
         test = self._evaluate("final", "test") if "test" in self.splits else None
+        self._warn_far_off("final test", test.model if test else None)
         summary = self._summary(test)
         self.monitor.close_run(summary, _hyperparameters(self.config))
         return summary
@@ -170,6 +176,7 @@ class Trainer:
                 counted=self.splits["train"].columns.counted,
                 num_steps=self._phase_lengths[name],
                 evaluate=lambda: self._evaluate(name, "valid"),
+                end_not_finite=self._end_not_finite,
             )
             orders = map(self._epoch, count(progress.epoch))
             with open_loader(self.splits["train"], orders, self.config, self.ranks) as loader:
@@ -179,9 +186,13 @@ class Trainer:
                     while not trainer.is_over:
                         trainer.train_epoch(self._epoch(progress.epoch), loader)
                     trainer.detach()
+                    self._check_weights()  # which names them, as predictions cannot
+                    if "valid" not in self.splits:
+                        check_predictions(self.sharded.ranker, loader, self.ranks, self._moment())
                     progress.valid = self._evaluate(name, "valid").model if "valid" in self.splits else None
         totals = progress.of_stage
         totals.valid = progress.valid
+        self._warn_far_off(f"{name} valid", progress.valid)
         totals.checkpoint = self._best_directory.with_name(f"step-{progress.step}")
         self._save(totals.checkpoint, trainer.optimizers)
         if self._copies:
@@ -236,7 +247,31 @@ class Trainer:
             self.monitor.evaluation("reference", split, progress.step, found.reference)
         return found
 
+    def _moment(self) -> Moment:
+        return Moment(self.progress.step, self.progress.stage, self._last_good)
+
+    def _check_weights(self) -> None:
+        check_weights(model_state(self.sharded, self.dense_arch), self.ranks, self._moment())
+
+    def _warn_far_off(self, what: str, metrics: Metrics | None) -> None:
+        if metrics and (told := far_off(metrics)):
+            self.monitor.say(f"warning: {what}: {told}")
+
+    def _end_not_finite(self, found: NotFinite) -> NoReturn:
+        """End the run at a step of the epoch under way."""
+        progress = self.progress
+        end_not_finite(
+            found,
+            self.splits["train"],
+            self._epoch(progress.epoch),
+            progress.epoch_step - 1 - (progress.step - found.step),
+            self.ranks,
+            Path(self.config.output_dir),
+            self._moment(),
+        )
+
     def _save(self, directory: Path, optimizers: PhaseOptimizers) -> None:
+        self._check_weights()
         progress = self.progress
         meta = CheckpointMeta(progress.stage, progress.step, progress.of_stage.steps, self.ranks.world_size)
         train = self.splits["train"]
@@ -250,6 +285,7 @@ class Trainer:
             train.columns.vocabularies,
             train.kinds.as_dict(),
         )
+        self._last_good = directory
 
 
 def _stage_summary(settings: StageConfig, totals: StageTotals) -> dict[str, Any]:

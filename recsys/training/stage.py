@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from recsys.model.ranker import RankerOutput
 from recsys.runtime import Ranks
 from recsys.sharding.shard import ShardedRanker
 from recsys.training.counts import Counts, in_words, num_skipped, reduce_counts
+from recsys.training.finite import FirstNotFinite, NotFinite
 from recsys.training.metrics import BinaryMetrics
 from recsys.training.monitor import Monitor
 from recsys.training.optimizers import PhaseOptimizers, begin_phase
@@ -88,6 +89,7 @@ class PhaseTrainer:
         counted: kinds and features of values that may be cut, replaced or left out.
         num_steps: optimizer steps the phase lasts at most.
         evaluate: called in mid-epoch every `logging.eval_every_steps`.
+        end_not_finite: called where a step of the epoch under way was not finite; ends the run.
 
     Attributes:
         optimizers: of the phase.
@@ -105,10 +107,12 @@ class PhaseTrainer:
         counted: tuple[tuple[str, str], ...],
         num_steps: int,
         evaluate: Callable[[], object],
+        end_not_finite: Callable[[NotFinite], NoReturn],
     ) -> None:
         self._config, self._ranks, self._sharded, self._dense_arch = config, ranks, sharded, dense_arch
         self._progress, self._monitor, self._counted, self._evaluate = progress, monitor, counted, evaluate
-        self._num_steps = num_steps
+        self._num_steps, self._end_not_finite = num_steps, end_not_finite
+        self._not_finite = FirstNotFinite(dense_arch, ranks)
         self.optimizers: PhaseOptimizers = begin_phase(
             sharded, dense_arch, config, progress.stage, progress.phase, num_steps=num_steps
         )
@@ -141,17 +145,20 @@ class PhaseTrainer:
             output = self._step(batches, epoch.global_batch_rows(epoch_step), window)
             routing.update(output.domain)
             if self._is_due(self._config.logging.every_steps):
+                self._check_finite()
                 self._log(window, loader, rates)
                 self._monitor.routing(progress.step, routing.window())
                 losses.merge(window.losses)
                 window = self._window(loader)
             if self._is_due(self._config.logging.eval_every_steps):
+                self._check_finite()
                 stopped = time.perf_counter()
                 self._pipeline.detach()
                 self._evaluate()
                 self._attach()
                 paused += time.perf_counter() - stopped
                 window.began += time.perf_counter() - stopped
+        self._check_finite()
         counts = reduce_counts(loader.counts - counts_before, self._counted, self._ranks.device)
         totals = progress.of_stage
         totals.examples -= num_skipped(counts)
@@ -179,8 +186,13 @@ class PhaseTrainer:
         output: RankerOutput = self._pipeline.progress(batches)
         window.add(output, examples)
         self._progress.step_done(examples)
+        self._not_finite.observe(self._progress.step, output.losses, output.dense_features)
         self._monitor.advance(self._progress.phase_steps)
         return output
+
+    def _check_finite(self) -> None:
+        if found := self._not_finite.read():
+            self._end_not_finite(found)
 
     def _attach(self) -> None:
         """Put the ranker back into the pipeline, the batches in flight included."""
