@@ -88,7 +88,7 @@ def test_a_train_split_without_any_label_is_an_error(raw: dict[str, Any], tmp_pa
     raw["data"]["label_null"] = "skip"
     (told,) = [rank for rank in run_train(raw, tmp_path) if rank.stderr]
     assert told.code == 2
-    assert told.stderr.startswith("error: data.train: no row that was read has a label")
+    assert told.stderr.startswith("error: data.train: no row has a label")
     assert not list((tmp_path / "out").glob("checkpoints/step-*"))
 
 

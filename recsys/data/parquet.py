@@ -144,8 +144,13 @@ class ShardTables:
 
     def where(self, row_group: int) -> str:
         """File and row group, for messages."""
+        file, group = self.place_of(row_group)
+        return f"{file}, row group {group}"
+
+    def place_of(self, row_group: int) -> tuple[str, int]:
+        """The file that a row group, numbered over all files, is in, and its number there."""
         number, group = self._row_groups[row_group]
-        return f"{self.files[number]}, row group {group}"
+        return self.files[number], group
 
     def file_of(self, row_group: int) -> int:
         """Number of the file in `files` that a row group is in."""

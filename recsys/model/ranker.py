@@ -36,12 +36,14 @@ class RankerOutput(NamedTuple):
         domain: (B,) or (0,) as in the batch.
         losses: scalars by name: this rank's share of the step's mean binary cross entropy (the mean over ranks is the
             step's), each row's multiplied by its weight, and auxiliary losses; see `recsys.model.losses`.
+        dense_features: (B, F_d) as in the batch.
     """
 
     logits: Tensor
     labels: Tensor
     domain: Tensor
     losses: Losses
+    dense_features: Tensor
 
 
 class DenseArch(nn.Module):
@@ -159,7 +161,7 @@ class Ranker(nn.Module):
                 features = self.mean_pooling(features, batch.sparse_features)
         logits, auxiliary = self.dense_arch(features, batch.dense_features, self.loss_weights)
         total, losses = self.total_loss(logits, auxiliary, batch, self.loss_weights)
-        return total, RankerOutput(logits.detach(), batch.labels, batch.domain, losses)
+        return total, RankerOutput(logits.detach(), batch.labels, batch.domain, losses, batch.dense_features)
 
 
 @cache

@@ -58,6 +58,7 @@ class Checkpoints:
 
     Attributes:
         waited: seconds that training has waited for checkpoints.
+        newest: that is whole, of those that this run has written or begun from.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Checkpoints:
     ) -> None:
         self.folder = folder
         self.waited = 0.0
+        self.newest: Path | None = None
         self._config, self._ranks, self._write_files = config, ranks, write_files
         self._group = dist.new_group(backend="gloo")
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -134,6 +136,7 @@ class Checkpoints:
             files = {name: digest for of_rank in digests for name, digest in of_rank.items()}
             commit = partial(self._commit, directory, progress, replace(meta, files=files))
             together(self._ranks, cannot, commit, self._group)
+            self.newest = directory
         except CheckpointError:
             if self._ranks.is_first:
                 layout.delete(written)  # which may be what fills the disk

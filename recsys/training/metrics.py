@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from math import isnan, log
+from math import isfinite, isnan, log
 
 import numpy as np
 import torch
@@ -17,8 +17,12 @@ _LOGIT_RANGE = 16.0
 """Bins of the AUC beyond its exact limit are even in logit space over +-this, so rare clicks are resolved as well."""
 
 
+MOST_NE = 1.5
+"""Of a model that is of use: beyond it, always predicting the label rate would be far better."""
+
+
 class DivergedError(UserError):
-    """The model predicts NaN, so that nothing measured of it means anything."""
+    """The model predicts NaN or an infinite logit, so that nothing measured of it means anything."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,13 @@ class BinaryMetrics:
         """The figures over all ranks, the same on each; a collective call.
 
         Raises:
-            DivergedError: a prediction is NaN.
+            DivergedError: a logit is NaN or infinite.
         """
         sums = torch.zeros(3, dtype=torch.float64) if self._sums is None else self._sums.cpu()
         totals = torch.cat([sums, torch.tensor([self._examples], dtype=torch.float64)])
         dist.all_reduce(totals)
         positives, predicted, loss, examples = totals.tolist()
-        if isnan(loss):
+        if not isfinite(loss):
             raise _diverged()
         auc, error = (None, 0.0) if not examples else self._auc(int(examples))
         return _figures(positives, predicted, loss, int(examples), auc, error)
@@ -185,11 +189,11 @@ class GroupedMetrics:
         """The figures of each group over all ranks, the same on each; a collective call.
 
         Raises:
-            DivergedError: a prediction is NaN.
+            DivergedError: a logit is NaN or infinite.
         """
         sums = torch.zeros(self._num_groups, 4, dtype=torch.float64) if self._sums is None else self._sums.cpu()
         dist.all_reduce(sums)
-        if bool(sums.isnan().any()):
+        if not bool(sums.isfinite().all()):
             raise _diverged()
         exact = sums[:, 3].sum().item() <= self._exact_examples
         figures = []
@@ -229,7 +233,19 @@ class GroupedMetrics:
 
 
 def _diverged() -> DivergedError:
-    return DivergedError("the model predicts NaN: training has diverged; lower the stage's learning rates")
+    return DivergedError(
+        "the model predicts NaN or infinite logits: training has diverged; lower the stage's learning rates"
+    )
+
+
+def far_off(metrics: Metrics) -> str | None:
+    """In words, that predictions are far worse than always the label rate; None where they are not."""
+    if metrics.ne is None or metrics.ne <= MOST_NE:
+        return None
+    return (
+        f"ne is {metrics.ne:.4g}, where always predicting the label rate has 1: the model is of no use; lower the "
+        "stage's learning rates, or give it patience, which goes back to its best state"
+    )
 
 
 def _figures(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -179,11 +180,19 @@ class Monitor:
         self.say(f"{source:<10} {split:<5} {_shown(metrics)}  {metrics.examples:,} examples")
 
     def close_run(self, summary: Mapping[str, Any], hyperparameters: Mapping[str, str | int | float | bool]) -> None:
-        """Write summary.json, record hyperparameters with the final figures, print the closing table."""
+        """Write summary.json, record hyperparameters with the final figures, print the closing table.
+
+        A figure that is not finite, such as the entropy of experts that no row was sampled of, is null in the file, as
+        JSON has no word for it, and named on the terminal.
+        """
         if self._writer is None:
             return
         path = self.output_dir / "summary.json"
-        path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        nulled: list[str] = []
+        summary = _without_non_finite(summary, "", nulled)
+        path.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        if nulled:
+            self.say(f"warning: null in summary.json, as they are not finite: {', '.join(nulled)}")
         rows = _summary_rows(summary)
         held_out = summary["test"] or summary["valid"] or {}
         final = {f"final/{key}": held_out[key] for key in _FIGURES if held_out.get(key) is not None}
@@ -205,6 +214,18 @@ class Monitor:
             value = getattr(metrics, figure)
             if value is not None:
                 self._writer.add_scalar(f"{split}/{figure}", value, step)
+
+
+def _without_non_finite(value: Any, path: str, nulled: list[str]) -> Any:
+    """A value of JSON types with None for each number that is not finite, whose paths are added to `nulled`."""
+    if isinstance(value, Mapping):
+        return {key: _without_non_finite(item, f"{path}.{key}".lstrip("."), nulled) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_non_finite(item, f"{path}.{number}", nulled) for number, item in enumerate(value)]
+    if isinstance(value, float) and not isfinite(value):
+        nulled.append(path)
+        return None
+    return value
 
 
 def _cost_scalars(cost: Mapping[str, Any]) -> dict[str, float]:

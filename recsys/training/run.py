@@ -8,7 +8,7 @@ from datetime import datetime
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -43,7 +43,9 @@ from recsys.training.checkpoint import (
 )
 from recsys.training.counts import by_kind, in_words
 from recsys.training.evaluation import Evaluation, evaluate
-from recsys.training.metrics import Metrics
+from recsys.training.finite import Moment, NotFinite, check_predictions, check_weights, end_not_finite
+from recsys.training.learnable import check_labels
+from recsys.training.metrics import Metrics, far_off
 from recsys.training.monitor import Monitor
 from recsys.training.optimizers import phase_lengths, phases
 from recsys.training.progress import Best, Progress, StageTotals
@@ -64,6 +66,7 @@ def train(config: Config) -> dict[str, Any]:
     with process_group(config.device) as ranks:
         once_on_each_machine(ranks, partial(write_embedded, config))
         splits = open_splits(config, config.data.splits)
+        check_labels(config, splits, ranks)
         output_dir = Path(config.output_dir)
         monitor = Monitor(output_dir, enabled=ranks.is_first)
         trainer = Trainer(config, ranks, splits, monitor)
@@ -131,6 +134,7 @@ class Trainer:
             self._own = load_own(directory, f"rank{self.ranks.rank}.")
         if directory.parent == self.checkpoints.folder:
             self._saved_step = meta.step
+        self.checkpoints.newest = directory
         if not self.progress.phase_over:
             self._resumed = directory
         self.monitor.goes_on_from(self.progress.step)
@@ -152,6 +156,7 @@ class Trainer:
             self._run_stage(name)
         # The last stage has just evaluated the valid split, so only the test split is new.
         test = self._evaluate("final", "test") if "test" in self.splits else None
+        self._warn_far_off("final test", test.model if test else None)
         self.checkpoints.close()
         summary = self._summary(test)
         self.monitor.close_run(summary, _hyperparameters(self.config))
@@ -230,6 +235,7 @@ class Trainer:
             num_steps=num_steps,
             evaluate=lambda: self._evaluate(name, "valid"),
             after_step=lambda: self._after_step(trainer),
+            end_not_finite=self._end_not_finite,
         )
         if self._resumed is not None:
             load_dense_optimizer(self._resumed, trainer.optimizers.dense)
@@ -248,9 +254,13 @@ class Trainer:
                 while not trainer.is_over:
                     trainer.train_epoch(self._epoch(progress.epoch), loader)
                 trainer.detach()
+                self._check_weights()  # which names them, as predictions cannot
+                if "valid" not in self.splits:
+                    check_predictions(self.sharded.ranker, loader, self.ranks, self._moment())
                 progress.valid = self._evaluate(name, "valid").model if "valid" in self.splits else None
         totals = progress.of_stage
         totals.valid = progress.valid
+        self._warn_far_off(f"{name} valid", progress.valid)
         totals.checkpoint = self.checkpoints.folder / f"step-{progress.step}"
         progress.phase_over = True
         self._save(trainer, kept="stage", valid=progress.valid)
@@ -329,8 +339,33 @@ class Trainer:
             self.monitor.evaluation("reference", split, progress.step, found.reference)
         return found
 
+    def _moment(self) -> Moment:
+        return Moment(self.progress.step, self.progress.stage, self.checkpoints.newest)
+
+    def _check_weights(self) -> None:
+        check_weights(model_state(self.sharded, self.dense_arch), self.ranks, self._moment())
+
+    def _warn_far_off(self, what: str, metrics: Metrics | None) -> None:
+        if metrics and (told := far_off(metrics)):
+            self.monitor.say(f"warning: {what}: {told}")
+
+    def _end_not_finite(self, found: NotFinite) -> NoReturn:
+        """End the run at a step of the epoch under way."""
+        progress = self.progress
+        end_not_finite(
+            found,
+            self.splits["train"],
+            self._epoch(progress.epoch),
+            progress.epoch_step - 1 - (progress.step - found.step),
+            self.ranks,
+            Path(self.config.output_dir),
+            self._moment(),
+        )
+
     def _save(self, trainer: PhaseTrainer, *, kept: str | None = None, valid: Metrics | None = None) -> None:
         """Begin to write a checkpoint from which the run goes on as if nothing had happened."""
+        trainer.check_finite()
+        self._check_weights()
         progress, rank = self.progress, f"rank{self.ranks.rank}."
         own = {**{f"open.{name}": value for name, value in trainer.open_state().items()}, **_rng(self.ranks.device)}
         state = {

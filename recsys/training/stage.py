@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from recsys.model.ranker import RankerOutput
 from recsys.runtime import Ranks
 from recsys.sharding.shard import ShardedRanker
 from recsys.training.counts import Counts, in_words, num_skipped, reduce_counts
+from recsys.training.finite import FirstNotFinite, NotFinite
 from recsys.training.metrics import BinaryMetrics
 from recsys.training.monitor import Monitor
 from recsys.training.optimizers import PhaseOptimizers, begin_phase
@@ -164,6 +165,7 @@ class PhaseTrainer:
         counted: kinds and features of values that may be cut, replaced or left out.
         num_steps: optimizer steps the phase lasts at most.
         evaluate: called in mid-epoch every `logging.eval_every_steps`.
+        end_not_finite: called where a step of the epoch under way was not finite; ends the run.
         after_step: called when all of a step is done, its line of the log and its evaluation included.
 
     Attributes:
@@ -183,10 +185,12 @@ class PhaseTrainer:
         num_steps: int,
         evaluate: Callable[[], object],
         after_step: Callable[[], object],
+        end_not_finite: Callable[[NotFinite], NoReturn],
     ) -> None:
         self._config, self._ranks, self._sharded, self._dense_arch = config, ranks, sharded, dense_arch
         self._progress, self._monitor, self._counted = progress, monitor, counted
-        self._evaluate, self._after_step = evaluate, after_step
+        self._evaluate, self._after_step, self._end_not_finite = evaluate, after_step, end_not_finite
+        self._not_finite = FirstNotFinite(dense_arch, ranks)
         self._num_steps = num_steps
         self._figures: EpochFigures | None = None
         self._since, self._waited = time.perf_counter(), 0.0
@@ -241,16 +245,24 @@ class PhaseTrainer:
             rates = self.optimizers.set_learning_rates(progress.phase_steps)
             self._step(batches, epoch.global_batch_rows(progress.epoch_step), figures)
             if self._is_due(self._config.logging.every_steps):
+                self.check_finite()
                 self._log(figures, loader, rates)
                 figures.next_window(self._window(loader))
             if self._is_due(self._config.logging.eval_every_steps):
+                self.check_finite()
                 with self._pausing(loader):
                     self._pipeline.detach()
                     self._evaluate()
                     self._attach()
             with self._pausing(loader):
                 self._after_step()
+        self.check_finite()
         self._end_epoch(figures, loader)
+
+    def check_finite(self) -> None:
+        """End the run if a step was not finite; a collective call."""
+        if found := self._not_finite.read():
+            self._end_not_finite(found)
 
     def detach(self) -> None:
         """Take the ranker out of the pipeline, so that it can be called directly; the next epoch puts it back."""
@@ -266,6 +278,7 @@ class PhaseTrainer:
         output: RankerOutput = self._pipeline.progress(batches)
         figures.add(output, examples, batches.step_done())
         self._progress.step_done(examples)
+        self._not_finite.observe(self._progress.step, output.losses, output.dense_features)
         self._monitor.advance(self._progress.phase_steps)
 
     def _attach(self) -> None:

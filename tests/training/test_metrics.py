@@ -11,7 +11,7 @@ from ranks import run_ranks
 from torch import Tensor
 
 from recsys.runtime import Ranks
-from recsys.training.metrics import BinaryMetrics, DivergedError, GroupedMetrics, Metrics
+from recsys.training.metrics import MOST_NE, BinaryMetrics, DivergedError, GroupedMetrics, Metrics, far_off
 
 quickly = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -240,3 +240,30 @@ def test_nan_in_one_group_is_not_measured(process_group: None) -> None:
     metrics.update(torch.tensor([float("nan"), 1.0]), torch.tensor([1.0, 0.0]), torch.tensor([0, 1]))
     with pytest.raises(DivergedError):
         metrics.compute()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_a_logit_that_is_not_finite_is_no_figure(value: float, label: float) -> None:
+    logits, labels = torch.tensor([0.5, value, -1.0]), torch.tensor([1.0, label, 0.0])
+    with pytest.raises(DivergedError, match="NaN or infinite logits"):
+        measure(logits, labels)
+    grouped = GroupedMetrics(2)
+    grouped.update(logits, labels, torch.tensor([0, 1, 0]))
+    with pytest.raises(DivergedError, match="NaN or infinite logits"):
+        grouped.compute()
+
+
+def test_the_largest_logits_that_there_are_have_figures() -> None:
+    found = measure(torch.tensor([3.4e38, -3.4e38]), torch.tensor([0.0, 1.0]))
+    assert found.log_loss == pytest.approx(3.4e38) and found.ne == pytest.approx(3.4e38 / log(2))
+
+
+def test_a_model_far_worse_than_the_label_rate_is_told() -> None:
+    labels = torch.tensor([1.0, 0.0])
+    bad = measure(torch.tensor([-4.0, 4.0]), labels)
+    assert bad.ne is not None and bad.ne > MOST_NE
+    assert str(far_off(bad)).startswith(f"ne is {bad.ne:.4g}, where always predicting the label rate has 1")
+    assert far_off(measure(torch.tensor([-1.0, 1.0]), labels)) is None or 1.313 / log(2) > MOST_NE
+    assert far_off(measure(torch.zeros(2), labels)) is None
+    assert far_off(measure(torch.tensor([9.0]), torch.tensor([0.0]))) is None  # of one class there is no ne

@@ -18,7 +18,8 @@ ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 
 
 def output(logits: list[float], labels: list[float], domain: list[int]) -> RankerOutput:
-    return RankerOutput(torch.tensor(logits), torch.tensor(labels), torch.tensor(domain), {})
+    features = torch.empty(len(logits), 0)
+    return RankerOutput(torch.tensor(logits), torch.tensor(labels), torch.tensor(domain), {}, features)
 
 
 def test_a_file_of_each_rank_has_its_batches_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,7 @@ def _save_again(ranks: Ranks, config: Config, start: str) -> None:
             num_steps=9,
             evaluate=lambda: None,
             after_step=lambda: None,
+            end_not_finite=trainer._end_not_finite,
         )
         load_dense_optimizer(Path(start), phase.optimizers.dense)
         trainer._save(phase)

@@ -179,7 +179,7 @@ def test_a_run_that_was_cut_off_is_gone_on_with_and_a_finished_one_is_kept_aside
     assert f"Resumed from {tmp_path}/out/checkpoints/step-35: " in again.stdout
     assert without_times(json.loads((tmp_path / "out" / "summary.json").read_text())) == without_times(figures)
     assert_one_tail(tmp_path / "out" / "tensorboard")
-    (third,) = run_module(1, "recsys.train", "--config", str(path), "stages.joint.steps=1")
+    (third,) = run_module(1, "recsys.train", "--config", str(path), "stages.joint.steps=6")
     assert third.code == 0 and "An earlier run was in" in third.stdout and "Resumed" not in third.stdout
     assert len(list(tmp_path.glob("out*"))) == 2
     assert config.resume == "auto"
