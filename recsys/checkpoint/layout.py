@@ -235,24 +235,24 @@ def delete(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def prune(folder: Path, config: CheckpointsConfig) -> list[Path]:
-    """Delete the checkpoints that a config does not have kept, and tell which they were."""
+def prune(folder: Path, config: CheckpointsConfig, *, is_over: bool = False) -> list[Path]:
+    """Delete the checkpoints that a config does not have kept, and tell which they were; see `retained`."""
     metas = {}
     for directory in checkpoints(folder):
         with suppress(CheckpointError):
             metas[directory] = read_meta(directory)
-    steps = retained(list(metas.values()), config)
+    steps = retained(list(metas.values()), config, is_over=is_over)
     gone = [directory for directory, meta in metas.items() if meta.step not in steps]
     for directory in gone:
         delete(directory)
     return gone
 
 
-def retained(metas: Sequence[CheckpointMeta], config: CheckpointsConfig) -> set[int]:
+def retained(metas: Sequence[CheckpointMeta], config: CheckpointsConfig, *, is_over: bool = False) -> set[int]:
     """The steps whose checkpoints are kept.
 
-    Those are the last `keep_last`, stages' ends, the `keep_best` whose figures on the valid split are best, every step
-    that `keep_every_steps` divides, and what any of these would go back to.
+    Those are stages' ends, the `keep_best` whose figures on the valid split are best, every step that `keep_every_steps`
+    divides and, until the run is over, the last `keep_last`, and what any of these would go back to.
     """
     newest = sorted(metas, key=lambda meta: meta.step, reverse=True)
     figure = config.keep_best_by
@@ -267,9 +267,10 @@ def retained(metas: Sequence[CheckpointMeta], config: CheckpointsConfig) -> set[
     best = sorted((meta for meta in newest if meta.valid), key=value)[: config.keep_best]
     every = config.keep_every_steps
     kept = [
-        *newest[: config.keep_last],
+        *newest[: 0 if is_over else config.keep_last],
         *(meta for meta in newest if meta.kept is not None),
         *best,
         *(meta for meta in newest if every is not None and meta.step % every == 0),
     ]
-    return {meta.step for meta in kept} | {meta.best_step for meta in kept if meta.best_step is not None}
+    back_to = {meta.best_step for meta in kept if meta.best_step is not None and not is_over}
+    return {meta.step for meta in kept} | back_to

@@ -58,6 +58,7 @@ class Checkpoints:
 
     Attributes:
         waited: seconds that training has waited for checkpoints.
+        begun: the last that `save` was told of, or that the run began from if it lies in the folder.
         newest: that is whole, of those that this run has written or begun from.
     """
 
@@ -66,6 +67,7 @@ class Checkpoints:
     ) -> None:
         self.folder = folder
         self.waited = 0.0
+        self.begun: Path | None = None
         self.newest: Path | None = None
         self._config, self._ranks, self._write_files = config, ranks, write_files
         self._group = dist.new_group(backend="gloo")
@@ -93,6 +95,7 @@ class Checkpoints:
             save = partial(dcp.async_save, async_stager=BlockingAsyncStager())
         with _naming(cannot):
             saving = save(state, checkpoint_id=layout.partial(directory), process_group=self._group)
+        self.begun = directory
         self._pending = self._pool.submit(self._finish, saving, directory, progress, meta)
         self.waited += time.perf_counter() - began
         if not self._config.asynchronous:
@@ -113,9 +116,11 @@ class Checkpoints:
         self.waited += time.perf_counter() - began
 
     def close(self) -> None:
-        """Wait, and end what works in the background."""
+        """When the run is over: wait, delete what was kept to go on from, and end what works in the background."""
         self.wait()
         self._pool.shutdown()
+        if self._ranks.is_first:
+            layout.prune(self.folder, self._config, is_over=True)
 
     def _make(self, written: Path) -> None:
         if self._ranks.is_first:

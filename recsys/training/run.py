@@ -115,7 +115,6 @@ class Trainer:
         )
         self._resumed: Path | None = None  # until the phase that it stands in has begun
         self._own: dict[str, Tensor] = {}
-        self._saved_step: int | None = None
         copy_to = config.checkpoints.copy_to
         self._copies = copy_to and locate(copy_to, source="checkpoints.copy_to").checked("checkpoints.copy_to")
 
@@ -132,9 +131,9 @@ class Trainer:
         self.progress.begin_again(self._epoch(self.progress.epoch))
         if meta.world_size == self.ranks.world_size:
             self._own = load_own(directory, f"rank{self.ranks.rank}.")
-        if directory.parent == self.checkpoints.folder:
-            self._saved_step = meta.step
         self.checkpoints.newest = directory
+        if directory.parent == self.checkpoints.folder:
+            self.checkpoints.begun = directory
         if not self.progress.phase_over:
             self._resumed = directory
         self.monitor.goes_on_from(self.progress.step)
@@ -292,7 +291,7 @@ class Trainer:
                 self.monitor.say(f"{name:<10} valid before the first step:")
                 progress.valid = self._evaluate(name, "valid").model
             progress.best = Best(0, progress.step, progress.valid)
-            if self._saved_step != progress.step:
+            if self.checkpoints.begun != self.checkpoints.folder / f"step-{progress.step}":
                 self._save(trainer, valid=progress.valid)
         while not trainer.is_over and progress.phase_epochs - progress.best.epoch < settings.patience:
             trainer.train_epoch(self._epoch(progress.epoch), loader)
@@ -384,7 +383,6 @@ class Trainer:
             valid=valid.as_dict() if valid else None,
         )
         self.checkpoints.save(state, progress.to_json(self._epoch(progress.epoch)), meta)
-        self._saved_step = progress.step
 
     def _write_files(self, directory: Path) -> None:
         """What is the same in all checkpoints of the run."""

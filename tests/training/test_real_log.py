@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from ranks import run_module, run_ranks
-from runs import train_on
+from runs import reseal, train_on
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_config
 from torchrec import KeyedTensor
@@ -183,6 +183,7 @@ def test_evaluation_takes_the_vocabularies_of_the_checkpoint(run: dict[str, Any]
     (finished,) = run_module(1, "recsys.evaluate", "--checkpoint", str(checkpoint), *absent)
     assert f"warning: test: hashed: user {figures['data']['hashed']['user']}; out_of_vocabulary: " in finished.stdout
     pq.write_table(pa.table({"value": ["c", "a"], "count": [2, 1]}), checkpoint / "vocabularies" / "words.parquet")
+    reseal(checkpoint)
     (finished,) = run_module(1, "recsys.evaluate", "--checkpoint", str(checkpoint), "--json")
     assert finished.code == 2
     assert "words.parquet is not the vocabulary that was saved" in finished.stderr
