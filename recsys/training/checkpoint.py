@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.optim.keyed import KeyedOptimizer
 
+from recsys.checkpoint.dcp import load_tensors
+from recsys.checkpoint.index import UnreadableError
 from recsys.config import Config
 from recsys.data.kinds import write_kinds
 from recsys.data.storage import THREADS, Place, naming
 from recsys.data.vocabulary import Vocabulary, save_vocabularies
 from recsys.errors import UserError
 from recsys.sharding.shard import ShardedRanker, forget_cached_rows
-from recsys.training.dcp import UnreadableError, load_tensors
 
 FORMAT = 1
 VOCABULARIES = "vocabularies"

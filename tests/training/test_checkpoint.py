@@ -1,9 +1,7 @@
-"""Reading checkpoints: what is no checkpoint is named, and nothing in one can run code."""
+"""Reading checkpoints into models: what is no checkpoint, or one of another model, is named."""
 
-import enum
 import json
 import os
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from recsys.model.ranker import POOLED, build_ranker
 from recsys.runtime import Ranks
 from recsys.sharding.shard import shard
 from recsys.training.checkpoint import CheckpointError, load_model, read_meta
-from recsys.training.dcp import _member, _Reader
 
 
 @pytest.fixture(scope="module")
@@ -136,65 +133,3 @@ def test_a_cut_off_file_is_refused(checkpoint: Path) -> None:
     (data,) = checkpoint.glob("*.distcp")
     data.write_bytes(data.read_bytes()[:1000])
     assert str(checkpoint) in evaluation_error(checkpoint)
-
-
-class Trap:
-    """Leaves a file behind if it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[Path]]:
-        return (Path.touch, (self.path,))
-
-
-def test_an_index_that_would_run_code_is_refused_without_running_it(checkpoint: Path, tmp_path: Path) -> None:
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
-    assert "no checkpoint of ours" in evaluation_error(checkpoint)
-    assert not (tmp_path / "sprung").exists()
-
-
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [
-        ("os", "system"),
-        ("torch.distributed.checkpoint.filesystem", "os.system"),
-        ("torch.distributed.checkpoint.filesystem", "FileSystemWriter"),
-        ("torch.distributed.checkpoint.metadata", "os.system"),
-        ("torch", "load"),
-        ("builtins", "getattr"),
-        ("builtins", "eval"),
-    ],
-)
-def test_an_index_reaches_nothing_through_a_module_it_may_name(
-    checkpoint: Path, module: str, name: str, tmp_path: Path
-) -> None:
-    index = _call(module, name, f"touch {tmp_path / 'sprung'}")
-    (checkpoint / ".metadata").write_bytes(index)
-    with pytest.raises(pickle.UnpicklingError, match="no checkpoint of ours"):
-        _Reader(checkpoint).read_metadata()
-    assert not (tmp_path / "sprung").exists()
-
-
-def _call(module: str, name: str, argument: str) -> bytes:
-    """A pickle that calls what it names, twice over its argument if that is `getattr`."""
-    arguments = (argument, "upper") if name == "getattr" else (argument,)
-    texts = [pickle.SHORT_BINUNICODE + bytes([len(text)]) + text.encode() for text in (module, name, *arguments)]
-    tuple_of = pickle.TUPLE2 if len(arguments) == 2 else pickle.TUPLE1
-    called = [*texts[:2], pickle.STACK_GLOBAL, *texts[2:], tuple_of, pickle.REDUCE]
-    return b"".join([pickle.PROTO, b"\x04", *called, pickle.STOP])
-
-
-class Coloured(enum.Enum):
-    RED = 1
-
-    def said(self) -> str:
-        return self.name
-
-
-def test_members_of_enums_are_all_that_getattr_reaches() -> None:
-    """As which Python before 3.11.4 pickles them."""
-    assert _member(Coloured, "RED") is Coloured.RED
-    for of, name in ((Coloured, "said"), (Coloured, "__members__"), (os, "system"), (Coloured.RED, "name")):
-        with pytest.raises(pickle.UnpicklingError, match="no checkpoint of ours"):
-            _member(of, name)
