@@ -15,7 +15,20 @@ _MAX_DIGITS = 400
 
 
 class FileError(UserError):
-    """A file cannot be read as what it should be; the message names it and says why, in one line."""
+    """A file cannot be read as what it should be; the message names it and says why, in one line.
+
+    Attributes:
+        reason: why, for those who name the file themselves.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        shown = str(path) if str(path).isprintable() else ascii(str(path))
+        super().__init__(f"{shown}: {reason}")
+        self.reason = reason
+
+
+class FileTooLargeError(FileError):
+    """A file has more bytes than are read."""
 
 
 def open_regular(path: Path, *, follow: bool = False) -> FileIO:
@@ -31,14 +44,14 @@ def open_regular(path: Path, *, follow: bool = False) -> FileIO:
     try:
         found = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
     except OSError as error:
-        is_link = not follow and path.is_symlink()
-        raise FileError(f"{path}: {'it is a link' if is_link else error.strerror or error}") from None
+        is_link = not follow and os.path.islink(path)
+        raise FileError(path, "it is a link" if is_link else error.strerror or str(error)) from None
     except ValueError:  # NUL, or half of a surrogate pair
-        raise FileError(f"{str(path)!r}: it holds a character that no path can") from None
+        raise FileError(path, "it holds a character that no path can") from None
     # Seen through what is open now: whatever a name stands for may change between two looks at it.
     if not stat.S_ISREG(os.fstat(found).st_mode):
         os.close(found)
-        raise FileError(f"{path}: it is no regular file")
+        raise FileError(path, "it is no regular file")
     return FileIO(found)
 
 
@@ -55,9 +68,9 @@ def read_regular(path: Path, max_bytes: int, *, follow: bool = False) -> bytes:
             while part := file.read(min(1 << 20, max_bytes + 1 - len(content))):
                 content += part
         except OSError as error:
-            raise FileError(f"{path}: {error.strerror or error}") from None
+            raise FileError(path, error.strerror or str(error)) from None
     if len(content) > max_bytes:
-        raise FileError(f"{path}: it has more than {max_bytes:,} bytes")
+        raise FileTooLargeError(path, f"it has more than {max_bytes:,} bytes")
     return bytes(content)
 
 
@@ -79,13 +92,13 @@ def read_json(path: Path, max_bytes: int) -> Any:
         )
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
-        raise FileError(f"{path}: it nests too deep") from None
+        raise FileError(path, "it nests too deep") from None
     except UnicodeDecodeError as error:
-        raise FileError(f"{path}: it is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise FileError(path, f"it is not UTF-8 text: {error.reason} at byte {error.start}") from None
     except UnicodeEncodeError:
-        raise FileError(f"{path}: a text holds half of a surrogate pair") from None
+        raise FileError(path, "a text holds half of a surrogate pair") from None
     except ValueError as error:
-        raise FileError(f"{path}: it is not JSON: {error}") from None
+        raise FileError(path, f"it is not JSON: {error}") from None
     return value
 
 

@@ -114,6 +114,29 @@ def test_a_pipe_in_place_of_a_checkpoints_config_is_not_waited_for(checkpoint: P
     assert f"cannot read config {checkpoint}/config.yaml: it is no regular file" in evaluation_error(checkpoint)
 
 
+def test_evaluating_writes_nothing_whatever_the_config_says(checkpoint: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    elsewhere = str(tmp_path / "elsewhere")
+    config |= {"output_dir": elsewhere, "checkpoints": {"copy_to": elsewhere}}
+    (checkpoint / "config.yaml").write_text(yaml.safe_dump(config))
+    files = sorted(tmp_path.rglob("*"))
+    (done,) = run_module(1, "recsys.evaluate", "--checkpoint", str(checkpoint))
+    assert done.code == 0, done.stderr
+    config["data"]["synthetic"] = {"directory": elsewhere, "train_rows": 100, "valid_rows": 100, "test_rows": 100}
+    (checkpoint / "config.yaml").write_text(yaml.safe_dump(config))
+    error = evaluation_error(checkpoint)
+    assert f"data.synthetic: '{elsewhere}' does not hold the log" in error and error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == files
+    (done,) = run_module(1, "recsys.evaluate", "--checkpoint", str(checkpoint), "data.synthetic=null")
+    assert done.code == 0, done.stderr
+
+
+def test_a_checkpoints_config_includes_nothing(checkpoint: Path) -> None:
+    path = checkpoint / "config.yaml"
+    path.write_text("include: /etc/passwd\n" + path.read_text())
+    assert f"{path}: a checkpoint's config includes nothing" in evaluation_error(checkpoint)
+
+
 def test_a_missing_split_is_named(checkpoint: Path) -> None:
     assert "data.test is not set; the config has train, valid" in evaluation_error(checkpoint, "data.test=null")
 
