@@ -61,13 +61,16 @@ class TensorReader:
             rows: of the first dimension, as they stand, so with a step of 1; None is all, of scalars too.
 
         Raises:
-            UnreadableError: a part of it is not what the index says, or damaged.
+            UnreadableError: a part of it is not what the index says, or damaged, or there is no memory for it.
         """
         shape = self.shape(name)
         if rows is not None:
             start, stop = _bounds(shape, rows)
             shape = torch.Size((stop - start, *shape[1:]))
-        out = torch.empty(shape, dtype=self.dtype(name))
+        try:
+            out = torch.empty(shape, dtype=self.dtype(name))
+        except RuntimeError:  # a file with holes may be larger than any memory
+            raise UnreadableError(f"{name} of shape {tuple(shape)} does not fit in memory") from None
         self.read_into(name, out, rows)
         return out
 
@@ -86,7 +89,7 @@ class TensorReader:
         parts = []
         for chunk in entry.chunks:
             region = Region((0,) * len(chunk.sizes), chunk.sizes)
-            target = out
+            target = out.detach()
             if rows is not None:
                 first = max(start, chunk.offsets[0])
                 last = min(stop, chunk.offsets[0] + chunk.sizes[0])

@@ -79,6 +79,28 @@ def test_tensors_are_read_however_they_lie_in_memory(tmp_path: Path, tensor: Ten
     assert torch.equal(into, tensor.double())
 
 
+def test_a_parameter_is_filled(original: Path) -> None:
+    reader = TensorReader(original)
+    reader.read_into(TABLE, parameter := torch.nn.Parameter(torch.zeros(30, 8)))
+    assert torch.equal(parameter, reader.read(TABLE)) and parameter.requires_grad
+
+
+def test_a_tensor_that_no_memory_holds_is_named(checkpoint: Path) -> None:
+    """Files with holes in them have as many bytes as they say."""
+    index, (rows, columns) = pickle.loads((checkpoint / INDEX).read_bytes()), (1 << 41, 1)
+    entry = index.state_dict_metadata[TABLE]
+    entry.size, entry.chunks[1:] = torch.Size([rows, columns]), []
+    entry.chunks[0].sizes = entry.size
+    for key, info in index.storage_data.items():
+        if key.fqn == TABLE and key.offset == entry.chunks[0].offsets:
+            info.relative_path, info.offset, info.length = "__7_0.distcp", 0, 4 * rows + 1000
+    (checkpoint / INDEX).write_bytes(pickle.dumps(index))
+    with (checkpoint / "__7_0.distcp").open("wb") as file:
+        file.truncate(4 * rows + 1000)
+    with pytest.raises(UnreadableError, match=rf"{TABLE} of shape \({rows}, 1\) does not fit in memory"):
+        TensorReader(checkpoint).read(TABLE)
+
+
 def test_reading_into_another_shape_is_a_mistake(original: Path) -> None:
     with pytest.raises(ValueError, match="out \\(3, 3\\)"):
         TensorReader(original).read_into(TABLE, torch.empty(3, 3))
