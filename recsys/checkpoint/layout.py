@@ -12,7 +12,6 @@ import math
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 
 from recsys.config import CheckpointsConfig, shortened
 from recsys.errors import UserError
+from recsys.files import FileError, open_regular, read_json
 
 FORMAT = 2
 META = "meta.json"
@@ -32,6 +32,7 @@ VOCABULARIES = "vocabularies"
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 _NAME = re.compile(r"step-(\d+)")
 _CHUNK = 1 << 20
+_MAX_META = 64 << 20
 
 
 class CheckpointError(UserError):
@@ -85,17 +86,15 @@ def read_meta(directory: Path) -> CheckpointMeta:
     """
     path = directory / META
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        meta = read_json(path, _MAX_META)
+    except FileError as error:
         found = sorted(str(path.parent) for path in directory.glob(f"**/{META}"))
         hint = (
             f"; there are {', '.join(found)}"
             if found
             else "; name a directory such as outputs/default/checkpoints/step-100"
         )
-        raise CheckpointError(
-            f"{directory} is no complete checkpoint ({type(error).__name__}: {error}){hint}"
-        ) from None
+        raise CheckpointError(f"{directory} is no complete checkpoint ({error.reason}){hint}") from None
     if not isinstance(meta, dict):
         raise CheckpointError(f"{path} holds no object; name another checkpoint")
     if meta.get("format") not in (1, FORMAT):
@@ -137,12 +136,10 @@ def digest_of(path: Path) -> Digest:
     """The size and SHA-256 of a regular file.
 
     Raises:
-        OSError: it cannot be read, or is no regular file.
+        FileError: it cannot be opened, or is no regular file.
+        OSError: it cannot be read.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-    with open(descriptor, "rb", buffering=0) as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(f"{path} is no regular file")
+    with open_regular(path) as file:
         size, digest = 0, hashlib.sha256()
         while chunk := file.read(_CHUNK):
             size += len(chunk)
@@ -164,6 +161,8 @@ def verify(directory: Path, meta: CheckpointMeta, *, share: tuple[int, int] = (0
         try:
             size = path.stat(follow_symlinks=False).st_size
             found = digest_of(path) if size == told.bytes else None
+        except FileError as error:
+            return str(error)
         except OSError as error:
             return f"{path} cannot be read ({error.strerror or error})"
         if size != told.bytes:
@@ -251,8 +250,8 @@ def prune(folder: Path, config: CheckpointsConfig, *, is_over: bool = False) -> 
 def retained(metas: Sequence[CheckpointMeta], config: CheckpointsConfig, *, is_over: bool = False) -> set[int]:
     """The steps whose checkpoints are kept.
 
-    Those are stages' ends, the `keep_best` whose figures on the valid split are best, every step that `keep_every_steps`
-    divides and, until the run is over, the last `keep_last`, and what any of these would go back to.
+    Those are stages' ends, the `keep_best` whose figures on the valid split are best, every step that
+    `keep_every_steps` divides and, until the run is over, the last `keep_last`, and what any of these would go back to.
     """
     newest = sorted(metas, key=lambda meta: meta.step, reverse=True)
     figure = config.keep_best_by

@@ -2,7 +2,7 @@
 
 from recsys.config.dialect import read_yaml
 from recsys.config.faults import ConfigError, shortened, validate
-from recsys.config.load import DEFAULT_CONFIG, load_config
+from recsys.config.load import DEFAULT_CONFIG, load_checkpoint_config, load_config
 from recsys.config.schema import (
     MAX_NUM_EMBEDDINGS,
     BucketizeIdsConfig,
@@ -65,6 +65,7 @@ __all__ = [
     "TowerConfig",
     "TowerSettings",
     "VocabularyIdsConfig",
+    "load_checkpoint_config",
     "load_config",
     "read_yaml",
     "shortened",

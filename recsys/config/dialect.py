@@ -6,7 +6,6 @@ and all that it includes. They leave room for more than a thousand features.
 
 import os
 import re
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from recsys.config.faults import ConfigError, one_line, shortened
+from recsys.files import FileError, FileTooLargeError, read_regular
 
 MAX_BYTES = 2 << 20
 MAX_VALUES = 1 << 16
@@ -41,7 +41,9 @@ class Allowance:
     includes: int = MAX_INCLUDES
 
 
-def read_yaml(path: Path, kind: str, *, remedy: str, allowance: Allowance | None = None) -> dict[str, Any]:
+def read_yaml(
+    path: Path, kind: str, *, remedy: str, allowance: Allowance | None = None, follow: bool = True
+) -> dict[str, Any]:
     """Read a mapping from YAML, refusing duplicate keys and taking `1e-4` for a number.
 
     Args:
@@ -49,13 +51,14 @@ def read_yaml(path: Path, kind: str, *, remedy: str, allowance: Allowance | None
         kind: what the file is, for messages.
         remedy: what helps where it cannot be read.
         allowance: what is left of that of several files; None is one for this file alone.
+        follow: whether the file may be a link.
 
     Raises:
         ConfigError: the file cannot be read, is no YAML mapping, or is beyond a bound.
     """
     allowance = allowance or Allowance()
     try:
-        raw = parse_yaml(_read_bytes(path, kind, remedy, allowance).decode("utf-8"), allowance)
+        raw = parse_yaml(_read_bytes(path, kind, remedy, allowance, follow).decode("utf-8"), allowance)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{kind} {path} is not UTF-8 text: {error}") from None
     except yaml.YAMLError as error:
@@ -73,22 +76,18 @@ def is_path(text: str | Path) -> bool:
         return False
 
 
-def _read_bytes(path: Path, kind: str, remedy: str, allowance: Allowance) -> bytes:
-    if not is_path(path):
-        raise ConfigError(f"cannot read {kind} {str(path)!r}: it holds a character that no path can; {remedy}")
+def _read_bytes(path: Path, kind: str, remedy: str, allowance: Allowance, follow: bool) -> bytes:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe or a device need not end
-            raise ConfigError(f"cannot read {kind} {path}: it is no regular file; {remedy}")
-        with path.open("rb") as file:
-            content = file.read(allowance.bytes + 1)
-    except OSError as error:
-        raise ConfigError(f"cannot read {kind} {path}: {error.strerror or error}; {remedy}") from None
-    allowance.bytes -= len(content)
-    if allowance.bytes < 0:
+        content = read_regular(path, allowance.bytes, follow=follow)
+    except FileTooLargeError:
         raise ConfigError(
             f"{kind} {path} is too large: with all that is included there may be {MAX_BYTES} bytes; "
             "keep lists of files in an @list.txt and lists of values in a vocabulary"
-        )
+        ) from None
+    except FileError as error:
+        shown = path if is_path(path) else repr(str(path))
+        raise ConfigError(f"cannot read {kind} {shown}: {error.reason}; {remedy}") from None
+    allowance.bytes -= len(content)
     return content
 
 

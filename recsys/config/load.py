@@ -40,9 +40,29 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(os.path.expanduser(path))
     reading = _Reading(Allowance(), {})
-    raw = reading.read(path, ())
+    return _resolve(path, reading.read(path, ()), overrides, reading.allowance)
+
+
+def load_checkpoint_config(directory: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read the config that a checkpoint holds, whoever wrote it, and apply overrides as `load_config` does.
+
+    Training writes it resolved, so it is one file, and no link; what it would include is not read.
+
+    Raises:
+        ConfigError: as `load_config`, or it includes something.
+    """
+    path = Path(os.path.expanduser(directory)) / "config.yaml"
+    allowance = Allowance()
+    raw = read_yaml(path, "config", remedy="restore the checkpoint", allowance=allowance, follow=False)
+    if "include" in raw:
+        raise ConfigError(f"{path}: a checkpoint's config includes nothing, as training writes it; remove include")
+    return _resolve(path, raw, overrides, allowance)
+
+
+def _resolve(path: Path, raw: dict[str, Any], overrides: Sequence[str], allowance: Allowance) -> Config:
+    """The config that what was read from `path` makes under overrides."""
     for override in overrides:
-        _apply(raw, override, reading.allowance)
+        _apply(raw, override, allowance)
     features = raw.get("features")
     for section, key in ((raw, "tables"), (raw, "stages"), (features, "sparse"), (features, "dense")):
         _leave_out_nulls(section, key)

@@ -468,9 +468,10 @@ class CheckpointsConfig(Section):
     """When checkpoints are written beside the ends of stages, and which are kept beside those.
 
     One is due every `every_steps` steps of a phase, and when `every_minutes` have passed since the last. Kept are the
-    `keep_last` newest, until the run is over, the `keep_best` with the best `keep_best_by` on the valid split, and those
-    of every step that `keep_every_steps` divides. `asynchronous` writes them in the background. `grace_seconds` is how long a run that is
-    told to stop may take to write one. `copy_to` is a directory or URL to copy the checkpoints of stages' ends below.
+    `keep_last` newest, until the run is over, the `keep_best` with the best `keep_best_by` on the valid split, and
+    those of every step that `keep_every_steps` divides. `asynchronous` writes them in the background. `grace_seconds`
+    is how long a run that is told to stop may take to write one. `copy_to` is a directory or URL to copy the
+    checkpoints of stages' ends below.
     """
 
     every_steps: Count | None = None

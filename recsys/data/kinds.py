@@ -5,18 +5,21 @@ text here and a number there would train rows that are never asked for.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
 from recsys.data.arrow import is_list, is_string
 from recsys.data.features import Columns, SparseColumn
 from recsys.data.storage import DataError
+from recsys.files import FileError, read_json
 
 KINDS = "kinds.json"
 """File of a checkpoint, beside its config."""
+_KINDS = ("numbers", "strings", "dates", "others")
+_MAX_BYTES = 16 << 20
 
 
 class Kinds:
@@ -75,13 +78,13 @@ def read_kinds(directory: Path) -> Kinds:
         DataError: the file cannot be read.
     """
     file = directory / KINDS
-    try:
-        known: Any = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.lexists(file):
         return Kinds()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read ({type(error).__name__}: {error}); restore it") from None
-    if not (isinstance(known, dict) and all(isinstance(kind, str) for kind in known.values())):
+    try:
+        known = read_json(file, _MAX_BYTES)
+    except FileError as error:
+        raise DataError(f"{file} cannot be read: {error.reason}; restore it") from None
+    if not (isinstance(known, dict) and all(isinstance(kind, str) and kind in _KINDS for kind in known.values())):
         raise DataError(f"{file} does not say what features hold; restore it")
     return Kinds(known, f"the rows that {directory} was trained on")
 

@@ -25,8 +25,10 @@ from recsys.config import Config, VocabularyIdsConfig, shortened
 from recsys.data.arrow import is_integer, is_string
 from recsys.data.hashing import hash_values, map_values
 from recsys.data.storage import DataError
+from recsys.files import FileError, open_regular, read_json
 
 _DIGESTS = "digests.json"
+_MAX_BYTES = 16 << 20
 _REMEDY = "build it with python -m recsys.prepare vocabulary, or convert anew what a converter wrote"
 
 
@@ -55,10 +57,13 @@ class Vocabulary:
             if not stat.S_ISREG(mode := file.stat().st_mode) and not stat.S_ISDIR(mode):
                 raise OSError("it is no regular file")  # reading a pipe or a device need not end
             table = pq.read_table(file)
+            names = table.schema.names  # which need not be text
+            for column in table.columns:
+                column.validate(full=True)
         except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: of a path with a NUL
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DataError(f"vocabulary {file} cannot be read: {reason}; {_REMEDY}") from None
-        if table.schema.names != ["value", "count"] or not is_value(table.schema.field("value").type):
+        if names != ["value", "count"] or not is_value(table.schema.field("value").type):
             raise DataError(f"{file} is no vocabulary: it has columns {table.schema.to_string()!r}; {_REMEDY}")
         values = canonical(table["value"].combine_chunks())
         if values.null_count or pc.count_distinct(values).as_py() != len(values):
@@ -149,7 +154,10 @@ def load_vocabularies(config: Config, saved: Path | None = None) -> dict[str, Vo
         read = {file: Vocabulary.read(file) for file in set(files.values())}
         return {name: read[file] for name, file in files.items()}
     digests = _read_digests(saved / _DIGESTS) if files else {}
-    vocabularies = {name: Vocabulary.read(saved / f"{name}.parquet") for name in files}
+    vocabularies = {
+        name: _read_saved(saved / f"{name}.parquet", config.tables[config.features.sparse[name].table].num_embeddings)
+        for name in files
+    }
     for name, vocabulary in vocabularies.items():
         if vocabulary.digest != digests.get(name):
             raise DataError(f"{vocabulary.source} is not the vocabulary that was saved: its digest differs; restore it")
@@ -165,11 +173,25 @@ def save_vocabularies(vocabularies: Mapping[str, Vocabulary], directory: Path) -
         (directory / _DIGESTS).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
 
 
+def _read_saved(file: Path, num_embeddings: int) -> Vocabulary:
+    """A vocabulary of a checkpoint, which anyone may have written: a file of its own, of no more values than rows."""
+    try:
+        open_regular(file).close()
+        found = pq.read_metadata(file).num_rows
+    except FileError as error:
+        raise DataError(f"vocabulary {file} cannot be read: {error.reason}; restore it") from None
+    except (pa.ArrowException, OSError, ValueError):
+        found = 0  # reading it tells what is wrong
+    if found > num_embeddings:
+        raise DataError(f"vocabulary {file} has {found:,} values for a table of {num_embeddings:,} rows; restore it")
+    return Vocabulary.read(file)
+
+
 def _read_digests(file: Path) -> dict[str, str]:
     try:
-        digests = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read ({type(error).__name__}: {error}); restore it") from None
+        digests = read_json(file, _MAX_BYTES)
+    except FileError as error:
+        raise DataError(f"{file} cannot be read: {error.reason}; restore it") from None
     return digests if isinstance(digests, dict) else {}
 
 

@@ -19,6 +19,7 @@ columns (but for tastes and traits, which must be learned). The AUC and log loss
 each split are those of that probability: the ceiling of every model.
 """
 
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,31 @@ def write_embedded(config: Config) -> None:
             raise ConfigError(f"data.synthetic: {error}") from None
 
 
+def require_embedded(config: Config) -> None:
+    """Make sure that the embedded synthetic log is there, if the config asks for it, without writing anything.
+
+    Raises:
+        ConfigError: it is not; the message says how to make it.
+    """
+    if (spec := config.data.synthetic) is None:
+        return
+    given = spec.model_dump(exclude={"directory"})
+    try:
+        found = _holds(Path(spec.directory), _spec(**given))
+    except DataError as error:
+        raise ConfigError(f"data.synthetic: {error}") from None
+    if not found:
+        flat = [] if given.pop("hierarchy") else ["--flat"]
+        options = [f"--{name.replace('_', '-')} {value}" for name, value in given.items()]
+        # The directory may be anyone's text, and whoever reads the line may run it.
+        directory = shlex.quote(spec.directory) if spec.directory.isprintable() else "DIR"
+        raise ConfigError(
+            f"data.synthetic: {spec.directory!a} does not hold the log that the config describes, and evaluating "
+            f"does not write; make it with python -m recsys.prepare synthetic {' '.join([*options, *flat])} "
+            f"--output {directory}, or set data.synthetic=null to read other files"
+        )
+
+
 def write_synthetic(
     directory: Path,
     *,
@@ -137,9 +163,11 @@ def write_synthetic(
         DataError: an argument is out of range, or `directory` is a mount point.
         FileExistsError: `directory` holds something else than a synthetic data set.
     """
-    spec = _Spec(
+    spec = _spec(
         seed=seed,
-        rows={"train": train_rows, "valid": valid_rows, "test": test_rows},
+        train_rows=train_rows,
+        valid_rows=valid_rows,
+        test_rows=test_rows,
         files=files,
         row_group_rows=row_group_rows,
         num_users=num_users,
@@ -187,6 +215,11 @@ class _Spec:
 
     def summary(self) -> dict[str, Any]:
         return {"version": _VERSION, **asdict(self)}
+
+
+def _spec(*, train_rows: int, valid_rows: int, test_rows: int, **other: Any) -> _Spec:
+    """The arguments of `write_synthetic`."""
+    return _Spec(rows={"train": train_rows, "valid": valid_rows, "test": test_rows}, **other)
 
 
 def _holds(directory: Path, spec: _Spec) -> bool:

@@ -29,8 +29,10 @@ import yaml
 
 from recsys.config import DenseFeatureConfig, Section, SparseFeatureConfig
 from recsys.data.storage import DataError
+from recsys.files import read_regular
 
 SUMMARY_FILE = "dataset.json"
+_MAX_SUMMARY = 64 << 20
 CONFIG_FILE = "dataset.yaml"
 EMBEDDING_DIM = 16
 
@@ -135,8 +137,8 @@ def write_summary(directory: Path, summary: dict[str, Any]) -> None:
 def read_summary(directory: Path) -> dict[str, Any] | None:
     """Return what `dataset.json` says, or None where there is none that can be read."""
     try:
-        summary = json.loads((directory / SUMMARY_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        summary = json.loads(read_regular(directory / SUMMARY_FILE, _MAX_SUMMARY, follow=True))
+    except (ValueError, RecursionError):  # FileError is a ValueError
         return None
     return summary if isinstance(summary, dict) else None
 
@@ -195,8 +197,13 @@ def is_complete(directory: Path, summary: dict[str, Any]) -> bool:
     """
     try:
         for split, told in summary["splits"].items():
-            paths = [part_path(directory, split, part) for part in range(told["files"])]
-            if sum(pq.read_metadata(path).num_rows for path in paths) != told["rows"]:
+            rows = 0
+            for part in range(told["files"]):
+                path = part_path(directory, split, part)
+                if not path.is_file():  # a pipe would be waited for
+                    return False
+                rows += pq.read_metadata(path).num_rows
+            if rows != told["rows"]:
                 return False
         return (directory / CONFIG_FILE).is_file()
     except (KeyError, TypeError, AttributeError, OSError, pa.ArrowInvalid):

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
@@ -26,7 +25,10 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torchrec.optim.keyed import KeyedOptimizer
 
 from recsys.checkpoint import layout
+from recsys.checkpoint.dcp import load_tensors
+from recsys.checkpoint.index import UnreadableError
 from recsys.checkpoint.layout import CheckpointError, CheckpointMeta
+from recsys.checkpoint.tensors import TensorReader
 from recsys.config import CheckpointsConfig, TableConfig
 from recsys.data.storage import THREADS, Place, naming
 from recsys.model.ranker import table_name
@@ -34,7 +36,6 @@ from recsys.runtime import Ranks
 from recsys.sharding.plan import plan_as_dict
 from recsys.sharding.shard import ShardedRanker, forget_cached_rows, set_steps_counted, steps_counted
 from recsys.training import reshard
-from recsys.training.dcp import UnreadableError, load_tensors, tensor_sizes
 
 State = dict[str, Tensor | ShardedTensor]
 """Tensors by the name that they have in a checkpoint."""
@@ -59,7 +60,6 @@ class Checkpoints:
     Attributes:
         waited: seconds that training has waited for checkpoints.
         begun: the last that `save` was told of, or that the run began from if it lies in the folder.
-        newest: that is whole, of those that this run has written or begun from.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Checkpoints:
         self.folder = folder
         self.waited = 0.0
         self.begun: Path | None = None
-        self.newest: Path | None = None
+        self._newest: Path | None = None
         self._config, self._ranks, self._write_files = config, ranks, write_files
         self._group = dist.new_group(backend="gloo")
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -115,6 +115,17 @@ class Checkpoints:
         pending.result()
         self.waited += time.perf_counter() - began
 
+    def begin_from(self, directory: Path) -> None:
+        """The run goes on from a checkpoint, in this folder or another."""
+        self._newest = directory
+        if directory.parent == self.folder:
+            self.begun = directory
+
+    def last_good(self) -> Path | None:
+        """Wait, and tell the newest checkpoint that this run has written or begun from."""
+        self.wait()
+        return self._newest
+
     def close(self) -> None:
         """When the run is over: wait, delete what was kept to go on from, and end what works in the background."""
         self.wait()
@@ -141,7 +152,7 @@ class Checkpoints:
             files = {name: digest for of_rank in digests for name, digest in of_rank.items()}
             commit = partial(self._commit, directory, progress, replace(meta, files=files))
             together(self._ranks, cannot, commit, self._group)
-            self.newest = directory
+            self._newest = directory
         except CheckpointError:
             if self._ranks.is_first:
                 layout.delete(written)  # which may be what fills the disk
@@ -257,39 +268,35 @@ def load_model_and_tables_optimizers(
     Raises:
         CheckpointError: as `load_model`.
     """
-    sizes = tensor_sizes(directory)
+    saved = _open(directory)
     state = table_optimizer_state(sharded)
-    as_they_are = {name: value for name, value in state.items() if name in sizes and sizes[name][0] == value.size()}
+    as_they_are = {
+        name: value for name, value in state.items() if name in saved.names and saved.shape(name) == value.size()
+    }
     _load(directory, {**model_state(sharded, dense_arch), **as_they_are})
     forget_cached_rows(sharded)
     if _STEPS in as_they_are:
         set_steps_counted(sharded, as_they_are[_STEPS])
     others = {name: value for name, value in state.items() if name not in as_they_are}
-    return _reshard(directory, sizes, others, plan_as_dict(sharded.plan, tables), tables)
+    return _reshard(saved, others, plan_as_dict(sharded.plan, tables), tables)
 
 
-def _reshard(
-    directory: Path,
-    sizes: Mapping[str, tuple[torch.Size, torch.dtype]],
-    state: State,
-    plan: reshard.Plan,
-    tables: Mapping[str, TableConfig],
-) -> list[str]:
+def _reshard(saved: TensorReader, state: State, plan: reshard.Plan, tables: Mapping[str, TableConfig]) -> list[str]:
     """Fill what depends on the plan from what a checkpoint of another one has; the names of what it has nothing for."""
-    there = {of.table: of.name for of in map(reshard.sum_of_squares, sizes) if of is not None}
+    there = {of.table: of.name for of in map(reshard.sum_of_squares, saved.names) if of is not None}
+    directory = saved.index.directory
     missing = []
     for name, value in state.items():
         of = reshard.sum_of_squares(name)
         if of is None or of.table not in there:
             missing.append(name)
             continue
-        size, dtype = sizes[there[of.table]]
-        saved = torch.empty(size, dtype=dtype)
-        _load(directory, {there[of.table]: saved}, alone=True)
+        with _refusing(directory):
+            squares = saved.read(there[of.table])
         dim = tables[table_name(of.table)].embedding_dim
         saved_plan = json.loads((directory / layout.PLAN).read_text(encoding="utf-8"))
         before, now = (reshard.columns_of(one, table_name(of.table), dim) for one in (saved_plan, plan))
-        reshard.fill(value, saved, before, now)
+        reshard.fill(value, squares, before, now)
     return missing
 
 
@@ -298,7 +305,7 @@ def load_dense_optimizer(directory: Path, optimizer: KeyedOptimizer) -> None:
 
     A checkpoint from a phase's very beginning has none, and nothing happens.
     """
-    if any(name.startswith("optimizer.dense.") for name in tensor_sizes(directory)):
+    if any(name.startswith("optimizer.dense.") for name in _open(directory).names):
         optimizer.init_state()
         for parameter in optimizer.params.values():
             parameter.grad = None
@@ -311,13 +318,9 @@ def load_own(directory: Path, prefix: str) -> dict[str, Tensor]:
     Raises:
         CheckpointError: they cannot be read.
     """
-    found = {
-        name: torch.empty(size, dtype=dtype)
-        for name, (size, dtype) in tensor_sizes(directory).items()
-        if name.startswith(prefix)
-    }
-    _load(directory, found, alone=True)
-    return {name.removeprefix(prefix): value for name, value in found.items()}
+    saved = _open(directory)
+    with _refusing(directory):
+        return {name.removeprefix(prefix): saved.read(name) for name in saved.names if name.startswith(prefix)}
 
 
 def model_state(sharded: ShardedRanker, dense_arch: nn.Module) -> State:
@@ -358,10 +361,22 @@ def _flatten(path: str, value: Any) -> Iterator[tuple[str, Tensor | ShardedTenso
         raise TypeError(f"{path}: optimizer state of type {type(value).__name__} cannot be checkpointed")
 
 
-def _load(directory: Path, state: Mapping[str, Any], *, alone: bool = False) -> None:
+def _load(directory: Path, state: Mapping[str, Any]) -> None:
     """Fill the tensors of `state`, which share memory with the model, in place."""
+    with _refusing(directory):
+        load_tensors(directory, dict(state))
+
+
+def _open(directory: Path) -> TensorReader:
+    with _refusing(directory):
+        return TensorReader(directory)
+
+
+@contextmanager
+def _refusing(directory: Path) -> Iterator[None]:
+    """Name the checkpoint whose tensors cannot be read."""
     try:
-        load_tensors(directory, dict(state), alone=alone)
+        yield
     except UnreadableError as error:
         raise CheckpointError(f"{directory}: cannot be loaded into the model of its config: {error}") from error
 

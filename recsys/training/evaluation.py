@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recsys.checkpoint.layout import CONFIG, VOCABULARIES, read_meta
-from recsys.config import Config, ConfigError, load_config
+from recsys.checkpoint.layout import VOCABULARIES, read_meta
+from recsys.config import Config, ConfigError, load_checkpoint_config
 from recsys.data.kinds import read_kinds
 from recsys.data.parquet import ParquetShards
 from recsys.data.splits import eval_order, open_loader, open_splits
 from recsys.model.ranker import Ranker, RankerOutput, build_ranker
-from recsys.prepare.synthetic import write_embedded
+from recsys.prepare.synthetic import require_embedded
 from recsys.runtime import Ranks, once_on_each_machine, process_group
 from recsys.sharding.shard import shard
 from recsys.terminal import console, say, table
@@ -59,7 +59,8 @@ def evaluate_checkpoint(
     """Figures of a checkpoint's model on a split, printed by the first rank; those of a reference column beside it.
 
     Vocabularies are those that the checkpoint holds, whatever has become of the files that its config names, and
-    features hold what they held in training.
+    features hold what they held in training. Whoever wrote the checkpoint, nothing but `predictions` is written: an
+    embedded log that is not there is not made.
 
     Args:
         directory: of the checkpoint.
@@ -76,13 +77,13 @@ def evaluate_checkpoint(
     """
     path = Path(os.path.expanduser(directory))
     meta = read_meta(path)
-    config = load_config(path / CONFIG, overrides)
+    config = load_checkpoint_config(path, overrides)
     labelled = config.data.label is not None
     if not (labelled or predictions):
         raise ConfigError("data.label: null leaves nothing to measure; pass --predictions, or name the label")
     with process_group(config.device) as ranks:
         verified(path, ranks)
-        once_on_each_machine(ranks, partial(write_embedded, config))
+        once_on_each_machine(ranks, partial(require_embedded, config))
         shards = open_splits(config, [split], path / VOCABULARIES, read_kinds(path))[split]
         ranker = build_ranker(config, seed=0)
         dense_arch = ranker.dense_arch

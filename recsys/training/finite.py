@@ -1,6 +1,6 @@
 """Whether what a run computes is finite: watched on the device at every step, and looked at before every save."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from operator import is_
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -51,18 +51,17 @@ class Moment(NamedTuple):
     Attributes:
         step: the last that was taken, over all stages.
         stage: under way, whose learning rates may be at fault.
-        last_good: the newest checkpoint that was saved before, if any.
+        last_good: tells the newest checkpoint that was saved before, if any; asked only where the run ends.
     """
 
     step: int
     stage: str
-    last_good: Path | None
+    last_good: Callable[[], Path | None]
 
     def way_out(self) -> str:
         """What there is to go back to, and what to change."""
-        saved = (
-            f"the last good checkpoint is {self.last_good}" if self.last_good else "no checkpoint had been saved before"
-        )
+        last_good = self.last_good()
+        saved = f"the last good checkpoint is {last_good}" if last_good else "no checkpoint had been saved before"
         return f"{saved}; lower the learning rates of stages.{self.stage}"
 
 

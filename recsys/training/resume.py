@@ -5,8 +5,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recsys.checkpoint.layout import CONFIG, PROGRESS, CheckpointError, checkpoints, read_meta
-from recsys.config import Config, ConfigError, load_config, shortened
+from recsys.checkpoint.layout import META, PROGRESS, CheckpointError, checkpoints, read_meta
+from recsys.config import Config, ConfigError, load_checkpoint_config, shortened
 from recsys.runtime import Ranks
 from recsys.training.checkpoint import together, verified
 
@@ -88,7 +88,7 @@ def checkpoint_to_resume(
         _compare(found, config, _FREE, "resume=never, which begins anew and keeps what is there under another name")
         return found
     given = Path(config.resume)
-    if not (given / "meta.json").exists():
+    if not (given / META).exists():
         folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
         if (found := newest_whole(folder, ranks, say)) is None:
             raise CheckpointError(
@@ -107,7 +107,7 @@ def checkpoint_to_resume(
 
 def _compare(directory: Path, config: Config, allowed: Sequence[str], way_out: str) -> list[Difference]:
     """The differences that are allowed, those that mean nothing left out."""
-    then = load_config(directory / CONFIG)
+    then = load_checkpoint_config(directory)
     found = list(differences(then.model_dump(mode="json"), config.model_dump(mode="json")))
     if refused := [one for one in found if not _is_among(one.path, allowed)]:
         told = "; ".join(map(str, refused))

@@ -131,9 +131,7 @@ class Trainer:
         self.progress.begin_again(self._epoch(self.progress.epoch))
         if meta.world_size == self.ranks.world_size:
             self._own = load_own(directory, f"rank{self.ranks.rank}.")
-        self.checkpoints.newest = directory
-        if directory.parent == self.checkpoints.folder:
-            self.checkpoints.begun = directory
+        self.checkpoints.begin_from(directory)
         if not self.progress.phase_over:
             self._resumed = directory
         self.monitor.goes_on_from(self.progress.step)
@@ -339,7 +337,7 @@ class Trainer:
         return found
 
     def _moment(self) -> Moment:
-        return Moment(self.progress.step, self.progress.stage, self.checkpoints.newest)
+        return Moment(self.progress.step, self.progress.stage, self.checkpoints.last_good)
 
     def _check_weights(self) -> None:
         check_weights(model_state(self.sharded, self.dense_arch), self.ranks, self._moment())

@@ -13,7 +13,7 @@ import yaml
 from hostile import ROOT, TEXTS, WIDE, run_bounded
 from tiny import tiny_config
 
-from recsys.config import Config, ConfigError, load_config
+from recsys.config import Config, ConfigError, load_checkpoint_config, load_config
 from recsys.config.dialect import MAX_BYTES, MAX_CHARACTERS, MAX_DEPTH, MAX_INCLUDES, MAX_VALUES
 
 MUTATIONS = 500
@@ -280,3 +280,19 @@ def test_mutated_configs_end_as_a_config_or_in_one_error(write: Callable[..., Pa
     assert max(seconds for _, _, seconds, _ in ended) < 15
     for name in {name for name, *_ in ended} - set(refused):
         assert isinstance(load_config(tmp_path / name), Config)
+
+
+def test_a_checkpoints_config_is_one_file_and_no_link(write: Callable[..., Path], tmp_path: Path) -> None:
+    written = write(name="config")
+    assert load_checkpoint_config(tmp_path, ["seed=7"]) == load_config(written, ["seed=7"])
+    written.write_text("include: other.yaml\n" + (text := written.read_text()))
+    (tmp_path / "other.yaml").write_text("seed: 5\n")
+    assert load_config(written).seed == 5
+    with pytest.raises(ConfigError, match=r"config\.yaml: a checkpoint's config includes nothing"):
+        load_checkpoint_config(tmp_path)
+    (tmp_path / "other.yaml").write_text(text)
+    written.unlink()
+    written.symlink_to("other.yaml")
+    assert load_config(written).name == "tiny"
+    with pytest.raises(ConfigError, match=rf"cannot read config {written}: it is a link; restore the checkpoint"):
+        load_checkpoint_config(tmp_path)

@@ -1,6 +1,7 @@
 """What a column holds is decided once: over all files of all splits, and for whatever is read after training."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,22 @@ def test_an_evaluation_maps_other_data_as_training_did(tmp_path: Path) -> None:
     part.parent.rename(moved / "other")
     (finished,) = run_module(1, "recsys.evaluate", *arguments)
     assert finished.code == 2 and "holds numbers, but strings in the rows that" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"1", b'{"a": 1}', b'{"a": "numbers\\nno"}', b'{"a": null}', b"[" * 100_000]
+)
+def test_kinds_of_any_other_shape_are_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "kinds.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"kinds\.json (does not say what features|cannot be read: .*;)"):
+        read_kinds(tmp_path)
+
+
+def test_a_pipe_or_a_link_in_place_of_kinds_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "kinds.json").symlink_to("/no/such/file")
+    with pytest.raises(DataError, match=r"kinds\.json cannot be read: it is a link; restore it"):
+        read_kinds(tmp_path)
+    (tmp_path / "kinds.json").unlink()
+    os.mkfifo(tmp_path / "kinds.json")
+    with pytest.raises(DataError, match=r"kinds\.json cannot be read: it is no regular file; restore it"):
+        read_kinds(tmp_path)

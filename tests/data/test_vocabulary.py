@@ -1,5 +1,6 @@
 """Vocabularies: what is looked up, kept in a file and refused."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,42 @@ def test_saved_vocabularies_are_read_instead_of_the_files_and_held_to_their_dige
     (saved / "digests.json").unlink()
     with pytest.raises(DataError, match=r"digests\.json cannot be read"):
         load_vocabularies(config, saved)
+
+
+def test_saved_vocabularies_that_mean_harm_are_refused_before_they_are_read(log: Path) -> None:
+    file, saved = log / "v.parquet", log / "saved"
+    config = config_with(log, {"brand": by_vocabulary(file)}, tables=4)
+    build_vocabularies(config)
+    save_vocabularies(load_vocabularies(config), saved)
+    vocabulary(list(range(5))).write(saved / "brand.parquet")
+    with pytest.raises(DataError, match=r"brand\.parquet has 5 values for a table of 4 rows; restore it"):
+        load_vocabularies(config, saved)
+    (saved / "brand.parquet").unlink()
+    (saved / "brand.parquet").symlink_to(file)
+    with pytest.raises(DataError, match=r"brand\.parquet cannot be read: it is a link; restore it"):
+        load_vocabularies(config, saved)
+    (saved / "brand.parquet").unlink()
+    os.mkfifo(saved / "brand.parquet")
+    with pytest.raises(DataError, match=r"brand\.parquet cannot be read: it is no regular file; restore it"):
+        load_vocabularies(config, saved)
+    (saved / "digests.json").write_text('{"brand": "a", "brand": "b"}')
+    with pytest.raises(DataError, match=r"digests\.json cannot be read: it is not JSON: an object has one key twice"):
+        load_vocabularies(config, saved)
+
+
+@pytest.mark.parametrize("values", [["apple", "pear", "plum"], [7, 8, 9]], ids=["strings", "integers"])
+def test_a_damaged_vocabulary_is_read_or_refused_in_one_line(tmp_path: Path, values: list[Any]) -> None:
+    """Names and strings that are no UTF-8 were tracebacks."""
+    vocabulary(values).write(file := tmp_path / "v.parquet")
+    good, refusals = file.read_bytes(), []
+    for place in range(0, len(good), 3):
+        file.write_bytes(good[:place] + bytes([good[place] ^ 0xFF]) + good[place + 1 :])
+        try:
+            Vocabulary.read(file)
+        except DataError as error:
+            refusals.append(str(error))
+    assert len(refusals) > len(good) // 12
+    assert not [refusal for refusal in refusals if "\n" in refusal]
 
 
 def test_values_are_counted_as_what_they_are_in_every_type(tmp_path: Path) -> None:

@@ -3,6 +3,10 @@
 import hashlib
 import json
 import multiprocessing
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from tiny import tiny_config
 
+from recsys.config import Config, ConfigError, validate
 from recsys.prepare import synthetic, writing
-from recsys.prepare.synthetic import write_synthetic
+from recsys.prepare.synthetic import require_embedded, write_synthetic
 
 SMALL: dict[str, Any] = {
     "seed": 3,
@@ -290,3 +296,33 @@ def taste_in_recent_categories(directory: Path) -> float:
 def test_only_with_hierarchy_do_recent_categories_tell_of_the_user(data: Path, tmp_path: Path) -> None:
     write_synthetic(tmp_path / "flat", **SMALL, hierarchy=False)
     assert taste_in_recent_categories(data) > 0.2 and taste_in_recent_categories(tmp_path / "flat") < 0.03
+
+
+def test_a_log_that_is_not_there_is_named_and_made_by_the_line_that_is_told(tmp_path: Path) -> None:
+    given = {**SMALL, "train_rows": 500, "valid_rows": 100, "test_rows": 101, "hierarchy": False}
+    raw = tiny_config(tmp_path, tmp_path)
+    raw["data"]["synthetic"] = {"directory": str(tmp_path / "a log; ls"), **given}
+    config = validate(Config, raw, source="here")
+    with pytest.raises(ConfigError, match="does not hold the log that the config describes") as error:
+        require_embedded(config)
+    assert not (tmp_path / "a log; ls").exists()
+    _, _, command = str(error.value).partition("make it with ")
+    module, *arguments = shlex.split(command.partition(", or set")[0])[2:]
+    subprocess.run([sys.executable, "-m", module, *arguments], check=True, cwd=tmp_path)
+    require_embedded(config)
+    raw["data"]["synthetic"]["seed"] = 4
+    with pytest.raises(ConfigError, match="does not hold the log"):
+        require_embedded(validate(Config, raw, source="here"))
+
+
+def test_a_pipe_in_place_of_a_file_of_the_log_is_not_waited_for(tmp_path: Path) -> None:
+    write_synthetic(tmp_path / "log", **{**SMALL, "train_rows": 500, "valid_rows": 100, "test_rows": 101})
+    summary = summary_of(tmp_path / "log")
+    assert writing.is_complete(tmp_path / "log", summary)
+    part = writing.part_path(tmp_path / "log", "test", 0)
+    part.unlink()
+    os.mkfifo(part)
+    assert not writing.is_complete(tmp_path / "log", summary)
+    (tmp_path / "log" / writing.SUMMARY_FILE).unlink()
+    os.mkfifo(tmp_path / "log" / writing.SUMMARY_FILE)
+    assert writing.read_summary(tmp_path / "log") is None

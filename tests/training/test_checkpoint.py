@@ -1,9 +1,7 @@
-"""Reading checkpoints: what is no checkpoint is named, and nothing in one can run code."""
+"""Reading checkpoints into models: what is no checkpoint, or one of another model, is named."""
 
-import enum
 import json
 import os
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,16 +10,14 @@ import pytest
 import yaml
 from hostile import TEXTS
 from ranks import run_module, run_ranks
-from runs import as_config, reseal, train_on
+from runs import as_config, train_on
 from tiny import tiny_config, write_tiny_log
 
-from recsys.checkpoint.layout import CheckpointError, read_meta
 from recsys.config import Config, load_config
 from recsys.model.ranker import POOLED, build_ranker
 from recsys.runtime import Ranks
 from recsys.sharding.shard import shard
 from recsys.training.checkpoint import load_model
-from recsys.training.dcp import _member, _Reader
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +71,6 @@ def test_a_checkpoint_from_before_options_were_retired_opens(checkpoint: Path) -
         for feature in features.values():
             feature.pop("minimum"), feature.pop("list_text", None)  # keys that there were not
     (checkpoint / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    reseal(checkpoint)
     assert figures() == now
 
 
@@ -119,6 +114,29 @@ def test_a_pipe_in_place_of_a_checkpoints_config_is_not_waited_for(checkpoint: P
     assert f"cannot read config {checkpoint}/config.yaml: it is no regular file" in evaluation_error(checkpoint)
 
 
+def test_evaluating_writes_nothing_whatever_the_config_says(checkpoint: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    elsewhere = str(tmp_path / "elsewhere")
+    config |= {"output_dir": elsewhere, "checkpoints": {"copy_to": elsewhere}}
+    (checkpoint / "config.yaml").write_text(yaml.safe_dump(config))
+    files = sorted(tmp_path.rglob("*"))
+    (done,) = run_module(1, "recsys.evaluate", "--checkpoint", str(checkpoint))
+    assert done.code == 0, done.stderr
+    config["data"]["synthetic"] = {"directory": elsewhere, "train_rows": 100, "valid_rows": 100, "test_rows": 100}
+    (checkpoint / "config.yaml").write_text(yaml.safe_dump(config))
+    error = evaluation_error(checkpoint)
+    assert f"data.synthetic: '{elsewhere}' does not hold the log" in error and error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == files
+    (done,) = run_module(1, "recsys.evaluate", "--checkpoint", str(checkpoint), "data.synthetic=null")
+    assert done.code == 0, done.stderr
+
+
+def test_a_checkpoints_config_includes_nothing(checkpoint: Path) -> None:
+    path = checkpoint / "config.yaml"
+    path.write_text("include: /etc/passwd\n" + path.read_text())
+    assert f"{path}: a checkpoint's config includes nothing" in evaluation_error(checkpoint)
+
+
 def test_a_missing_split_is_named(checkpoint: Path) -> None:
     assert "data.test is not set; the config has train, valid" in evaluation_error(checkpoint, "data.test=null")
 
@@ -138,66 +156,3 @@ def test_a_cut_off_file_is_refused(checkpoint: Path) -> None:
     (data,) = checkpoint.glob("*.distcp")
     data.write_bytes(data.read_bytes()[:1000])
     assert str(checkpoint) in evaluation_error(checkpoint)
-
-
-class Trap:
-    """Leaves a file behind if it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[Path]]:
-        return (Path.touch, (self.path,))
-
-
-def test_an_index_that_would_run_code_is_refused_without_running_it(checkpoint: Path, tmp_path: Path) -> None:
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
-    reseal(checkpoint)
-    assert "no checkpoint of ours" in evaluation_error(checkpoint)
-    assert not (tmp_path / "sprung").exists()
-
-
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [
-        ("os", "system"),
-        ("torch.distributed.checkpoint.filesystem", "os.system"),
-        ("torch.distributed.checkpoint.filesystem", "FileSystemWriter"),
-        ("torch.distributed.checkpoint.metadata", "os.system"),
-        ("torch", "load"),
-        ("builtins", "getattr"),
-        ("builtins", "eval"),
-    ],
-)
-def test_an_index_reaches_nothing_through_a_module_it_may_name(
-    checkpoint: Path, module: str, name: str, tmp_path: Path
-) -> None:
-    index = _call(module, name, f"touch {tmp_path / 'sprung'}")
-    (checkpoint / ".metadata").write_bytes(index)
-    with pytest.raises(pickle.UnpicklingError, match="no checkpoint of ours"):
-        _Reader(checkpoint).read_metadata()
-    assert not (tmp_path / "sprung").exists()
-
-
-def _call(module: str, name: str, argument: str) -> bytes:
-    """A pickle that calls what it names, twice over its argument if that is `getattr`."""
-    arguments = (argument, "upper") if name == "getattr" else (argument,)
-    texts = [pickle.SHORT_BINUNICODE + bytes([len(text)]) + text.encode() for text in (module, name, *arguments)]
-    tuple_of = pickle.TUPLE2 if len(arguments) == 2 else pickle.TUPLE1
-    called = [*texts[:2], pickle.STACK_GLOBAL, *texts[2:], tuple_of, pickle.REDUCE]
-    return b"".join([pickle.PROTO, b"\x04", *called, pickle.STOP])
-
-
-class Coloured(enum.Enum):
-    RED = 1
-
-    def said(self) -> str:
-        return self.name
-
-
-def test_members_of_enums_are_all_that_getattr_reaches() -> None:
-    """As which Python before 3.11.4 pickles them."""
-    assert _member(Coloured, "RED") is Coloured.RED
-    for of, name in ((Coloured, "said"), (Coloured, "__members__"), (os, "system"), (Coloured.RED, "name")):
-        with pytest.raises(pickle.UnpicklingError, match="no checkpoint of ours"):
-            _member(of, name)

@@ -21,7 +21,7 @@ from recsys.training.finite import FirstNotFinite, Moment, NotFinite, NotFiniteE
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 NAN, INF = float("nan"), float("inf")
-NOW = Moment(7, "joint", None)
+NOW = Moment(7, "joint", lambda: None)
 
 
 def arch(device: str = "cpu") -> nn.Module:
@@ -169,7 +169,9 @@ def _ended(ranks: Ranks, config: Config, found: NotFinite, epoch_step: int, last
     order = train_order(shards, config, ranks.world_size, 1)
     directory = Path(config.output_dir)
     with pytest.raises(NotFiniteError) as caught:
-        end_not_finite(found, shards, order, epoch_step, ranks, directory, Moment(found.step, "joint", last_good))
+        end_not_finite(
+            found, shards, order, epoch_step, ranks, directory, Moment(found.step, "joint", lambda: last_good)
+        )
     return str(caught.value)
 
 
