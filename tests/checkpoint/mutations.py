@@ -15,7 +15,9 @@ from hostile import _peak_mebibytes
 from test_dcp import HOSTILE
 from test_files import ODD
 
+from recsys.checkpoint import layout
 from recsys.checkpoint.index import UnreadableError
+from recsys.checkpoint.layout import read_meta
 from recsys.checkpoint.tensors import TensorReader
 from recsys.config import load_checkpoint_config
 from recsys.data.kinds import read_kinds
@@ -24,7 +26,9 @@ from recsys.files import read_json
 
 
 def verify(directory: Path) -> None:
-    """Hold every file of a checkpoint against the digest that was kept of it: here, once checkpoints keep them."""
+    """Hold every file of a checkpoint against the digest that was kept of it."""
+    if wrong := layout.verify(directory, read_meta(directory)):
+        raise UnreadableError(wrong)
 
 
 def contents(directory: Path, names: tuple[str, ...] | None = None) -> dict[str, Any]:

@@ -10,9 +10,10 @@ import pytest
 import yaml
 from hostile import TEXTS
 from ranks import run_module, run_ranks
-from runs import as_config, train_on
+from runs import as_config, reseal, train_on
 from tiny import tiny_config, write_tiny_log
 
+from recsys.checkpoint.layout import CheckpointError, read_meta
 from recsys.config import Config, load_config
 from recsys.model.ranker import POOLED, build_ranker
 from recsys.runtime import Ranks
@@ -71,6 +72,7 @@ def test_a_checkpoint_from_before_options_were_retired_opens(checkpoint: Path) -
         for feature in features.values():
             feature.pop("minimum"), feature.pop("list_text", None)  # keys that there were not
     (checkpoint / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    reseal(checkpoint)
     assert figures() == now
 
 
@@ -119,11 +121,13 @@ def test_evaluating_writes_nothing_whatever_the_config_says(checkpoint: Path, tm
     elsewhere = str(tmp_path / "elsewhere")
     config |= {"output_dir": elsewhere, "checkpoints": {"copy_to": elsewhere}}
     (checkpoint / "config.yaml").write_text(yaml.safe_dump(config))
+    reseal(checkpoint)
     files = sorted(tmp_path.rglob("*"))
     (done,) = run_module(1, "recsys.evaluate", "--checkpoint", str(checkpoint))
     assert done.code == 0, done.stderr
     config["data"]["synthetic"] = {"directory": elsewhere, "train_rows": 100, "valid_rows": 100, "test_rows": 100}
     (checkpoint / "config.yaml").write_text(yaml.safe_dump(config))
+    reseal(checkpoint)
     error = evaluation_error(checkpoint)
     assert f"data.synthetic: '{elsewhere}' does not hold the log" in error and error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == files
