@@ -38,7 +38,7 @@ def train(
         gpu: number of gpus per node
         memMB: memory per node in MB
         env: environment variables for the run (ENV1=v1,ENV2=v2)
-        max_retries: how often the scheduler may start the job again, from its beginning
+        max_retries: how often torchrun may start the processes again, and the scheduler, if it retries, the job
         mounts: mounts for the container (type=<bind/volume>,src=/host,dst=/job[,readonly])
         rdzv_port: port on the first node at which several nodes meet
     """

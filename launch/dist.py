@@ -14,6 +14,7 @@ from torchx.components import dist, structured_arg
 from torchx.specs import finder
 
 _STOCK_CPU = 2
+_SHUTDOWN_SECONDS = "300"
 
 
 def ddp(
@@ -43,6 +44,11 @@ def ddp(
     OMP_NUM_THREADS, unless set here or in the environment, shares the CPUs of a node among its processes:
     those asked for by cpu or h, or this machine's when neither was given.
 
+    torchrun gives its processes 300 s to end after a signal, unless TORCH_ELASTIC_SHUTDOWN_TIMEOUT says otherwise, here
+    or in the environment; up to 2.11, torch knows only 30 s. Processes that fail are started again as often as
+    max_retries says, before the scheduler starts the job again; PET_MAX_RESTARTS says otherwise. On this machine, they
+    end when the torchx that launched them does.
+
     Args:
         script_args: the script, unless --script or -m names it, then its arguments
         script: script or binary to run within the image
@@ -55,7 +61,7 @@ def ddp(
         memMB: memory per node in MB
         j: [{min_nodes}:]{nodes}x{processes per node}; with gpus, processes must not exceed gpus
         env: environment variables for the run (ENV1=v1,ENV2=v2)
-        max_retries: the number of scheduler retries allowed
+        max_retries: how often torchrun may start the processes again, and the scheduler, if it retries, the job
         rdzv_port: port on the first node at which several nodes meet; a single node picks a free port
         rdzv_backend: rendezvous backend, with several nodes
         mounts: mounts for the container (type=<bind/volume>,src=/host,dst=/job[,readonly])
@@ -65,6 +71,11 @@ def ddp(
     script, m, rest = _target(list(script_args), script, m)
     env = dict(env or {})
     env.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS") or _threads(j, cpu, h))
+    timeout = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+    env.setdefault(timeout, os.environ.get(timeout) or _SHUTDOWN_SECONDS)
+    if max_retries:
+        env.setdefault("PET_MAX_RESTARTS", os.environ.get("PET_MAX_RESTARTS") or str(max_retries))
+    env["HILOREC_LAUNCHER_PID"] = str(os.getpid())  # recsys/lifetime.py reads it where processes are torchx's own
     return dist.ddp(
         *rest,
         script=script,

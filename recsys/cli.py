@@ -1,23 +1,27 @@
 """How an entry starts, fails and ends. Imports neither torch nor TorchRec, which `run_entry` checks first."""
 
 import argparse
+import contextlib
 import io
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 from recsys.config import DEFAULT_CONFIG
-from recsys.errors import UserError
+from recsys.errors import Stopped, UserError
+from recsys.lifetime import end_with_launcher
 from recsys.versions import VersionError, check_versions
 
-_ERROR_KEY = "hilorec/error"
+_ERROR_KEY, _STOPPED_KEY = "hilorec/error", "hilorec/stopped"
 _PATIENCE_SECONDS = 5.0
 
 
@@ -53,8 +57,9 @@ def run_entry(body: Callable[[], int | None], *, checks_versions: bool = True) -
     """Run a command's body and end the process, with the exit code that the body returns, if any.
 
     What the user can put right ends as one `error:` line on one rank and exit code 2; a rank that fails because another
-    did stays silent and exits with 1; any other failure shows its traceback. The body imports what needs torch itself,
-    so that a mismatched installation is explained before its import fails.
+    did stays silent and exits with 1; any other failure shows its traceback. `Stopped` ends as one line of the first
+    rank and the exit code that it holds. The body imports what needs torch itself, so that a mismatched installation is
+    explained before its import fails. A rank does not outlive its launcher.
 
     Args:
         body: the command.
@@ -65,9 +70,13 @@ def run_entry(body: Callable[[], int | None], *, checks_versions: bool = True) -
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter is no reason to fail
     code = 0
     try:
+        end_with_launcher()
         if checks_versions:
             check_versions()
         code = body() or 0
+    except Stopped as stop:
+        code = stop.exit_code
+        _tell_once(str(stop))
     except (UserError, VersionError) as error:
         code = 2
         if _is_ours_to_tell(caused_by_a_peer=False):
@@ -107,6 +116,24 @@ def _tell(text: str) -> None:
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         cause = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
         Path(path).write_text(json.dumps({"message": cause}), encoding="utf-8")
+
+
+def _tell_once(text: str) -> None:
+    """Have the first rank print a line that holds for all; the others wait until it has, as their end may end it."""
+    if not _process_group_is_up():
+        _tell(text)
+        return
+    from torch import distributed as dist
+
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 0:
+        _tell(text)
+        # A launcher that sees another rank end ends this one, whose exit code is to be the one that it reports.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        store.set(_STOPPED_KEY, "")
+    else:
+        with contextlib.suppress(dist.DistError):  # the first rank, or the store, is gone: so is who would wait
+            store.wait([_STOPPED_KEY], timedelta(seconds=_PATIENCE_SECONDS))
 
 
 def _process_group_is_up() -> bool:

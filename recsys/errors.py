@@ -1,5 +1,23 @@
-"""The root of all errors that the user can put right."""
+"""What ends a command early with one line: errors that the user can put right, and a signal that was obeyed."""
+
+import signal
 
 
 class UserError(ValueError):
     """Something that the user can put right; the message names the thing and the way out, and is all that is shown."""
+
+
+class Stopped(Exception):
+    """A run that a signal asked to stop has saved and ends; raised on every rank, told by the first.
+
+    Args:
+        by: the signal.
+        step: of the run, as saved.
+
+    Attributes:
+        exit_code: 128 + the signal's number, such as 143 for SIGTERM and 130 for SIGINT.
+    """
+
+    def __init__(self, by: signal.Signals, step: int) -> None:
+        super().__init__(f"stopped by {by.name} at step {step}; run the same command to go on")
+        self.exit_code = 128 + by

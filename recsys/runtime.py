@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from recsys.config import ConfigError
+from recsys.lifetime import end_with_launcher
 
 _TIMEOUT = timedelta(minutes=30)
 
@@ -50,7 +53,9 @@ def process_group(device: str) -> Iterator[Ranks]:
     Raises:
         ConfigError: there are fewer GPUs than processes that are to compute on them, or this machine has GPUs and
             another of the run has none.
+        OrphanError: the torchx that launched this run has ended already.
     """
+    end_with_launcher()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
@@ -72,6 +77,7 @@ def process_group(device: str) -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     if "RANK" in os.environ:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+        store = meet(store, rank, world_size)
         agree_on_device(store, chosen.type, rank)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
     else:
@@ -79,6 +85,41 @@ def process_group(device: str) -> Iterator[Ranks]:
     yield Ranks(rank, world_size, local_rank, local_world_size, chosen)
     # Not in a finally: after a failure the other ranks may never come, and the process is about to end anyway.
     dist.destroy_process_group()
+
+
+def meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """A part of the store that is these ranks' alone; a collective call.
+
+    The store of torchrun lives on when it restarts its ranks, with all that those before them have left there: their
+    addresses, to which gloo would connect, and the claim of an error. How often torchrun restarted does not tell the
+    attempts apart: it does not count a node that joins or leaves, and nodes count each for itself. So the first rank
+    opens a part under a new name, and each other takes part in what answers it, which a part left behind never does.
+
+    Args:
+        store: at which the ranks meet.
+        rank: of this process.
+        world_size: number of processes.
+    """
+    me = uuid.uuid4().hex
+    if rank == 0:
+        store.set("hilorec/meeting", me)
+        for other in range(1, world_size):
+            guest = store.get(f"hilorec/{me}/{other}").decode()
+            store.set(f"hilorec/welcome/{guest}", "")
+        return dist.PrefixStore(me, store)
+    meeting, until = None, time.monotonic() + _TIMEOUT.total_seconds()
+    while not store.check([f"hilorec/welcome/{me}"]):
+        if time.monotonic() > until:
+            raise TimeoutError(f"rank {rank} waited {_TIMEOUT} for the first rank, which did not come")
+        if (newest := store.get("hilorec/meeting").decode()) != meeting:
+            meeting = newest
+            store.set(f"hilorec/{meeting}/{rank}", me)
+        time.sleep(_MEETING_SECONDS)
+    assert meeting is not None
+    return dist.PrefixStore(meeting, store)
+
+
+_MEETING_SECONDS = 0.01  # between two looks for the first rank
 
 
 def agree_on_device(store: dist.Store, device_type: str, rank: int) -> None:

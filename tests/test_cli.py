@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ranks import run_module
 from tiny import write_tiny_config, write_tiny_log
 
 from recsys.cli import ArgumentParser
@@ -108,3 +109,40 @@ main(["synthetic", "--output", "out"])
 """
     done = run(code=code)
     assert (done.returncode, done.stderr) == (2, "error: they differ\n")
+
+
+def test_a_run_that_a_signal_stopped_ends_with_one_line_and_its_code() -> None:
+    for name, code in (("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)):
+        done = run(
+            code=f"""
+import signal
+from recsys.cli import run_entry
+from recsys.errors import Stopped
+def body(): raise Stopped(signal.{name}, 1234)
+run_entry(body)
+"""
+        )
+        assert (done.returncode, done.stdout) == (code, "")
+        assert done.stderr == f"stopped by {name} at step 1234; run the same command to go on\n"
+
+
+STOPPED = """
+import signal
+from recsys.cli import run_entry
+def body():
+    from recsys.errors import Stopped
+    from recsys.runtime import process_group
+    with process_group("cpu"):
+        raise Stopped(signal.SIGTERM, 7)
+if __name__ == "__main__":
+    run_entry(body)
+"""
+
+
+def test_the_first_rank_alone_tells_of_the_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stopped_entry.py").write_text(STOPPED)
+    monkeypatch.syspath_prepend(tmp_path)
+    first, second = run_module(2, "stopped_entry")
+    assert (first.code, second.code) == (143, 143)
+    assert first.stderr == "stopped by SIGTERM at step 7; run the same command to go on\n"
+    assert second.stderr == first.stdout == second.stdout == ""

@@ -68,6 +68,7 @@ class Checkpoints:
         self.folder = folder
         self.waited = 0.0
         self.begun: Path | None = None
+        self._begun_at = time.monotonic()
         self._newest: Path | None = None
         self._config, self._ranks, self._write_files = config, ranks, write_files
         self._group = dist.new_group(backend="gloo")
@@ -95,12 +96,17 @@ class Checkpoints:
             save = partial(dcp.async_save, async_stager=BlockingAsyncStager())
         with _naming(cannot):
             saving = save(state, checkpoint_id=layout.partial(directory), process_group=self._group)
-        self.begun = directory
+        self.begun, self._begun_at = directory, time.monotonic()
         self._pending = self._pool.submit(self._finish, saving, directory, progress, meta)
         self.waited += time.perf_counter() - began
         if not self._config.asynchronous:
             self.wait()
         return directory
+
+    @property
+    def seconds_since(self) -> float:
+        """Since the last save began, or the run."""
+        return time.monotonic() - self._begun_at
 
     def wait(self) -> None:
         """Wait until the checkpoint that is being written is whole.

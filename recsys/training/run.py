@@ -23,6 +23,7 @@ from recsys.data.parquet import ParquetShards
 from recsys.data.splits import open_loader, open_splits, train_order
 from recsys.data.storage import locate
 from recsys.data.vocabulary import save_vocabularies
+from recsys.errors import Stopped
 from recsys.model.cost import cost_report
 from recsys.model.ranker import build_ranker
 from recsys.prepare.synthetic import write_embedded
@@ -50,6 +51,7 @@ from recsys.training.monitor import Monitor
 from recsys.training.optimizers import phase_lengths, phases
 from recsys.training.progress import Best, Progress, StageTotals
 from recsys.training.resume import checkpoint_to_resume
+from recsys.training.signals import Agreement, StopRequest
 from recsys.training.stage import PhaseTrainer
 from recsys.versions import git_commit, versions
 
@@ -115,6 +117,7 @@ class Trainer:
         )
         self._resumed: Path | None = None  # until the phase that it stands in has begun
         self._own: dict[str, Tensor] = {}
+        self._asked = False  # whether this rank has asked for a save since the last
         copy_to = config.checkpoints.copy_to
         self._copies = copy_to and locate(copy_to, source="checkpoints.copy_to").checked("checkpoints.copy_to")
 
@@ -141,7 +144,16 @@ class Trainer:
             self.monitor.say(f"warning: the checkpoint has nothing for {anew[0]}{more}: state that begins anew")
 
     def run(self) -> dict[str, Any]:
-        """All stages, or those that are left, then the held-out splits."""
+        """All stages, or those that are left, then the held-out splits.
+
+        Raises:
+            Stopped: a signal asked for it, and the run is saved.
+        """
+        grace = self.config.checkpoints.grace_seconds
+        with StopRequest(grace) as self._stop, Agreement(self.ranks) as self._agreement:
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         self._announce()
         # Dropout must differ between ranks; nothing else draws from the global generator from here on.
         since = f" since {self.progress.step}" if self.progress.step else ""
@@ -309,10 +321,18 @@ class Trainer:
         progress.valid, progress.of_stage.best_epoch = best.metrics, best.epoch
 
     def _after_step(self, trainer: PhaseTrainer) -> None:
-        """Save the run if that is due."""
-        every = self.config.checkpoints.every_steps
-        if every is not None and self.progress.phase_steps % every == 0:
+        """Save the run if that is due, and end it if a signal asked for that."""
+        config, progress = self.config.checkpoints, self.progress
+        is_time = config.every_minutes is not None and self.checkpoints.seconds_since > 60 * config.every_minutes
+        agreed = self._agreement.exchange(self._stop.signal, is_time and not self._asked)
+        self._asked |= is_time
+        if agreed.stop:
+            self.monitor.say(f"{agreed.stop.name}: saving the run at step {progress.step:,}")
+        if agreed.stop or agreed.save or (config.every_steps and progress.phase_steps % config.every_steps == 0):
             self._save(trainer)
+        if agreed.stop:
+            self.checkpoints.wait()
+            raise Stopped(agreed.stop, progress.step)
 
     def _epoch(self, number: int) -> Epoch:
         """The order of an epoch, or of what is left of it."""
@@ -361,6 +381,7 @@ class Trainer:
 
     def _save(self, trainer: PhaseTrainer, *, kept: str | None = None, valid: Metrics | None = None) -> None:
         """Begin to write a checkpoint from which the run goes on as if nothing had happened."""
+        self._asked = False
         trainer.check_finite()
         self._check_weights()
         progress, rank = self.progress, f"rank{self.ranks.rank}."

@@ -51,7 +51,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_or_says_what_it_said(ended:
             assert heading and all(fault.startswith("  ") for fault in faults), refusal
         assert mebibytes < 1500, (kind, mebibytes)
     refused = sum(one.refusal is not None for one in ended)
-    assert len(ended) // 2 < refused < len(ended), "either all damage is found, or none does harm: nothing is tried"
+    assert refused > len(ended) // 2, "damage does no harm: nothing is tried"
 
 
 def test_no_damage_changes_what_a_checkpoint_says(ended: list[Ended]) -> None:

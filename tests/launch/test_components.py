@@ -17,6 +17,7 @@ from torchx.schedulers.slurm_scheduler import SlurmBatchRequest
 from torchx.specs.finder import ComponentValidationException, get_components
 
 from launch import components, dist
+from recsys import lifetime
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 SCHEDULERS = {"local_cwd": {}, "slurm": {"partition": "train"}, "kubernetes": {"queue": "train"}}
@@ -51,7 +52,7 @@ LINES = {
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch):
-    for name in [name for name in os.environ if name.startswith("TORCHX") or name == "LOGLEVEL"]:
+    for name in [name for name in os.environ if name.startswith(("TORCH", "PET_")) or name == "LOGLEVEL"]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
 
@@ -79,9 +80,16 @@ def _text(request) -> str:
         tree = request.resource if isinstance(request, KubernetesJob) else asdict(request)
         text = yaml.safe_dump(sanitize_for_serialization(tree), width=sys.maxsize)
     text = re.sub(r"/[^'\" ]*/torchx_\w+", "<logs>", text)
+    text = re.sub(r"(HILOREC_LAUNCHER_PID(?:=|: '|\s+value: '))\d+", r"\1<launcher>", text)
     text = text.replace(str(Path.cwd()), "<cwd>")
     text = text.replace(torchx.IMAGE, "<image>")
     return text.replace(torchx.__version__, "<version>").strip() + "\n"
+
+
+def ours_by_default(**more: str) -> dict[str, str]:
+    """What our components put into the environment, with `OMP_NUM_THREADS` as the fixture sets it."""
+    started = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300", "HILOREC_LAUNCHER_PID": str(os.getpid())}
+    return {"OMP_NUM_THREADS": "5", **started, **more}
 
 
 def test_positional_script_is_the_stock_script():
@@ -90,7 +98,7 @@ def test_positional_script_is_the_stock_script():
         *("--config", "x.yaml", "a=b"),
         script="recsys/train.py",
         j="2x4",
-        env={"OMP_NUM_THREADS": "5"},
+        env=ours_by_default(PET_MAX_RESTARTS="1"),
         max_retries=1,
         debug=True,
     )
@@ -98,9 +106,8 @@ def test_positional_script_is_the_stock_script():
 
 
 def test_named_script_and_module_leave_positionals_alone():
-    env = {"OMP_NUM_THREADS": "5"}
-    assert dist.ddp("a", script="x.py") == stock.ddp("a", script="x.py", env=dict(env))
-    assert dist.ddp("a", m="x.y") == stock.ddp("a", m="x.y", env=dict(env))
+    assert dist.ddp("a", script="x.py") == stock.ddp("a", script="x.py", env=ours_by_default())
+    assert dist.ddp("a", m="x.y") == stock.ddp("a", m="x.y", env=ours_by_default())
 
 
 def test_spmd_takes_processes_from_the_host():
@@ -138,6 +145,26 @@ def test_threads_share_the_cpus_of_a_node(monkeypatch):
     assert threads(j="2x4", cpu=32) == "8"
     assert threads(j="1x2", h="gpu.medium") == "8"
     assert threads(j="1x4", env={"OMP_NUM_THREADS": "7"}) == "7"
+
+
+@pytest.mark.parametrize("name", ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "PET_MAX_RESTARTS"])
+def test_the_callers_word_on_shutdown_and_restarts_counts(name, monkeypatch):
+    def value(**arguments):
+        return dist.ddp("x.py", max_retries=3, **arguments).roles[0].env[name]
+
+    assert value() == {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300", "PET_MAX_RESTARTS": "3"}[name]
+    monkeypatch.setenv(name, "7")
+    assert value() == "7"
+    assert value(env={name: "8"}) == "8"
+
+
+def test_nothing_is_restarted_unless_asked_for():
+    role = components.train().roles[0]
+    assert "PET_MAX_RESTARTS" not in role.env and role.max_retries == 0
+
+
+def test_launcher_and_rank_name_the_same_variable():
+    assert lifetime.LAUNCHER_PID in dist.ddp("x.py").roles[0].env
 
 
 def test_environment_of_the_caller_is_not_changed():
