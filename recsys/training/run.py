@@ -323,7 +323,11 @@ class Trainer:
     def _after_step(self, trainer: PhaseTrainer) -> None:
         """Save the run if that is due, and end it if a signal asked for that."""
         config, progress = self.config.checkpoints, self.progress
-        is_time = config.every_minutes is not None and self.checkpoints.seconds_since > 60 * config.every_minutes
+        is_time = (
+            self.ranks.is_first  # by one clock, or ranks would ask one after another
+            and config.every_minutes is not None
+            and self.checkpoints.seconds_since > 60 * config.every_minutes
+        )
         agreed = self._agreement.exchange(self._stop.signal, is_time and not self._asked)
         self._asked |= is_time
         if agreed.stop:

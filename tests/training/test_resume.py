@@ -2,9 +2,13 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -183,6 +187,33 @@ def test_a_run_that_was_cut_off_is_gone_on_with_and_a_finished_one_is_kept_aside
     assert third.code == 0 and "An earlier run was in" in third.stdout and "Resumed" not in third.stdout
     assert len(list(tmp_path.glob("out*"))) == 2
     assert config.resume == "auto"
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_told_to_stop_is_saved_and_goes_on(log: Path, tmp_path: Path, by: signal.Signals) -> None:
+    changes = {"checkpoints": {"every_minutes": 0.002}}
+    stages = {"joint": {"trains": "all", "steps": 150, "learning_rate": 0.01, "sparse_learning_rate": 0.1}}
+    config_of(log, tmp_path / "whole", tmp_path, stages=stages, **changes)
+    path = str(tmp_path / "config-under-test.yaml")
+    command = [sys.executable, "-m", "recsys.train", "--config", path]
+    whole = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Resumed" not in whole.stdout
+    with subprocess.Popen([*command, f"output_dir={tmp_path}/out"], stdout=PIPE, stderr=PIPE, text=True) as stopped:
+        assert stopped.stdout is not None and stopped.stderr is not None
+        while "step  40/150" not in (line := stopped.stdout.readline()):
+            assert line, stopped.stderr.read()
+        stopped.send_signal(by)
+        said = stopped.stdout.read()
+        told = stopped.stderr.read()
+    assert stopped.returncode == 128 + by
+    assert told.startswith(f"stopped by {by.name} at step ") and told.count("\n") == 1
+    assert f"{by.name}: saving the run at step" in said
+    again = subprocess.run([*command, f"output_dir={tmp_path}/out"], capture_output=True, text=True, check=True)
+    assert "Resumed from" in again.stdout
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "out")]
+    assert without_times(summaries[0]) == without_times(summaries[1])
+    last = "checkpoints/step-150"
+    assert_same_tensors(tensors_of(tmp_path / "out" / last, tmp_path), tensors_of(tmp_path / "whole" / last, tmp_path))
 
 
 def cut_off(output_dir: Path, step: int) -> None:
