@@ -128,6 +128,11 @@ class Monitor:
             width = len(f"{num_steps:,}")
             self.say(f"{stage:<10} step {stage_step:>{width},}/{num_steps:,}  {_shown(metrics)}  {speed}")
 
+    def checkpoint(self, step: int, seconds: float) -> None:
+        """A checkpoint is being written, or is; training has waited for so long."""
+        if self._writer is not None:
+            self._writer.add_scalar("checkpoint_wait", seconds, step)
+
     def routing(self, step: int, window: Mapping[str, RoutingSummary]) -> None:
         """How the experts of each linear were used since the last window."""
         if self._writer is None:

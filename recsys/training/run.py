@@ -189,6 +189,7 @@ class Trainer:
             "data": {split: by_kind(counts) for split, counts in progress.counts.items()},
             "cost": self._cost.as_dict(),
             "checkpoint": str(progress.of_stage.checkpoint),
+            "checkpoint_wait": self.checkpoints.waited,
             "world_size": self.ranks.world_size,
             "device": str(self.ranks.device.type),
             "seed": config.seed,
@@ -242,7 +243,7 @@ class Trainer:
             self.monitor,
             counted=self.splits["train"].columns.counted,
             num_steps=num_steps,
-            evaluate=lambda: self._evaluate(name, "valid"),
+            evaluate=lambda: self._evaluate_within_epoch(trainer),
             after_step=lambda: self._after_step(trainer),
             end_not_finite=self._end_not_finite,
         )
@@ -301,7 +302,7 @@ class Trainer:
                 self.monitor.say(f"{name:<10} valid before the first step:")
                 progress.valid = self._evaluate(name, "valid").model
             progress.best = Best(0, progress.step, progress.valid)
-            if self.checkpoints.begun != self.checkpoints.folder / f"step-{progress.step}":
+            if not self._is_saved:
                 self._save(trainer, valid=progress.valid)
         while not trainer.is_over and progress.phase_epochs - progress.best.epoch < settings.patience:
             trainer.train_epoch(self._epoch(progress.epoch), loader)
@@ -320,6 +321,11 @@ class Trainer:
             self.monitor.say(f"{name:<10} back to its best, {of}")
         progress.valid, progress.of_stage.best_epoch = best.metrics, best.epoch
 
+    def _evaluate_within_epoch(self, trainer: PhaseTrainer) -> None:
+        metrics = self._evaluate(self.progress.stage, "valid").model
+        if self.config.checkpoints.keep_best:
+            self._save(trainer, valid=metrics)
+
     def _after_step(self, trainer: PhaseTrainer) -> None:
         """Save the run if that is due, and end it if a signal asked for that."""
         config, progress = self.config.checkpoints, self.progress
@@ -332,7 +338,8 @@ class Trainer:
         self._asked |= is_time
         if agreed.stop:
             self.monitor.say(f"{agreed.stop.name}: saving the run at step {progress.step:,}")
-        if agreed.stop or agreed.save or (config.every_steps and progress.phase_steps % config.every_steps == 0):
+        is_due = agreed.stop or agreed.save or (config.every_steps and progress.phase_steps % config.every_steps == 0)
+        if is_due and not self._is_saved:
             self._save(trainer)
         if agreed.stop:
             self.checkpoints.wait()
@@ -359,6 +366,11 @@ class Trainer:
         if found.reference is not None and split == "test":
             self.monitor.evaluation("reference", split, progress.step, found.reference)
         return found
+
+    @property
+    def _is_saved(self) -> bool:
+        """Whether the run's own folder has a checkpoint of where the run stands."""
+        return self.checkpoints.begun == self.checkpoints.folder / f"step-{self.progress.step}"
 
     def _moment(self) -> Moment:
         return Moment(self.progress.step, self.progress.stage, self.checkpoints.last_good)
@@ -405,7 +417,9 @@ class Trainer:
             best_step=progress.best.step if progress.best and not progress.phase_over else None,
             valid=valid.as_dict() if valid else None,
         )
+        waited = self.checkpoints.waited
         self.checkpoints.save(state, progress.to_json(self._epoch(progress.epoch)), meta)
+        self.monitor.checkpoint(progress.step, self.checkpoints.waited - waited)
 
     def _write_files(self, directory: Path) -> None:
         """What is the same in all checkpoints of the run."""

@@ -28,7 +28,7 @@ from recsys.training import stage
 from recsys.training.monitor import Monitor
 from recsys.training.run import Trainer
 
-TIMES = ("seconds", "examples_per_second", "data_wait", "checkpoint")
+TIMES = ("seconds", "examples_per_second", "data_wait", "checkpoint", "checkpoint_wait")
 
 
 class Recorder(Monitor):
