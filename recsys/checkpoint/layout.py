@@ -114,8 +114,12 @@ def _as_meta(meta: dict[str, Any]) -> CheckpointMeta:
     optional = {"kept": str, "best_step": int, "valid": dict}
     for name, kind in (kinds | optional).items():
         value = known.get(name)
-        if type(value) is not kind and not (name in optional and value is None):
+        is_told = type(value) is kind and not (kind is int and value < 0)
+        if not is_told and not (name in optional and value is None):
             raise ValueError(f"{name} is {shortened(repr(value))}")
+    figures = (known.get("valid") or {}).values()
+    if not all(value is None or type(value) in (int, float) for value in figures):
+        raise ValueError(f"valid is {shortened(repr(known['valid']))}")
     files = known.get("files", {})
     if not isinstance(files, dict) or (known["format"] == FORMAT and not files):
         raise ValueError("it lists no files")
