@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -105,6 +106,11 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", message=said)  # by torch 2.11
     for name in ("torchrec", "torch.distributed", "torch.fx._symbolic_trace", "fbgemm_gpu"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # What TensorBoard's writing thread fails of is raised by the next call that records something.
+    hook = threading.excepthook
+    threading.excepthook = lambda failure: (
+        None if type(failure.thread).__name__ == "_AsyncWriterThread" else hook(failure)
+    )
     # Through the root logger: TorchRec of every data-parallel table, and fbgemm 1.6 of itself.
     noise = ("Sharding spec not found", "_fbgemm_torch_compat_table has no entry")
     logging.getLogger().addFilter(lambda record: not any(text in record.getMessage() for text in noise))

@@ -114,7 +114,7 @@ def _as_meta(meta: dict[str, Any]) -> CheckpointMeta:
     optional = {"kept": str, "best_step": int, "valid": dict}
     for name, kind in (kinds | optional).items():
         value = known.get(name)
-        is_told = type(value) is kind and not (kind is int and value < 0)
+        is_told = type(value) is kind and not (isinstance(value, int) and value < 0)
         if not is_told and not (name in optional and value is None):
             raise ValueError(f"{name} is {shortened(repr(value))}")
     figures = (known.get("valid") or {}).values()

@@ -6,6 +6,8 @@ a mistake costs seconds and names its path.
 
 import itertools
 import json
+import os
+import re
 import zoneinfo
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, Union
 
@@ -502,6 +504,31 @@ class Config(Section):
     metrics: MetricsConfig = MetricsConfig()
     logging: LoggingConfig = LoggingConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
+
+    @field_validator("name", "output_dir")
+    @classmethod
+    def _on_one_line(cls, text: str) -> str:
+        if text.splitlines() not in ([], [text]):
+            raise ValueError("holds a line break; remove it")
+        return text
+
+    @field_validator("name")
+    @classmethod
+    def _stays_in_its_folder(cls, name: str) -> str:
+        if name in ("", ".", "..") or "/" in name:
+            raise ValueError(
+                "names the directory below outputs/ and must stay there: it is not empty, . or .., and holds no /"
+            )
+        return name
+
+    @field_validator("output_dir")
+    @classmethod
+    def _is_a_directory_of_its_own(cls, output_dir: str) -> str:
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", output_dir):
+            raise ValueError("is a URL, and a run writes to a disk; checkpoints.copy_to copies to object storage")
+        if not output_dir or os.path.normpath(output_dir) == ".":
+            raise ValueError("is the working directory; name a directory of the run's own, such as outputs/default")
+        return output_dir
 
     @model_validator(mode="after")
     def _references_resolve(self) -> Self:

@@ -1,7 +1,7 @@
 """What a person watches and a machine reads: the terminal, TensorBoard and summary.json, from rank 0."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from types import TracebackType
@@ -31,11 +31,13 @@ class Monitor:
     Args:
         output_dir: where `tensorboard/` and `summary.json` go.
         enabled: whether this is the first rank.
+        check: called before figures are recorded, and by who else writes there; raises if that would go astray.
     """
 
-    def __init__(self, output_dir: Path, *, enabled: bool) -> None:
+    def __init__(self, output_dir: Path, *, enabled: bool, check: Callable[[], None] = lambda: None) -> None:
         self.output_dir = output_dir
         self._enabled = enabled
+        self.check = check
         self._console = terminal.console(quiet=not enabled)
         self._writer: SummaryWriter | None = None
         self._first_step: int | None = None
@@ -116,6 +118,7 @@ class Monitor:
         """
         if self._writer is None:
             return
+        self.check()
         self._record("train", step, metrics)
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, step)
@@ -179,6 +182,7 @@ class Monitor:
 
     def evaluation(self, source: str, split: str, step: int, metrics: Metrics) -> None:
         """Figures of a held-out split; `source` is a stage's name, `final` or `reference`."""
+        self.check()
         self._record(f"{split}_reference" if source == "reference" else split, step, metrics)
         if self._task is not None:
             self._progress.update(self._task, figures="")
@@ -192,6 +196,7 @@ class Monitor:
         """
         if self._writer is None:
             return
+        self.check()
         path = self.output_dir / "summary.json"
         nulled: list[str] = []
         summary = _without_non_finite(summary, "", nulled)

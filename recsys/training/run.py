@@ -2,9 +2,9 @@
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping
-from datetime import datetime
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -40,6 +40,7 @@ from recsys.training.checkpoint import (
     load_own,
     model_state,
     table_optimizer_state,
+    together,
     verified,
 )
 from recsys.training.counts import by_kind, in_words
@@ -49,6 +50,7 @@ from recsys.training.learnable import check_labels
 from recsys.training.metrics import Metrics, far_off
 from recsys.training.monitor import Monitor
 from recsys.training.optimizers import phase_lengths, phases
+from recsys.training.output import OutputDirectory
 from recsys.training.progress import Best, Progress, StageTotals
 from recsys.training.resume import checkpoint_to_resume
 from recsys.training.signals import Agreement, StopRequest
@@ -60,29 +62,35 @@ def train(config: Config) -> dict[str, Any]:
     """Run all stages of a config on all ranks and return the summary; what is written is in `config.output_dir`.
 
     Raises:
-        ConfigError: a setting that the device or the data cannot meet, or there is no label.
+        ConfigError: a setting that the device or the data cannot meet, there is no label, or the output directory
+            cannot be used or is another run's.
         DataError: shards that cannot be trained on.
+        OutputError: the disk of the output directory fails, or the directory is moved away under the run.
     """
     if config.data.label is None:
         raise ConfigError("data.label: null is for evaluating with --predictions; name one, as training learns from it")
-    with process_group(config.device) as ranks:
+    # Before the ranks meet: who cannot have the directory need not read data first.
+    output = OutputDirectory(Path(config.output_dir), enabled=int(os.environ.get("RANK", 0)) == 0)
+    with output, process_group(config.device) as ranks:
         once_on_each_machine(ranks, partial(write_embedded, config))
         splits = open_splits(config, config.data.splits)
         check_labels(config, splits, ranks)
-        output_dir = Path(config.output_dir)
-        monitor = Monitor(output_dir, enabled=ranks.is_first)
+        monitor = Monitor(output.path, enabled=ranks.is_first, check=output.check)
         trainer = Trainer(config, ranks, splits, monitor)
-        unfinished = (output_dir / "config.yaml").exists() and not (output_dir / "summary.json").exists()
+        looks = together(ranks, f"{output.path} cannot be read", lambda: output.state)
+        unfinished = looks[0] == "unfinished"  # of the first rank, whose directory it is
         start = checkpoint_to_resume(config, ranks, monitor.say, unfinished=unfinished)
         # Only now, when whatever could be refused has been.
+        if kept := output.begin(config.name, anew=start is None):
+            monitor.say(f"An earlier run was in {output.path}; it is kept as {kept}")
         if ranks.is_first:
-            if start is None or not unfinished:
-                _make_way(output_dir)
             tidy(trainer.checkpoints.folder)
         if start is not None:
             trainer.resume(start)
-        with monitor:
-            return trainer.run()
+        with output.naming_failures(), monitor:
+            summary = trainer.run()
+        output.finish()
+        return summary
 
 
 class Trainer:
@@ -398,6 +406,7 @@ class Trainer:
     def _save(self, trainer: PhaseTrainer, *, kept: str | None = None, valid: Metrics | None = None) -> None:
         """Begin to write a checkpoint from which the run goes on as if nothing had happened."""
         self._asked = False
+        self.monitor.check()
         trainer.check_finite()
         self._check_weights()
         progress, rank = self.progress, f"rank{self.ranks.rank}."
@@ -474,23 +483,6 @@ def _set_rng(states: Mapping[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(states["rng.cpu"])
     if device.type == "cuda" and "rng.cuda" in states:
         torch.cuda.set_rng_state(states["rng.cuda"], device)
-
-
-def _make_way(output_dir: Path) -> None:
-    """Keep an earlier run of the same name under the time at which it ended.
-
-    Raises:
-        ConfigError: the directory cannot be made.
-    """
-    if (output_dir / "config.yaml").exists():
-        stamp = datetime.fromtimestamp(output_dir.stat().st_mtime).strftime("%Y%m%d-%H%M%S")
-        kept = output_dir.with_name(f"{output_dir.name}-{stamp}")
-        output_dir.rename(kept)
-        print(f"An earlier run was in {output_dir}; it is kept as {kept}", flush=True)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output_dir: {output_dir} cannot be a directory: {error.strerror or error}") from None
 
 
 def _hyperparameters(config: Config) -> dict[str, str | int | float | bool]:

@@ -26,6 +26,7 @@ from recsys.data.splits import open_splits
 from recsys.runtime import Ranks
 from recsys.training import stage
 from recsys.training.monitor import Monitor
+from recsys.training.output import MARKER
 from recsys.training.run import Trainer
 
 TIMES = ("seconds", "examples_per_second", "data_wait", "checkpoint", "checkpoint_wait")
@@ -219,6 +220,8 @@ def test_a_run_that_is_told_to_stop_is_saved_and_goes_on(log: Path, tmp_path: Pa
 def cut_off(output_dir: Path, step: int) -> None:
     """Leave a run as it was some time after a step's checkpoint."""
     (output_dir / "summary.json").unlink()
+    marker = json.loads((output_dir / MARKER).read_text())
+    (output_dir / MARKER).write_text(json.dumps({**marker, "state": "running", "finished": None}))
     for checkpoint in checkpoints(output_dir / "checkpoints"):
         if read_meta(checkpoint).step > step:
             shutil.rmtree(checkpoint)
