@@ -220,6 +220,20 @@ def test_a_run_that_is_told_to_stop_is_saved_and_goes_on(log: Path, tmp_path: Pa
     assert_same_tensors(tensors_of(tmp_path / "out" / last, tmp_path), tensors_of(tmp_path / "whole" / last, tmp_path))
 
 
+def test_a_finished_run_can_be_gone_on_with_in_its_own_place(log: Path, tmp_path: Path) -> None:
+    """With more epochs in the stage under way: it is kept aside, and gone on with from there."""
+    stages = {"joint": {"trains": "all", "epochs": 1, "learning_rate": 0.01, "sparse_learning_rate": 0.1}}
+    config_of(log, tmp_path / "out", tmp_path, stages=stages)
+    command = ("--config", str(tmp_path / "config-under-test.yaml"))
+    (done,) = run_module(1, "recsys.train", *command)
+    assert done.code == 0, done.stderr
+    within = f"resume={tmp_path}/out/checkpoints/step-20"
+    (again,) = run_module(1, "recsys.train", *command, within, "stages.joint.epochs=2")
+    assert again.code == 0, again.stderr
+    assert "An earlier run was in" in again.stdout and "stages.joint.epochs: 1 -> 2" in again.stdout
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 2 * 29
+
+
 def cut_off(output_dir: Path, step: int) -> None:
     """Leave a run as it was some time after a step's checkpoint."""
     (output_dir / "summary.json").unlink()
