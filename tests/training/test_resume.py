@@ -124,7 +124,7 @@ def assert_same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> Non
 
 @pytest.mark.parametrize(
     ("world_size", "every"),
-    [(1, 6), (3, 8), *(pytest.param(world_size, 1, marks=pytest.mark.slow) for world_size in (1, 2, 3))],
+    [(1, 5), (3, 4), *(pytest.param(world_size, 1, marks=pytest.mark.slow) for world_size in (1, 2, 3))],
 )
 def test_resumed_equals_uninterrupted(log: Path, tmp_path: Path, world_size: int, every: int) -> None:
     """From every checkpoint of a run: at ends of stages and phases, at best states, within epochs, before log lines."""
@@ -132,7 +132,7 @@ def test_resumed_equals_uninterrupted(log: Path, tmp_path: Path, world_size: int
     told, summary, rows = zip(*run_ranks(world_size, run, whole, None), strict=True)
     steps = [read_meta(path).step for path in reversed(checkpoints(tmp_path / "whole" / "checkpoints"))]
     last = steps[-1]
-    assert len(steps) > 12 and last == summary[0]["steps"]
+    assert len(steps) > 8 and last == summary[0]["steps"]
     expected = tensors_of(tmp_path / "whole" / "checkpoints" / f"step-{last}", tmp_path)
     for step in steps[::every]:
         folder = tmp_path / f"from-{step}"
