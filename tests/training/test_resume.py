@@ -127,8 +127,22 @@ def assert_same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> Non
     [(1, 5), (3, 4), *(pytest.param(world_size, 1, marks=pytest.mark.slow) for world_size in (1, 2, 3))],
 )
 def test_resumed_equals_uninterrupted(log: Path, tmp_path: Path, world_size: int, every: int) -> None:
-    """From every checkpoint of a run: at ends of stages and phases, at best states, within epochs, before log lines."""
-    whole = config_of(log, tmp_path / "whole", tmp_path)
+    """From checkpoints of a run: at ends of stages and phases, at best states, within epochs, before log lines."""
+    _resume_from_each(log, tmp_path, world_size, every)
+
+
+@pytest.mark.slow
+def test_resumed_equals_uninterrupted_with_large_tables_on_every_rank(log: Path, tmp_path: Path) -> None:
+    """Their gradients are added up by a DDP of TorchRec's own."""
+    tables = tiny_config(log, tmp_path)["tables"]
+    for table in tables.values():
+        table.pop("min_partition", None)
+        table |= {"num_embeddings": 3000, "sharding": ["data_parallel"]}
+    _resume_from_each(log, tmp_path, 3, 3, tables=tables)
+
+
+def _resume_from_each(log: Path, tmp_path: Path, world_size: int, every: int, **changes: Any) -> None:
+    whole = config_of(log, tmp_path / "whole", tmp_path, **changes)
     told, summary, rows = zip(*run_ranks(world_size, run, whole, None), strict=True)
     steps = [read_meta(path).step for path in reversed(checkpoints(tmp_path / "whole" / "checkpoints"))]
     last = steps[-1]
@@ -139,7 +153,7 @@ def test_resumed_equals_uninterrupted(log: Path, tmp_path: Path, world_size: int
         for kept in (kept for kept in steps if kept <= step):
             name = f"checkpoints/step-{kept}"
             shutil.copytree(tmp_path / "whole" / name, folder / name)
-        config = config_of(log, folder, tmp_path)
+        config = config_of(log, folder, tmp_path, **changes)
         again, its_summary, its_rows = zip(
             *run_ranks(world_size, run, config, folder / "checkpoints" / f"step-{step}"), strict=True
         )
