@@ -68,7 +68,7 @@ class Checkpoints:
         self.folder = folder
         self.waited = 0.0
         self.begun: Path | None = None
-        self._begun_at = time.monotonic()
+        self._begun_at, self._has_asked = time.monotonic(), False
         self._newest: Path | None = None
         self._config, self._ranks, self._write_files = config, ranks, write_files
         self._group = dist.new_group(backend="gloo")
@@ -96,17 +96,23 @@ class Checkpoints:
             save = partial(dcp.async_save, async_stager=BlockingAsyncStager())
         with _naming(cannot):
             saving = save(state, checkpoint_id=layout.partial(directory), process_group=self._group)
-        self.begun, self._begun_at = directory, time.monotonic()
+        self.begun, self._begun_at, self._has_asked = directory, time.monotonic(), False
         self._pending = self._pool.submit(self._finish, saving, directory, progress, meta)
         self.waited += time.perf_counter() - began
         if not self._config.asynchronous:
             self.wait()
         return directory
 
-    @property
-    def seconds_since(self) -> float:
-        """Since the last save began, or the run."""
-        return time.monotonic() - self._begun_at
+    def falls_due(self) -> bool:
+        """Whether another is due by the clock since the last began, or the run; true once until it begins.
+
+        On the first rank alone: by several clocks, ranks would ask one after another.
+        """
+        minutes = self._config.every_minutes
+        if not self._ranks.is_first or minutes is None or self._has_asked:
+            return False
+        self._has_asked = time.monotonic() - self._begun_at > 60 * minutes
+        return self._has_asked
 
     def wait(self) -> None:
         """Wait until the checkpoint that is being written is whole.

@@ -126,7 +126,6 @@ class Trainer:
         )
         self._resumed: Path | None = None  # until the phase that it stands in has begun
         self._own: dict[str, Tensor] = {}
-        self._asked = False  # whether this rank has asked for a save since the last
         copy_to = config.checkpoints.copy_to
         self._copies = copy_to and locate(copy_to, source="checkpoints.copy_to").checked("checkpoints.copy_to")
 
@@ -338,13 +337,7 @@ class Trainer:
     def _after_step(self, trainer: PhaseTrainer) -> None:
         """Save the run if that is due, and end it if a signal asked for that."""
         config, progress = self.config.checkpoints, self.progress
-        is_time = (
-            self.ranks.is_first  # by one clock, or ranks would ask one after another
-            and config.every_minutes is not None
-            and self.checkpoints.seconds_since > 60 * config.every_minutes
-        )
-        agreed = self._agreement.exchange(self._stop.signal, is_time and not self._asked)
-        self._asked |= is_time
+        agreed = self._agreement.exchange(self._stop.signal, self.checkpoints.falls_due())
         if agreed.stop:
             self.monitor.say(f"{agreed.stop.name}: saving the run at step {progress.step:,}")
         is_due = agreed.stop or agreed.save or (config.every_steps and progress.phase_steps % config.every_steps == 0)
@@ -406,7 +399,6 @@ class Trainer:
 
     def _save(self, trainer: PhaseTrainer, *, kept: str | None = None, valid: Metrics | None = None) -> None:
         """Begin to write a checkpoint from which the run goes on as if nothing had happened."""
-        self._asked = False
         self.monitor.check()
         trainer.check_finite()
         self._check_weights()
