@@ -153,3 +153,12 @@ sys.exit(f"{loaded} is loaded" if loaded else 0)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_dense_arch_and_features_need_no_torchrec() -> None:
+    program = (
+        "import sys, recsys.model.dense_arch, recsys.data.features, recsys.checkpoint.tensors; "
+        "print([name for name in sys.modules if name.startswith(('torchrec', 'fbgemm'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""A rank ends with what launched it, shown without a launcher; tests/launch/test_signals.py kills real ones."""
+"""A rank ends with what launched it, shown without a launcher; tests/launch/test_stopping.py kills real ones."""
 
 import os
 import subprocess

@@ -59,6 +59,7 @@ class CheckpointMeta:
         kept: why retention leaves it: `stage` at a stage's end, else None.
         best_step: step of the checkpoint that holds the best state of the phase under way, if one is chosen.
         valid: figures of the valid split for these weights, where they were taken.
+        versions: of what wrote it, by package; `commit` is the project's, where it is known.
         files: digest of every other file, by its path within the checkpoint; empty in format 1.
         format: version of this layout.
     """
@@ -70,6 +71,7 @@ class CheckpointMeta:
     kept: str | None = None
     best_step: int | None = None
     valid: Mapping[str, float | int | None] | None = None
+    versions: Mapping[str, str | None] = field(default_factory=dict)
     files: Mapping[str, Digest] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -112,7 +114,7 @@ def read_meta(directory: Path) -> CheckpointMeta:
 def _as_meta(meta: dict[str, Any]) -> CheckpointMeta:
     known = {name: meta[name] for name in (one.name for one in fields(CheckpointMeta)) if name in meta}
     kinds = {"stage": str, "step": int, "stage_step": int, "world_size": int}
-    optional = {"kept": str, "best_step": int, "valid": dict}
+    optional = {"kept": str, "best_step": int, "valid": dict, "versions": dict}
     for name, kind in (kinds | optional).items():
         value = known.get(name)
         is_told = type(value) is kind and not (isinstance(value, int) and value < 0)

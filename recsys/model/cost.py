@@ -28,8 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from recsys.config import Config, ConfigError, HiLoMoEConfig, ModelConfig, TowerConfig
+from recsys.model.dense_arch import DenseArch, build_dense_arch
 from recsys.model.experts import expert_layers
-from recsys.model.ranker import DenseArch, build_dense_arch
 
 PARTS = ("embedding", "projection", "tower", "interaction", "experts", "routing", "head")
 """`projection` is that of the dense features. `tower` are the tower's linears without their experts, `interaction` the

@@ -5,14 +5,16 @@ and the monitor and the summary take whatever there is.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys.data.batch import Batch
 from recsys.model.experts import ExpertLayer, ExpertRouting
+
+if TYPE_CHECKING:
+    from recsys.data.batch import Batch  # which needs TorchRec
 
 CLICK = "bce"
 """The loss that is always there, with weight 1."""
@@ -59,7 +61,7 @@ class TotalLoss(nn.Module):
     """Sums the losses; a module of its own, so that a pipeline's symbolic tracing does not look inside."""
 
     def forward(
-        self, logits: Tensor, auxiliary: Losses, batch: Batch, weights: Mapping[str, float]
+        self, logits: Tensor, auxiliary: Losses, batch: "Batch", weights: Mapping[str, float]
     ) -> tuple[Tensor, Losses]:
         """What is differentiated, a scalar, and its terms, detached.
 

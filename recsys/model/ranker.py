@@ -1,12 +1,11 @@
-"""The ranker: pooled embeddings -> tower -> click logit -> losses.
+"""The ranker: pooled embeddings -> dense arch -> click logit -> losses.
 
-Shapes: B rows of this rank's batch, F_d dense features, W the tower's input width.
+Shapes: B rows of this rank's batch, W the width of all pooled embeddings together.
 """
 
 import os
 from collections.abc import Mapping, Sequence
 from functools import cache
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -14,11 +13,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
 
-from recsys.config import Config, ConfigError, HiLoMoEConfig, ModelConfig
+from recsys.config import Config, ConfigError, ModelConfig
 from recsys.data.batch import Batch
-from recsys.model.experts import attach_experts, expert_layers
-from recsys.model.losses import Losses, TotalLoss, auxiliary_losses
-from recsys.model.towers import Tokens, build_tower
+from recsys.model.dense_arch import build_dense_arch
+from recsys.model.losses import Losses, TotalLoss
 
 POOLED = "embedding_bag_collection"
 """The collection of tables that are pooled; its name begins those of its tables in a checkpoint."""
@@ -44,43 +42,6 @@ class RankerOutput(NamedTuple):
     domain: Tensor
     losses: Losses
     dense_features: Tensor
-
-
-class DenseArch(nn.Module):
-    """Everything that is replicated and trained by the dense optimizer: dense projection, tower and head.
-
-    Args:
-        num_dense_features: F_d, may be 0.
-        dense_dim: width to which the dense features are projected.
-        tower: module from (B, W) to (B, `out_features`).
-        out_features: the tower's output width.
-    """
-
-    def __init__(self, num_dense_features: int, dense_dim: int, tower: nn.Module, out_features: int) -> None:
-        super().__init__()
-        self.dense_projection = nn.Linear(num_dense_features, dense_dim) if num_dense_features else None
-        self.tower = tower
-        self.head = nn.Linear(out_features, 1)
-
-    def forward(
-        self, pooled: Tensor, dense_features: Tensor, loss_weights: Mapping[str, float] = MappingProxyType({})
-    ) -> tuple[Tensor, Losses]:
-        """From a batch to its logits, and what its experts' routing costs.
-
-        Args:
-            pooled: embeddings, (B, sum of dims).
-            dense_features: (B, F_d).
-            loss_weights: factors by name, which decide what auxiliary losses are computed.
-
-        Returns:
-            Logits (B,) and the auxiliary losses.
-        """
-        parts = [pooled]
-        if self.dense_projection is not None:
-            parts.append(self.dense_projection(dense_features))
-        logits: Tensor = self.head(self.tower(torch.cat(parts, 1))).squeeze(-1)
-        layers = [layer for layer in expert_layers(self).values() if layer.experts_active]
-        return logits, auxiliary_losses(layers, loss_weights, logits)
 
 
 class MeanPooling(nn.Module):
@@ -223,33 +184,3 @@ def _check_memory(config: ModelConfig, embedding_dims: Mapping[str, int], *, num
             f"model: its dense part takes {needed / 2**30:,.1f} GiB, and this machine has {there / 2**30:,.1f}; make "
             "the tower or model.hilomoe smaller"
         )
-
-
-def build_dense_arch(config: ModelConfig, embedding_dims: Mapping[str, int], *, num_dense_features: int) -> DenseArch:
-    """The replicated part: tokens are the sparse features' pooled embeddings and the projected dense features.
-
-    Args:
-        config: tower and experts.
-        embedding_dims: width of each sparse feature's pooled embedding, in the order in which they enter the tower.
-        num_dense_features: F_d, may be 0.
-
-    Raises:
-        ConfigError: experts are asked for in a linear that is not there.
-    """
-    tokens = Tokens(
-        tuple(embedding_dims), (*embedding_dims.values(), *([config.dense_dim] if num_dense_features else []))
-    )
-    tower = build_tower(config.tower, tokens)
-    dense_arch = DenseArch(num_dense_features, config.dense_dim, tower, tower.out_features)
-    if config.hilomoe is not None:
-        _attach(dense_arch, config.hilomoe, config.hilomoe.experts_in or config.tower.expert_linears)
-    return dense_arch
-
-
-def _attach(dense_arch: DenseArch, config: HiLoMoEConfig, patterns: Sequence[str]) -> None:
-    try:
-        attached = attach_experts(dense_arch, patterns, **config.model_dump(exclude={"experts_in"}))
-    except ValueError as error:
-        raise ConfigError(f"model.hilomoe.experts_in: {error}") from None
-    for layer in attached.values():
-        layer.record_routing = True

@@ -89,6 +89,7 @@ def train(config: Config) -> dict[str, Any]:
         # Only now, when whatever could be refused has been.
         if kept := output.begin(config.name, anew=start is None):
             monitor.say(f"An earlier run was in {output.path}; it is kept as {kept}")
+        start = together(ranks, f"{output.path} cannot be read", partial(_moved, start, output.path, kept))[0]
         if start is not None:
             trainer.resume(start)
         with output.naming_failures(), monitor:
@@ -429,6 +430,7 @@ class Trainer:
             kept=kept,
             best_step=progress.best.step if progress.best and not progress.phase_over else None,
             valid=valid.as_dict() if valid else None,
+            versions={**versions(), "commit": git_commit()},
         )
         waited = self.checkpoints.waited
         self.checkpoints.save(state, progress.to_json(self._epoch(progress.epoch)), meta)
@@ -475,6 +477,13 @@ def _where(progress: Progress) -> str:
     if progress.phase_over:
         return f"{progress.stage} has ended, {progress.step:,} steps in all"
     return f"{progress.stage}, step {progress.phase_steps:,} of the stage, {progress.step:,} in all"
+
+
+def _moved(start: Path | None, output_dir: Path, kept: Path | None) -> Path | None:
+    """The checkpoint to begin from, where the run that holds it was moved aside."""
+    if start is None or kept is None or not start.is_relative_to(output_dir):
+        return start
+    return kept / start.relative_to(output_dir)
 
 
 def _rng(device: torch.device) -> dict[str, Tensor]:

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from recsys.config import Config, ConfigError, load_config
 from recsys.model.cost import PARTS, CostReport, cost_report, count_flops, count_parameters, model_name
+from recsys.model.dense_arch import DenseArch
 from recsys.model.experts.hilomoe import HiLoMoELinear
-from recsys.model.ranker import DenseArch, build_ranker
+from recsys.model.ranker import build_ranker
 
 EMBEDDINGS = {"user": 8, "item": 8, "tags": 4}
 DENSE, DENSE_DIM = 2, 4

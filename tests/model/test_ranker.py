@@ -12,9 +12,10 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 
 from recsys.config import Config, ConfigError, load_config
 from recsys.data.batch import Batch
+from recsys.model.dense_arch import build_dense_arch
 from recsys.model.experts import expert_layers
 from recsys.model.experts.hilomoe import HiLoMoELinear
-from recsys.model.ranker import POOLED, MeanPooling, Ranker, RankerOutput, build_dense_arch, build_ranker
+from recsys.model.ranker import POOLED, MeanPooling, Ranker, RankerOutput, build_ranker
 
 CPU = torch.device("cpu")
 

@@ -96,6 +96,21 @@ def test_loading_empties_the_tables_caches(checkpoint: Path) -> None:
     assert first == "purge" and set(others) <= {"purge"}
 
 
+def test_a_checkpoint_of_the_first_format_is_evaluated_as_before(checkpoint: Path) -> None:
+    def figures() -> Any:
+        (done,) = run_module(1, "recsys.evaluate", "--checkpoint", str(checkpoint), "--json")
+        assert done.code == 0, done.stderr
+        return json.loads(done.stdout)
+
+    now = figures()
+    (checkpoint / "progress.json").unlink()
+    (checkpoint / "plan.json").unlink()
+    meta = json.loads((checkpoint / "meta.json").read_text())
+    first = {key: meta[key] for key in ("stage", "step", "stage_step", "world_size")}
+    (checkpoint / "meta.json").write_text(json.dumps({**first, "format": 1}))
+    assert figures() == now
+
+
 def test_another_format_is_refused(checkpoint: Path) -> None:
     meta = json.loads((checkpoint / "meta.json").read_text())
     (checkpoint / "meta.json").write_text(json.dumps({**meta, "format": 99}))

@@ -36,6 +36,22 @@ def test_a_gpu_trains_with_every_fused_optimizer(tmp_path: Path, optimizer: str)
     assert summary["test"]["log_loss"] < 1.0
 
 
+@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
+def test_a_run_is_resumed_on_a_gpu(tmp_path: Path, optimizer: str) -> None:
+    """With Adam's count of steps, by which it corrects its averages."""
+    write_tiny_log(tmp_path)
+    settings = ("device=cuda", f"optimizers.sparse.type={optimizer}", "checkpoints.every_steps=25")
+    kept = "checkpoints.keep_every_steps=1"
+    whole = train(
+        write_tiny_config(tmp_path / "whole.yaml", tmp_path, tmp_path / "whole"), tmp_path / "whole", *settings, kept
+    )
+    config = write_tiny_config(tmp_path / "again.yaml", tmp_path, tmp_path / "again")
+    start = f"resume={tmp_path / 'whole' / 'checkpoints' / 'step-25'}"
+    again = train(config, tmp_path / "again", *settings, start)
+    assert again["steps"] == whole["steps"]
+    assert again["test"]["log_loss"] == pytest.approx(whole["test"]["log_loss"], abs=1e-4)
+
+
 def test_a_gpu_and_a_cpu_agree(tmp_path: Path) -> None:
     write_tiny_log(tmp_path)
     figures = {}

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from recsys.config import Config, load_config
 from recsys.model.cost import count_flops, count_parameters
+from recsys.model.dense_arch import DenseArch, build_dense_arch
 from recsys.model.experts import HiLoMoELinear, attach, expert_layers, parameter_groups
 from recsys.model.experts.hilomoe import Routing
 from recsys.model.losses import auxiliary_losses
-from recsys.model.ranker import DenseArch, build_dense_arch
 from recsys.runtime import Ranks
 from recsys.training import optimizers
 from recsys.training.routing import RoutingStatistics
