@@ -36,7 +36,7 @@ export VIRTUAL_ENV := $(VENV)
 export PATH := $(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup train test test-long lint format tensorboard doctor lock
+.PHONY: help setup train test test-long test-faults lint format tensorboard doctor lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -74,6 +74,9 @@ test: $(READY) ## run the tests, all but the long ones: ARGS to pytest
 
 test-long: $(READY) ## run the long tests: ARGS to pytest
 	pytest -m slow $(ARGS)
+
+test-faults: $(READY) ## kill runs 200 times, and hold what they end with: ARGS to tests/faults
+	PYTHONPATH=.:tests python -m faults $(ARGS)
 
 lint: $(READY) ## check style and types
 	ruff check .

@@ -36,7 +36,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
     Function and arguments are pickled. A rank that fails or is not done in time fails the test with its traceback.
     """
     pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
-    processes, _store = _start(world_size, [(_call, (sender, function, arguments)) for _, sender in pipes])
+    processes, _store = start(world_size, [(_call, (sender, function, arguments)) for _, sender in pipes])
     try:
         results = []
         for receiver, _ in pipes:
@@ -57,7 +57,7 @@ def run_module(world_size: int, module: str, *arguments: str, timeout: float = 1
     As torchrun does, the first rank to fail ends the others, though with a moment to end by themselves.
     """
     with tempfile.TemporaryDirectory() as folder:
-        processes, _store = _start(world_size, [(_main, (folder, module, arguments))] * world_size)
+        processes, _store = start(world_size, [(_main, (folder, module, arguments))] * world_size)
         stuck = _await(processes, timeout)
         _end(processes)
         finished = [
@@ -88,9 +88,10 @@ def _await(processes: list[ForkServerProcess], timeout: float) -> list[int]:
     return []
 
 
-def _start(
+def start(
     world_size: int, tasks: list[tuple[Callable[..., None], tuple[Any, ...]]]
 ) -> tuple[list[ForkServerProcess], TCPStore]:
+    """Start a call on each rank, by rank, as torchrun would; the store at which they meet is given too, to be kept."""
     # As under torchrun, the store at which ranks meet outlives each of them.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = []

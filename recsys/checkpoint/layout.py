@@ -2,8 +2,9 @@
 
 A checkpoint is a directory `step-<n>`. It is written as `step-<n>.partial`, with `meta.json`, which has the size and
 the SHA-256 of every other file, last; then everything is flushed to the disk and the directory gets its name. One that
-it replaces is moved aside first, as `step-<n>.replaced`, and deleted after. So whatever bears the name is whole, and a
-crash at any moment leaves one whole state at least: `tidy` takes away what it left beside.
+it replaces is moved aside first, as `step-<n>.replaced`, and deleted after; one that retention gives up is renamed to
+`step-<n>.deleted` first. So whatever bears the name is whole, and a crash at any moment leaves one whole state at
+least: `tidy` takes away what it left beside.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ PROGRESS = "progress.json"
 PLAN = "plan.json"
 VOCABULARIES = "vocabularies"
 
-_PARTIAL, _REPLACED = ".partial", ".replaced"
+_PARTIAL, _REPLACED, _DELETED = ".partial", ".replaced", ".deleted"
 _NAME = re.compile(r"step-(\d+)")
 _CHUNK = 1 << 20
 _MAX_META = 64 << 20
@@ -227,17 +228,23 @@ def tidy(folder: Path) -> None:
             delete(path)
         else:
             path.rename(directory)
-    for path in folder.glob(f"step-*{_PARTIAL}"):
-        delete(path)
+    for ending in (_PARTIAL, _DELETED):
+        for path in folder.glob(f"step-*{ending}"):
+            delete(path)
 
 
 def delete(directory: Path) -> None:
     """Delete a checkpoint; nothing happens where none is.
 
-    `meta.json` goes first, so that what a crash leaves is no checkpoint.
+    It loses its name first, so that what a crash leaves is no checkpoint and is taken away by `tidy`.
     """
-    (directory / META).unlink(missing_ok=True)
-    shutil.rmtree(directory, ignore_errors=True)
+    gone = directory
+    if _NAME.fullmatch(directory.name):
+        gone = directory.with_name(directory.name + _DELETED)
+        shutil.rmtree(gone, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            directory.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def prune(folder: Path, config: CheckpointsConfig, *, is_over: bool = False) -> list[Path]:

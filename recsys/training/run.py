@@ -50,7 +50,7 @@ from recsys.training.learnable import check_labels
 from recsys.training.metrics import Metrics, far_off
 from recsys.training.monitor import Monitor
 from recsys.training.optimizers import phase_lengths, phases
-from recsys.training.output import OutputDirectory
+from recsys.training.output import OutputDirectory, State
 from recsys.training.progress import Best, Progress, StageTotals
 from recsys.training.resume import checkpoint_to_resume
 from recsys.training.signals import Agreement, StopRequest
@@ -77,15 +77,19 @@ def train(config: Config) -> dict[str, Any]:
         check_labels(config, splits, ranks)
         monitor = Monitor(output.path, enabled=ranks.is_first, check=output.check)
         trainer = Trainer(config, ranks, splits, monitor)
-        looks = together(ranks, f"{output.path} cannot be read", lambda: output.state)
-        unfinished = looks[0] == "unfinished"  # of the first rank, whose directory it is
+
+        def look() -> State | None:
+            if output.state == "unfinished":
+                tidy(trainer.checkpoints.folder)  # before any is chosen: one that was about to be replaced is whole
+            return output.state
+
+        # The first rank's, whose directory it is.
+        unfinished = together(ranks, f"{output.path} cannot be read", look)[0] == "unfinished"
         start = checkpoint_to_resume(config, ranks, monitor.say, unfinished=unfinished)
         # Only now, when whatever could be refused has been.
         if kept := output.begin(config.name, anew=start is None):
             monitor.say(f"An earlier run was in {output.path}; it is kept as {kept}")
         start = together(ranks, f"{output.path} cannot be read", partial(_moved, start, output.path, kept))[0]
-        if ranks.is_first:
-            tidy(trainer.checkpoints.folder)
         if start is not None:
             trainer.resume(start)
         with output.naming_failures(), monitor:

@@ -1,6 +1,7 @@
 """When a checkpoint is whole, and which are kept."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,41 +43,59 @@ def test_a_checkpoint_that_is_committed_is_whole_and_takes_the_place_of_another(
         assert (directory / "deeper" / "data").read_text() == content
 
 
-@pytest.mark.parametrize("at", range(8))
-def test_a_crash_at_any_moment_of_a_replacement_leaves_one_that_is_whole(
-    tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every change of the disk is a moment at which the process may end."""
-    directory = tmp_path / "step-5"
-    write(directory, content="old")
+class Crash(Exception):
+    pass
+
+
+def crashes(monkeypatch: pytest.MonkeyPatch, at: int, change: Callable[[], object]) -> bool:
+    """Carry out a change; every change of the disk is a moment at which the process may end, and it does at one."""
     left = at
 
-    class Crash(Exception):
-        pass
-
-    def counting(change: Any) -> Any:
+    def counting(one: Any) -> Any:
         def counted(*args: Any, **options: Any) -> Any:
             nonlocal left
             if left == 0:
                 raise Crash
             left -= 1
-            return change(*args, **options)
+            return one(*args, **options)
 
         return counted
 
     with monkeypatch.context() as patched:
         for owner, name in ((Path, "rename"), (Path, "unlink"), (layout, "flush"), (layout.shutil, "rmtree")):
             patched.setattr(owner, name, counting(getattr(owner, name)))
-        crashed = False
         try:
-            write(directory, content="new")
+            change()
         except Crash:
-            crashed = True
-    assert crashed or at > 6
+            return True
+    return False
+
+
+@pytest.mark.parametrize("at", range(8))
+def test_a_crash_at_any_moment_of_a_replacement_leaves_one_that_is_whole(
+    tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "step-5"
+    write(directory, content="old")
+    assert crashes(monkeypatch, at, lambda: write(directory, content="new")) or at > 6
     layout.tidy(tmp_path)
     assert names(tmp_path) == ["step-5"]
     assert layout.verify(directory, layout.read_meta(directory)) is None
     assert (directory / "deeper" / "data").read_text() in ("old", "new")
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_a_crash_at_any_moment_of_a_deletion_leaves_all_of_it_or_nothing(
+    tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "step-5"
+    write(directory)
+    crashed = crashes(monkeypatch, at, lambda: layout.delete(directory))
+    assert crashed == (at < 3)
+    layout.tidy(tmp_path)
+    if directory.exists():
+        assert layout.verify(directory, layout.read_meta(directory)) is None
+    assert names(tmp_path) == (["step-5"] if at < 2 else [])
 
 
 def test_what_a_crash_left_is_taken_away_and_nothing_else(tmp_path: Path) -> None:

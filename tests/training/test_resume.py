@@ -307,6 +307,14 @@ def test_another_run_is_gone_on_with_and_harmless_changes_are_told(cut: Path, tm
     assert refused.code == 2 and "seed: 17 -> 3" in refused.stderr and "warm_start" in refused.stderr
 
 
+def test_one_that_was_moved_aside_when_the_run_was_cut_off_is_the_newest(cut: Path) -> None:
+    newest = checkpoints(cut / "checkpoints")[0]
+    newest.rename(newest.with_name(f"{newest.name}.replaced"))
+    (done,) = run_module(1, "recsys.train", "--config", str(cut / "config.yaml"), f"output_dir={cut}")
+    assert done.code == 0, done.stderr
+    assert f"Resumed from {newest}: " in " ".join(done.stdout.split())
+
+
 def test_a_damaged_checkpoint_is_passed_over_aloud(cut: Path) -> None:
     newest, older = checkpoints(cut / "checkpoints")[:2]
     spoilt = max(newest.glob("*.distcp"))
