@@ -128,6 +128,7 @@ class Trainer:
         self.checkpoints = Checkpoints(
             Path(config.output_dir) / "checkpoints", config.checkpoints, ranks, self._write_files
         )
+        self._stop, self._agreement = StopRequest(config.checkpoints.grace_seconds), Agreement(ranks)
         self._resumed: Path | None = None  # until the phase that it stands in has begun
         self._own: dict[str, Tensor] = {}
         copy_to = config.checkpoints.copy_to
@@ -161,8 +162,7 @@ class Trainer:
         Raises:
             Stopped: a signal asked for it, and the run is saved.
         """
-        grace = self.config.checkpoints.grace_seconds
-        with StopRequest(grace) as self._stop, Agreement(self.ranks) as self._agreement:
+        with self._stop, self._agreement:
             return self._run()
 
     def _run(self) -> dict[str, Any]:
