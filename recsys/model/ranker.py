@@ -5,7 +5,6 @@ Shapes: B rows of this rank's batch, W the width of all pooled embeddings togeth
 
 import os
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -17,12 +16,7 @@ from recsys.config import Config, ConfigError, ModelConfig
 from recsys.data.batch import Batch
 from recsys.model.dense_arch import build_dense_arch
 from recsys.model.losses import Losses, TotalLoss
-
-POOLED = "embedding_bag_collection"
-"""The collection of tables that are pooled; its name begins those of its tables in a checkpoint."""
-
-_RESERVED_PREFIX = "table-"
-"""Holds a character that no name of a config's has, so that no other table can be called so."""
+from recsys.model.names import POOLED, table_key
 
 
 class RankerOutput(NamedTuple):
@@ -123,24 +117,6 @@ class Ranker(nn.Module):
         logits, auxiliary = self.dense_arch(features, batch.dense_features, self.loss_weights)
         total, losses = self.total_loss(logits, auxiliary, batch, self.loss_weights)
         return total, RankerOutput(logits.detach(), batch.labels, batch.domain, losses, batch.dense_features)
-
-
-@cache
-def table_key(name: str) -> str:
-    """What a table is called in its collection, in plans and in checkpoints: its name, unless torch reserves that.
-
-    A module of torch's takes no child of the name of one of its own attributes, such as `items` or `type`.
-    """
-    try:
-        nn.ModuleDict().add_module(name, nn.Module())
-    except KeyError:
-        return f"{_RESERVED_PREFIX}{name}"
-    return name
-
-
-def table_name(key: str) -> str:
-    """The config's name of a table that its collection calls `key`."""
-    return key.removeprefix(_RESERVED_PREFIX)
 
 
 def build_ranker(config: Config, *, seed: int, device: torch.device | None = None) -> Ranker:

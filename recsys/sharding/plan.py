@@ -14,7 +14,7 @@ from torchrec.distributed.planner.types import ParameterConstraints, PlannerErro
 from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingPlan
 
 from recsys.config import ConfigError, TableConfig
-from recsys.model.ranker import table_key
+from recsys.model.names import table_key
 from recsys.runtime import Ranks
 
 _CPU_SHARDING = ("table_wise", "column_wise")

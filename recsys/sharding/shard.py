@@ -28,7 +28,8 @@ from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
 from recsys.config import Config, ConfigError, DataParallelOptimizerConfig, SparseOptimizerConfig, TableConfig
-from recsys.model.ranker import Ranker, table_name
+from recsys.model.names import table_name
+from recsys.model.ranker import Ranker
 from recsys.runtime import Ranks
 from recsys.sharding.plan import make_plan
 

@@ -31,7 +31,7 @@ from recsys.checkpoint.layout import CheckpointError, CheckpointMeta
 from recsys.checkpoint.tensors import TensorReader
 from recsys.config import CheckpointsConfig, TableConfig
 from recsys.data.storage import THREADS, Place, naming
-from recsys.model.ranker import table_name
+from recsys.model.names import table_name
 from recsys.runtime import Ranks
 from recsys.sharding.plan import plan_as_dict
 from recsys.sharding.shard import ShardedRanker, forget_cached_rows, set_steps_counted, steps_counted

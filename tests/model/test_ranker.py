@@ -15,7 +15,8 @@ from recsys.data.batch import Batch
 from recsys.model.dense_arch import build_dense_arch
 from recsys.model.experts import expert_layers
 from recsys.model.experts.hilomoe import HiLoMoELinear
-from recsys.model.ranker import POOLED, MeanPooling, Ranker, RankerOutput, build_ranker
+from recsys.model.names import POOLED
+from recsys.model.ranker import MeanPooling, Ranker, RankerOutput, build_ranker
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,8 @@ from tiny import tiny_config, write_tiny_log
 from torch import nn
 
 from recsys.config import Config, load_config
-from recsys.model.ranker import POOLED, build_ranker, table_key, table_name
+from recsys.model.names import POOLED, table_key, table_name
+from recsys.model.ranker import build_ranker
 from recsys.runtime import Ranks
 from recsys.sharding.plan import plan_rows
 from recsys.sharding.shard import shard

@@ -16,7 +16,8 @@ from recsys.data.loader import Loader
 from recsys.data.order import Epoch
 from recsys.data.parquet import ParquetShards
 from recsys.data.splits import open_splits
-from recsys.model.ranker import POOLED, Ranker, build_ranker
+from recsys.model.names import POOLED
+from recsys.model.ranker import Ranker, build_ranker
 from recsys.runtime import Ranks, derive_seed
 from recsys.sharding import shard as sharding
 from recsys.training.monitor import Monitor

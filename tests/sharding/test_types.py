@@ -22,7 +22,8 @@ from torchrec.distributed.types import ShardingPlan
 
 from recsys.config import Config
 from recsys.data.batch import Batch
-from recsys.model.ranker import POOLED, Ranker, build_ranker
+from recsys.model.names import POOLED
+from recsys.model.ranker import Ranker, build_ranker
 from recsys.runtime import Ranks
 from recsys.sharding import shard as sharding
 

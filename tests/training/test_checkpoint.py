@@ -15,7 +15,8 @@ from tiny import tiny_config, write_tiny_log
 
 from recsys.checkpoint.layout import CheckpointError, read_meta
 from recsys.config import Config, load_config
-from recsys.model.ranker import POOLED, build_ranker
+from recsys.model.names import POOLED
+from recsys.model.ranker import build_ranker
 from recsys.runtime import Ranks
 from recsys.sharding.shard import shard
 from recsys.training.checkpoint import load_model
