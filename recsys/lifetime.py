@@ -72,6 +72,7 @@ def _watch(agent: int, launcher: int) -> None:
     while launcher in ancestors():
         time.sleep(_POLL_SECONDS)
     if os.getppid() == agent:
-        # First, so that torchrun ends rather than start this rank again.
-        os.kill(agent, signal.SIGTERM)
+        # With torchrun end all of its ranks. SIGTERM would come from each of them, and a second one has torchrun forget
+        # the threads that follow its ranks' output: it then waits for those for ever.
+        os.kill(agent, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)

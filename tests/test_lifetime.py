@@ -66,6 +66,36 @@ def test_a_rank_ends_with_its_parent() -> None:
     parent.stdout.close()
 
 
+# As torchx launches a torchrun, which starts a rank: neither ends by itself, nor does torchrun on SIGTERM.
+TORCHRUN = """
+import os, signal, subprocess, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(os.getpid(), flush=True)
+subprocess.Popen([sys.executable, "-c", sys.argv[1]], env={**os.environ, "TORCHELASTIC_RUN_ID": "x"})
+while True:
+    signal.pause()
+"""
+TORCHX = """
+import os, signal, subprocess, sys
+job = {"TORCHX_JOB_ID": "local_cwd://torchx/x", "HILOREC_LAUNCHER_PID": str(os.getpid())}
+subprocess.Popen([sys.executable, "-c", *sys.argv[1:]], env={**os.environ, **job})
+signal.pause()
+"""
+
+
+def test_torchrun_ends_with_its_torchx_even_if_it_does_not_end_when_asked_to() -> None:
+    command = [sys.executable, "-c", TORCHX, TORCHRUN, CHILD]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as torchx:
+        assert torchx.stdout is not None
+        torchrun, rank = (int(torchx.stdout.readline()) for _ in range(2))
+        assert is_running(torchrun) and is_running(rank)
+        torchx.kill()
+        left = [pid for pid in (torchrun, rank) if not ends(pid)]
+        for pid in left:
+            os.kill(pid, 9)
+    assert not left
+
+
 def test_a_process_that_no_torchrun_started_outlives_its_parent() -> None:
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT.replace('"TORCHELASTIC_RUN_ID": "x"', ""), CHILD],
