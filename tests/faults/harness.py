@@ -132,7 +132,7 @@ def draw(seed: int, number: int) -> Plan:
         ((moment, _),) = chance.choices(moments, [weight for _, weight in moments])
         at, delay = chance.random(), chance.choice([0.0, chance.uniform(0, 0.02)])
         if moment in POINTS:
-            at = chance.randrange(2 if "aside" in moment else 6)
+            at = chance.randrange(2 if "aside" in moment else 4)
         kills.append(Kill(to, by, moment, at, delay, chance.random()))
     sizes = [world_size]
     if launcher != "python" and not restarts and chance.random() < 0.3:
