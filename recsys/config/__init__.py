@@ -1,6 +1,7 @@
 """The configuration: a frozen schema, loading it from YAML, and telling what is wrong with it by its path."""
 
 from recsys.config.dialect import read_yaml
+from recsys.config.differences import Difference, differences
 from recsys.config.faults import ConfigError, shortened, validate
 from recsys.config.load import DEFAULT_CONFIG, load_checkpoint_config, load_config
 from recsys.config.schema import (
@@ -44,6 +45,7 @@ __all__ = [
     "DataParallelOptimizerConfig",
     "DatetimeIdsConfig",
     "DenseFeatureConfig",
+    "Difference",
     "DomainConfig",
     "FeaturesConfig",
     "HashIdsConfig",
@@ -65,6 +67,7 @@ __all__ = [
     "TowerConfig",
     "TowerSettings",
     "VocabularyIdsConfig",
+    "differences",
     "load_checkpoint_config",
     "load_config",
     "read_yaml",
