@@ -29,6 +29,7 @@ from recsys.config.schema import (
     TableConfig,
     TowerConfig,
     VocabularyIdsConfig,
+    WarmStartConfig,
 )
 from recsys.config.section import Count, Name, Section, Seed, Text
 from recsys.config.towers import TowerSettings
@@ -67,6 +68,7 @@ __all__ = [
     "TowerConfig",
     "TowerSettings",
     "VocabularyIdsConfig",
+    "WarmStartConfig",
     "differences",
     "load_checkpoint_config",
     "load_config",
