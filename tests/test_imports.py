@@ -25,6 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "recsys.data": BASE | {"recsys.data"},
     "recsys.prepare": BASE | {"recsys.data", "recsys.terminal", "recsys.cli", "recsys.prepare"},
     "recsys.checkpoint": {"recsys.errors", "recsys.files", "recsys.config", "recsys.data", "recsys.checkpoint"},
+    "recsys.checkpoint.tools": {"recsys.config", "recsys.terminal", "recsys.checkpoint"},
+    "recsys.checkpoint.__main__": {"recsys.cli", "recsys.checkpoint.tools"},
     "recsys.model": {"recsys.config", "recsys.data.batch", "recsys.model"},
     "recsys.model.experts": {"recsys.model.experts"},
     "recsys.model.experts.hilomoe": set(),

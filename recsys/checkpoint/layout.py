@@ -179,6 +179,18 @@ def verify(directory: Path, meta: CheckpointMeta, *, share: tuple[int, int] = (0
     return None
 
 
+def verified(directory: Path, *, share: tuple[int, int] = (0, 1)) -> CheckpointMeta:
+    """What a checkpoint says of itself, once its files are seen to be what was written; see `verify`.
+
+    Raises:
+        CheckpointError: none is there, or a file is missing, cut off or altered; the message names it.
+    """
+    meta = read_meta(directory)
+    if wrong := verify(directory, meta, share=share):
+        raise CheckpointError(f"{wrong}; the checkpoint is damaged, take another")
+    return meta
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder that have their name, the newest first."""
     found = [(int(name[1]), path) for path in folder.glob("step-*") if (name := _NAME.fullmatch(path.name))]
@@ -249,19 +261,29 @@ def delete(directory: Path) -> None:
 
 def prune(folder: Path, config: CheckpointsConfig, *, is_over: bool = False) -> list[Path]:
     """Delete the checkpoints that a config does not have kept, and tell which they were; see `retained`."""
-    metas = {}
-    for directory in checkpoints(folder):
-        with suppress(CheckpointError):
-            metas[directory] = read_meta(directory)
-    steps = retained(list(metas.values()), config, is_over=is_over)
-    gone = [directory for directory, meta in metas.items() if meta.step not in steps]
+    gone = superseded(folder, config, is_over=is_over)
     for directory in gone:
         delete(directory)
     return gone
 
 
-def retained(metas: Sequence[CheckpointMeta], config: CheckpointsConfig, *, is_over: bool = False) -> set[int]:
-    """The steps whose checkpoints are kept.
+def superseded(folder: Path, config: CheckpointsConfig, *, is_over: bool = False) -> list[Path]:
+    """The checkpoints in a folder that a config does not have kept, the newest first.
+
+    Those that cannot be read are never among them.
+    """
+    metas = {}
+    for directory in checkpoints(folder):
+        with suppress(CheckpointError):
+            metas[directory] = read_meta(directory)
+    steps = retained(list(metas.values()), config, is_over=is_over)
+    return [directory for directory, meta in metas.items() if meta.step not in steps]
+
+
+def retained(
+    metas: Sequence[CheckpointMeta], config: CheckpointsConfig, *, is_over: bool = False
+) -> dict[int, list[str]]:
+    """The steps whose checkpoints are kept, and why.
 
     Those are stages' ends, the `keep_best` whose figures on the valid split are best, every step that
     `keep_every_steps` divides and, until the run is over, the last `keep_last`, and what any of these would go back to.
@@ -278,11 +300,17 @@ def retained(metas: Sequence[CheckpointMeta], config: CheckpointsConfig, *, is_o
 
     best = sorted((meta for meta in newest if meta.valid), key=value)[: config.keep_best]
     every = config.keep_every_steps
-    kept = [
-        *newest[: 0 if is_over else config.keep_last],
-        *(meta for meta in newest if meta.kept is not None),
-        *best,
-        *(meta for meta in newest if every is not None and meta.step % every == 0),
-    ]
-    back_to = {meta.best_step for meta in kept if meta.best_step is not None and not is_over}
-    return {meta.step for meta in kept} | back_to
+    kept = {
+        "stage": [meta for meta in newest if meta.kept is not None],
+        "best": best,
+        "every": [meta for meta in newest if every is not None and meta.step % every == 0],
+        "last": newest[: 0 if is_over else config.keep_last],
+    }
+    why: dict[int, list[str]] = {}
+    for reason, of in kept.items():
+        for meta in of:
+            why.setdefault(meta.step, []).append(reason)
+    back_to = [meta.best_step for meta in newest if meta.step in why and meta.best_step is not None and not is_over]
+    for step in back_to:
+        why.setdefault(step, ["to go back to"])
+    return why

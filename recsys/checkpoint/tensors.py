@@ -74,6 +74,15 @@ class TensorReader:
         self.read_into(name, out, rows)
         return out
 
+    def check(self, name: str) -> None:
+        """Hold all bytes of a tensor against their checksums, in a few MiB of memory.
+
+        Raises:
+            UnreadableError: as `read`.
+        """
+        # Copies to the meta device are none: blocks are read, counted in, and dropped.
+        self.read_into(name, torch.empty(self.shape(name), dtype=self.dtype(name), device="meta"))
+
     def read_into(self, name: str, out: Tensor, rows: slice | None = None) -> None:
         """Fill a tensor of the same shape as what `read` gives, of any device, strides and type.
 

@@ -1,6 +1,7 @@
 """The configuration: a frozen schema, loading it from YAML, and telling what is wrong with it by its path."""
 
 from recsys.config.dialect import read_yaml
+from recsys.config.differences import Difference, differences
 from recsys.config.faults import ConfigError, shortened, validate
 from recsys.config.load import DEFAULT_CONFIG, load_checkpoint_config, load_config
 from recsys.config.schema import (
@@ -28,6 +29,7 @@ from recsys.config.schema import (
     TableConfig,
     TowerConfig,
     VocabularyIdsConfig,
+    WarmStartConfig,
 )
 from recsys.config.section import Count, Name, Section, Seed, Text
 from recsys.config.towers import TowerSettings
@@ -44,6 +46,7 @@ __all__ = [
     "DataParallelOptimizerConfig",
     "DatetimeIdsConfig",
     "DenseFeatureConfig",
+    "Difference",
     "DomainConfig",
     "FeaturesConfig",
     "HashIdsConfig",
@@ -65,6 +68,8 @@ __all__ = [
     "TowerConfig",
     "TowerSettings",
     "VocabularyIdsConfig",
+    "WarmStartConfig",
+    "differences",
     "load_checkpoint_config",
     "load_config",
     "read_yaml",

@@ -166,7 +166,12 @@ def _fill_in_home(raw: dict[str, Any]) -> None:
     sparse = within(raw.get("features"), "sparse")
     features = sparse.values() if isinstance(sparse, dict) else ()
     files = [(within(feature, "ids"), "file") for feature in features]
-    for section, key in ((raw, "output_dir"), (within(raw.get("data"), "synthetic"), "directory"), *files):
+    named = (
+        (raw, "output_dir"),
+        (raw.get("warm_start"), "checkpoint"),
+        (within(raw.get("data"), "synthetic"), "directory"),
+    )
+    for section, key in (*named, *files):
         if isinstance(value := within(section, key), str):
             section[key] = os.path.expanduser(value)
 

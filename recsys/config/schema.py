@@ -487,6 +487,25 @@ class CheckpointsConfig(Section):
     copy_to: Text | None = None
 
 
+class WarmStartConfig(Section):
+    """Weights of another run that this one begins with; the state of optimizers is not among them.
+
+    `checkpoint` is a directory `step-<n>`, of any number of ranks and any plan. `tables` are those that are taken, null
+    being all and [] none; a table's rows are found by their values where its features have vocabularies. `dense` takes
+    what is replicated, by name, as far as shapes are equal. A run that is resumed goes on from its own weights.
+    """
+
+    checkpoint: Text
+    tables: tuple[Name, ...] | None = None
+    dense: bool = True
+
+    @model_validator(mode="after")
+    def _takes_something(self) -> Self:
+        if self.tables == () and not self.dense:
+            raise ValueError("tables is [] and dense is false, so nothing is taken; set one of them, or leave it out")
+        return self
+
+
 class Config(Section):
     """A whole run. See docs/config.md for every key."""
 
@@ -495,6 +514,7 @@ class Config(Section):
     seed: Seed = 17
     device: Literal["auto", "cpu", "cuda"] = "auto"
     resume: Text = "auto"
+    warm_start: WarmStartConfig | None = None
     data: DataConfig
     tables: Annotated[dict[Name, TableConfig], Field(min_length=1)]
     features: FeaturesConfig
@@ -546,6 +566,9 @@ class Config(Section):
                 )
         if unused := set(self.tables) - used:
             raise ValueError(f"tables.{min(unused)}: no feature in features.sparse uses this table; remove it")
+        taken = (self.warm_start and self.warm_start.tables) or ()
+        if unknown := set(taken) - set(self.tables):
+            raise ValueError(f"warm_start.tables: no table {min(unknown)!r}; there are {listed(self.tables)}")
         for key, tower in (("tower", self.model.tower), ("replaces", self.model.replaces)):
             if tower is not None:
                 try:

@@ -204,7 +204,7 @@ def _initialise_tables(collection: nn.Module, tables: Mapping[str, TableConfig],
     """TorchRec's default, uniform within +-sqrt(1 / rows), drawn in blocks of rows with a seed each."""
     for name, value in collection.state_dict().items():
         table = tables[_table_of(name)]
-        for local, row, column in _local_parts(value):
+        for local, row, column in local_parts(value):
             for start in range(row - row % _INIT_BLOCK_ROWS, row + local.shape[0], _INIT_BLOCK_ROWS):
                 rows = min(_INIT_BLOCK_ROWS, table.num_embeddings - start)
                 generator = np.random.default_rng((seed, zlib.crc32(_table_of(name).encode()), start))
@@ -215,7 +215,7 @@ def _initialise_tables(collection: nn.Module, tables: Mapping[str, TableConfig],
                 local[low - row : high - row].copy_(torch.from_numpy(np.ascontiguousarray(part)))
 
 
-def _local_parts(value: Tensor | ShardedTensor) -> list[tuple[Tensor, int, int]]:
+def local_parts(value: Tensor | ShardedTensor) -> list[tuple[Tensor, int, int]]:
     """This rank's pieces of a table, each with the row and the column at which it begins."""
     if isinstance(value, ShardedTensor):
         return [(part.tensor, *part.metadata.shard_offsets) for part in value.local_shards()]  # type: ignore[misc]

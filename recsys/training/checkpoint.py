@@ -243,13 +243,7 @@ def verified(directory: Path, ranks: Ranks) -> CheckpointMeta:
     Raises:
         CheckpointError: none is there, or a file is missing, cut off or altered; the message names it.
     """
-
-    def check() -> CheckpointMeta:
-        meta = layout.read_meta(directory)
-        if wrong := layout.verify(directory, meta, share=(ranks.rank, ranks.world_size)):
-            raise CheckpointError(f"{wrong}; the checkpoint is damaged, take another")
-        return meta
-
+    check = partial(layout.verified, directory, share=(ranks.rank, ranks.world_size))
     return together(ranks, f"{directory} cannot be read", check)[0]
 
 

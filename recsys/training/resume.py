@@ -1,12 +1,11 @@
 """Where a run goes on: the newest whole checkpoint of one that was cut off, if the config is still the same."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from recsys.checkpoint.layout import META, PROGRESS, CheckpointError, checkpoints, read_meta
-from recsys.config import Config, ConfigError, load_checkpoint_config, shortened
+from recsys.config import Config, ConfigError, Difference, differences, load_checkpoint_config
 from recsys.runtime import Ranks
 from recsys.training.checkpoint import together, verified
 
@@ -26,17 +25,6 @@ _HARMLESS = (
     "metrics.*",
 )
 """What may change where another run is gone on with: its tensors fit, and its rows are told apart."""
-
-
-class Difference(NamedTuple):
-    """A key of the config that has another value than it had, as `path: old -> new`."""
-
-    path: str
-    then: Any
-    now: Any
-
-    def __str__(self) -> str:
-        return f"{self.path}: {shortened(repr(self.then))} -> {shortened(repr(self.now))}"
 
 
 def newest_whole(folder: Path, ranks: Ranks, say: Callable[[str], object]) -> Path | None:
@@ -113,15 +101,6 @@ def _compare(directory: Path, config: Config, allowed: Sequence[str], way_out: s
         told = "; ".join(map(str, refused))
         raise ConfigError(f"{directory} is of another config ({told}); set it back, or take {way_out}")
     return [one for one in found if not _is_among(one.path, _FREE)]
-
-
-def differences(then: Any, now: Any, path: str = "") -> Iterator[Difference]:
-    """What differs between two configs as JSON, key by key."""
-    if isinstance(then, Mapping) and isinstance(now, Mapping):
-        for key in [*then, *(key for key in now if key not in then)]:
-            yield from differences(then.get(key), now.get(key), f"{path}.{key}" if path else key)
-    elif then != now:
-        yield Difference(path, then, now)
 
 
 def _is_among(path: str, patterns: Sequence[str]) -> bool:

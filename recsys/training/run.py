@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from recsys.checkpoint.layout import CONFIG, PLAN, PROGRESS, VOCABULARIES, CheckpointMeta, tidy
-from recsys.config import Config, ConfigError, StageConfig
+from recsys.config import Config, ConfigError, StageConfig, WarmStartConfig
 from recsys.data.kinds import write_kinds
 from recsys.data.loader import Loader
 from recsys.data.order import Epoch
@@ -55,6 +55,7 @@ from recsys.training.progress import Best, Progress, StageTotals
 from recsys.training.resume import checkpoint_to_resume
 from recsys.training.signals import Agreement, StopRequest
 from recsys.training.stage import PhaseTrainer
+from recsys.training.warm_start import warm_start
 from recsys.versions import git_commit, versions
 
 
@@ -86,6 +87,8 @@ def train(config: Config) -> dict[str, Any]:
         # The first rank's, whose directory it is.
         unfinished = together(ranks, f"{output.path} cannot be read", look)[0] == "unfinished"
         start = checkpoint_to_resume(config, ranks, monitor.say, unfinished=unfinished)
+        if start is None and config.warm_start is not None:
+            trainer.warm_start(config.warm_start)
         # Only now, when whatever could be refused has been.
         if kept := output.begin(config.name, anew=start is None):
             monitor.say(f"An earlier run was in {output.path}; it is kept as {kept}")
@@ -155,6 +158,12 @@ class Trainer:
         if anew:
             more = f" and {len(anew) - 1} more" if len(anew) > 1 else ""
             self.monitor.say(f"warning: the checkpoint has nothing for {anew[0]}{more}: state that begins anew")
+
+    def warm_start(self, settings: WarmStartConfig) -> None:
+        """Begin with weights of another run; a collective call, as `recsys.training.warm_start.warm_start`."""
+        warm_start(
+            settings, self.config, self.sharded, self.dense_arch, self.splits["train"], self.ranks, self.monitor.say
+        )
 
     def run(self) -> dict[str, Any]:
         """All stages, or those that are left, then the held-out splits.

@@ -22,7 +22,7 @@ from recsys.data.features import build_columns
 from recsys.model.ranker import build_ranker
 from recsys.prepare.vocabularies import build_vocabularies
 from recsys.runtime import Ranks
-from recsys.sharding.shard import _local_parts, shard
+from recsys.sharding.shard import local_parts, shard
 
 ROWS = {"train": 610, "valid": 90, "test": 120}
 EPOCHS = 3
@@ -224,7 +224,7 @@ def pooled_and_stepped(ranks: Ranks, config: Config) -> tuple[dict[str, Any], di
     ranker = build_ranker(config, seed=1)
     sharded = shard(ranker, config, ranks, seed=2)
     state = ranker.collections["embedding_bag_collection"].state_dict()
-    parts = {name: _local_parts(state[f"embedding_bags.{name}.weight"]) for name in set(POOLED.values())}
+    parts = {name: local_parts(state[f"embedding_bags.{name}.weight"]) for name in set(POOLED.values())}
     before = {name: [tensor.detach().numpy().copy() for tensor, _, _ in of] for name, of in parts.items()}
     for group in sharded.sparse_optimizer.param_groups:
         group["lr"] = 0.5
