@@ -150,7 +150,8 @@ class Trainer:
         self.progress.begin_again(self._epoch(self.progress.epoch))
         if meta.world_size == self.ranks.world_size:
             self._own = load_own(directory, f"rank{self.ranks.rank}.")
-        self.checkpoints.begin_from(directory)
+        best = None if self.progress.phase_over else self.progress.best
+        self.checkpoints.begin_from(directory, best.step if best else None)
         if not self.progress.phase_over:
             self._resumed = directory
         self.monitor.goes_on_from(self.progress.step)
