@@ -82,6 +82,7 @@ def test_every_command_is_run_by_a_test_below() -> None:
         "python -m recsys.train",
         "python -m recsys.evaluate",
         "python -m recsys.export",
+        "python -m recsys.predict",
         "python -m recsys.plan",
         "python -m recsys.doctor",  # tests/test_doctor.py
         "docker compose",  # tests/test_docker.py reads what it would build; there is no engine to run it
@@ -144,6 +145,9 @@ def test_evaluate_takes_the_checkpoint_of_a_run(config: Path, tmp_path: Path) ->
     assert f"step-{steps}, test" in run(line)
     line = command("python -m recsys.export").replace("outputs/small", f"{tmp_path}/out")
     assert "Its probabilities are the model's on" in run(re.sub(r"step-\d+", f"step-{steps}", line))
+    line = command("python -m recsys.predict").replace("outputs/small", f"{tmp_path}/out")
+    line = re.sub(r"--input \S+ --output \S+", f"--input {config.parent}/test --output {tmp_path}/predictions", line)
+    assert "251 rows predicted" in run(line)
     score = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL)
     assert score is not None
     names: dict[str, Any] = {"rows": pq.read_table(config.parent / "test")}

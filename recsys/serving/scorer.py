@@ -63,16 +63,27 @@ class Scorer:
             DataError: a value is of another type than in training, null or not finite where the config does not fill
                 it, or an id is out of range.
         """
-        table = self._table(rows)
-        lists = self._columns.check_features(table.schema, _WHERE)
-        self._kinds.check(self._columns, table.schema, _WHERE)
-        layout = self._columns.layout(lists)
-        return self.score_decoded(self._columns.decode_features(table, layout, _WHERE), layout)
-
-    def score_decoded(self, rows: Rows, layout: SparseLayout) -> NDArray[np.float32]:
-        """Probabilities (N,) of rows whose ids are rows of the tables already."""
         with torch.inference_mode():
-            return self.logits(rows, layout).sigmoid().numpy()
+            return self.logits_of(self._table(rows)).sigmoid().numpy()
+
+    def logits_of(self, table: pa.Table, where: str = "rows to score") -> Tensor:
+        """Logits (N,) of a table of raw values; `where` is what it is, for messages.
+
+        Raises:
+            DataError: as `score`.
+        """
+        layout = self.check_schema(table.schema, where)
+        return self.logits(self._columns.decode_features(table, layout, where), layout)
+
+    def check_schema(self, schema: pa.Schema, where: str) -> SparseLayout:
+        """Refuse a table whose columns cannot be scored, and tell which features have lists.
+
+        Raises:
+            DataError: a column is missing, twice there, or of another type than in training.
+        """
+        lists = self._columns.check_features(schema, where)
+        self._kinds.check(self._columns, schema, where)
+        return self._columns.layout(lists)
 
     @torch.inference_mode()
     def logits(self, rows: Rows, layout: SparseLayout) -> Tensor:
@@ -109,9 +120,6 @@ class Scorer:
                     f"row {number}: {unknown!r} is none of the model's columns, which are {', '.join(self.columns)}"
                 )
         return {name: [row[name] for row in rows] for name in self.columns}
-
-
-_WHERE = "rows to score"
 
 
 def _array(name: str, values: Any) -> pa.Array:
