@@ -40,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
         "recsys.prepare.synthetic",
         "recsys.model",
         "recsys.checkpoint",
+        "recsys.serving",
         "recsys.sharding",
         "recsys.training",
     },

@@ -11,8 +11,9 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
+import pyarrow.parquet as pq
 import pytest
 from pydantic import BaseModel
 from tiny import write_tiny_config, write_tiny_log
@@ -80,6 +81,8 @@ def test_every_command_is_run_by_a_test_below() -> None:
         "torchrun --nproc-per-node 2 -m recsys.train",
         "python -m recsys.train",
         "python -m recsys.evaluate",
+        "python -m recsys.export",
+        "python -m recsys.predict",
         "python -m recsys.plan",
         "python -m recsys.doctor",  # tests/test_doctor.py
         "docker compose",  # tests/test_docker.py reads what it would build; there is no engine to run it
@@ -140,6 +143,17 @@ def test_evaluate_takes_the_checkpoint_of_a_run(config: Path, tmp_path: Path) ->
     steps = steps_of(tmp_path / "out")
     line = re.sub(r"outputs/\S+", f"{tmp_path}/out/checkpoints/step-{steps}", command("python -m recsys.evaluate"))
     assert f"step-{steps}, test" in run(line)
+    line = command("python -m recsys.export").replace("outputs/small", f"{tmp_path}/out")
+    assert "Its probabilities are the model's on" in run(re.sub(r"step-\d+", f"step-{steps}", line))
+    line = command("python -m recsys.predict").replace("outputs/small", f"{tmp_path}/out")
+    line = re.sub(r"--input \S+ --output \S+", f"--input {config.parent}/test --output {tmp_path}/predictions", line)
+    assert "251 rows predicted" in run(line)
+    score = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL)
+    assert score is not None
+    names: dict[str, Any] = {"rows": pq.read_table(config.parent / "test")}
+    exec(score[1].replace("outputs/small", f"{tmp_path}/out"), names)
+    assert names["scorer"].columns
+    assert len(names["scorer"].score(names["rows"])) == 251
 
 
 def test_validate_reads_a_sample_and_finds_nothing_wrong(config: Path, tmp_path: Path) -> None:

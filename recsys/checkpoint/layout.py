@@ -123,17 +123,25 @@ def _as_meta(meta: dict[str, Any]) -> CheckpointMeta:
     figures = (known.get("valid") or {}).values()
     if not all(value is None or type(value) in (int, float) for value in figures):
         raise ValueError(f"valid is {shortened(repr(known['valid']))}")
-    files = known.get("files", {})
-    if not isinstance(files, dict) or (known["format"] == FORMAT and not files):
-        raise ValueError("it lists no files")
-    known["files"] = {name: _as_digest(name, told) for name, told in files.items()}
+    known["files"] = read_digests(known.get("files")) if "files" in known or known["format"] == FORMAT else {}
     return CheckpointMeta(**known)
+
+
+def read_digests(files: Any) -> dict[str, Digest]:
+    """The digests of files by their path within a directory, as JSON has them.
+
+    Raises:
+        ValueError: it holds something else, none, or a path that leads elsewhere.
+    """
+    if not isinstance(files, dict) or not files:
+        raise ValueError("it lists no files")
+    return {name: _as_digest(name, told) for name, told in files.items()}
 
 
 def _as_digest(name: str, told: Any) -> Digest:
     parts = Path(name).parts
     if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
-        raise ValueError(f"{name!r} is no path within the checkpoint")
+        raise ValueError(f"{name!r} is no path within the directory")
     if not isinstance(told, dict) or type(told.get("bytes")) is not int or not isinstance(told.get("sha256"), str):
         raise ValueError(f"files: {name!r} has no size and digest")
     return Digest(told["bytes"], told["sha256"])
@@ -154,16 +162,16 @@ def digest_of(path: Path) -> Digest:
     return Digest(size, digest.hexdigest())
 
 
-def verify(directory: Path, meta: CheckpointMeta, *, share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with a checkpoint's files in one line, None where they are what `meta.json` says.
+def verify(directory: Path, files: Mapping[str, Digest], *, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with a directory's files in one line, None where they are what was written.
 
     Args:
-        directory: of the checkpoint.
-        meta: what it says of itself.
+        directory: of a checkpoint, or an artefact.
+        files: the digest of each, by its path within the directory.
         share: (r, n) looks at every n-th file alone, from the r-th on.
     """
     rank, world_size = share
-    for name, told in sorted(meta.files.items())[rank::world_size]:
+    for name, told in sorted(files.items())[rank::world_size]:
         path = directory / name
         try:
             size = path.stat(follow_symlinks=False).st_size
@@ -186,7 +194,7 @@ def verified(directory: Path, *, share: tuple[int, int] = (0, 1)) -> CheckpointM
         CheckpointError: none is there, or a file is missing, cut off or altered; the message names it.
     """
     meta = read_meta(directory)
-    if wrong := verify(directory, meta, share=share):
+    if wrong := verify(directory, meta.files, share=share):
         raise CheckpointError(f"{wrong}; the checkpoint is damaged, take another")
     return meta
 
@@ -221,6 +229,18 @@ def commit(directory: Path, files: Iterable[Path], meta: CheckpointMeta) -> None
     written.rename(directory)
     flush(directory.parent)
     delete(replaced)
+
+
+def adopt(directory: Path, folder: Path) -> None:
+    """Copy a checkpoint into another run's folder, where it appears when it is whole."""
+    copy = folder / directory.name
+    delete(partial(copy))
+    shutil.copytree(directory, partial(copy))
+    for path in (*partial(copy).rglob("*"), partial(copy)):
+        flush(path)
+    delete(copy)
+    partial(copy).rename(copy)
+    flush(folder)
 
 
 def flush(path: Path) -> None:

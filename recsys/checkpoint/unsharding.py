@@ -6,22 +6,25 @@ wants all tensors in memory at once, while a checkpoint of tables may be larger 
 """
 
 import json
+import math
 import os
 import secrets
 import struct
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from recsys.checkpoint import layout
 from recsys.checkpoint.index import UnreadableError
 from recsys.checkpoint.layout import CheckpointError
 from recsys.checkpoint.report import open_tensors
-from recsys.checkpoint.tensors import TensorReader
 
 _TYPES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",
@@ -50,6 +53,22 @@ def model_or_optimizer_name(name: str) -> str | None:
     return name if name.startswith("optimizer.") else model_name(name)
 
 
+class Source(NamedTuple):
+    """A tensor that is to be written, a part at a time.
+
+    Attributes:
+        name: in the file.
+        dtype: one that the format has.
+        shape: of the whole.
+        read: gives its parts, rows after rows, which together have its shape.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Iterable[Tensor]]
+
+
 def unshard(
     directory: Path, output: Path, *, names: Callable[[str], str | None] = model_name
 ) -> dict[str, tuple[int, ...]]:
@@ -69,48 +88,77 @@ def unshard(
     Raises:
         CheckpointError: the checkpoint is damaged, two tensors would have one name, or the file cannot be written.
     """
-    if sys.byteorder != "little":
-        raise CheckpointError("safetensors files are little-endian, which this machine is not; write them on another")
     meta = layout.verified(directory)
     reader = open_tensors(directory)
     pairs = [(new, name) for name in reader.names if (new := names(name)) is not None]
     if twice := next((new for new, count in Counter(new for new, _ in pairs).items() if count > 1), None):
         raise CheckpointError(f"{directory}: two tensors would be called {twice}; give them names of their own")
-    # Those of wide elements first, so that each lies where its type may.
-    pairs.sort(key=lambda pair: (-reader.dtype(pair[1]).itemsize, pair[0]))
-    header = _header(reader, pairs, {"format": "pt", "stage": meta.stage, "step": str(meta.step)})
-    partial = output.with_name(f".{output.name}.{os.getpid()}-{secrets.token_hex(4)}")
+
+    def whole(name: str) -> list[Tensor]:
+        return [reader.read(name)]
+
+    sources = [Source(new, reader.dtype(name), tuple(reader.shape(name)), partial(whole, name)) for new, name in pairs]
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("xb") as file:
-            file.write(header)
-            for _, name in pairs:
-                file.write(reader.read(name).reshape(-1).view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(output)
-        layout.flush(output.parent)
+        return write_safetensors(output, sources, {"format": "pt", "stage": meta.stage, "step": str(meta.step)})
     except UnreadableError as error:
         raise CheckpointError(f"{directory} is damaged: {error}; take another checkpoint") from None
+
+
+def write_safetensors(
+    output: Path, sources: Iterable[Source], metadata: Mapping[str, str]
+) -> dict[str, tuple[int, ...]]:
+    """Write tensors to one safetensors file, which appears whole or not at all and replaces what was there.
+
+    Args:
+        output: the file; folders above it are made.
+        sources: the tensors, each of a name of its own.
+        metadata: texts for the file's `__metadata__`.
+
+    Returns:
+        The shapes by name, in the order of the file.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    if sys.byteorder != "little":
+        raise CheckpointError("safetensors files are little-endian, which this machine is not; write them on another")
+    # Those of wide elements first, so that each lies where its type may.
+    ordered = sorted(sources, key=lambda source: (-source.dtype.itemsize, source.name))
+    header = _header(output, ordered, metadata)
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("xb") as file:
+            file.write(header)
+            for source in ordered:
+                for part in source.read():
+                    file.write(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.rename(output)
+        layout.flush(output.parent)
     except OSError as error:
         raise CheckpointError(f"{output} cannot be written: {error.strerror or error}") from None
     finally:
         with suppress(OSError):
-            partial.unlink(missing_ok=True)
-    return {new: tuple(reader.shape(name)) for new, name in pairs}
+            unfinished.unlink(missing_ok=True)
+    return {source.name: source.shape for source in ordered}
 
 
-def _header(reader: TensorReader, pairs: list[tuple[str, str]], metadata: Mapping[str, str]) -> bytes:
+def _header(output: Path, sources: list[Source], metadata: Mapping[str, str]) -> bytes:
     """What comes before the tensors' bytes."""
     told: dict[str, object] = {"__metadata__": metadata}
     at = 0
-    for new, name in pairs:
-        end = at + reader.shape(name).numel() * reader.dtype(name).itemsize
-        dtype = _TYPES[reader.dtype(name)]
-        told[new] = {"dtype": dtype, "shape": list(reader.shape(name)), "data_offsets": [at, end]}
+    for source in sources:
+        end = at + math.prod(source.shape) * source.dtype.itemsize
+        told[source.name] = {
+            "dtype": _TYPES[source.dtype],
+            "shape": list(source.shape),
+            "data_offsets": [at, end],
+        }
         at = end
     text = json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     if len(text) > _MAX_HEADER:
-        raise CheckpointError(f"{reader.index.directory} has too many tensors for one file: {len(reader.names):,}")
+        raise CheckpointError(f"{output} would hold too many tensors for one file: {len(sources):,}")
     return struct.pack("<Q", len(text)) + text

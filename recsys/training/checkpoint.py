@@ -127,11 +127,29 @@ class Checkpoints:
         pending.result()
         self.waited += time.perf_counter() - began
 
-    def begin_from(self, directory: Path) -> None:
-        """The run goes on from a checkpoint, in this folder or another."""
+    def begin_from(self, directory: Path, best_step: int | None) -> None:
+        """The run goes on from a checkpoint, in this folder or another.
+
+        Args:
+            directory: the checkpoint.
+            best_step: of the one beside it that has the best state of the phase under way, if one is chosen; this
+                folder gets a copy of it, as the run may have to go back to it.
+
+        Raises:
+            CheckpointError: that one is not there, or damaged, or cannot be copied.
+        """
         self._newest = directory
         if directory.parent == self.folder:
             self.begun = directory
+        elif best_step is not None:
+            best = directory.parent / f"step-{best_step}"
+            verified(best, self._ranks)
+            together(self._ranks, f"{best} cannot be copied to {self.folder}", partial(self._adopt, best))
+
+    def _adopt(self, directory: Path) -> None:
+        if self._ranks.is_first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            layout.adopt(directory, self.folder)
 
     def last_good(self) -> Path | None:
         """Wait, and tell the newest checkpoint that this run has written or begun from."""

@@ -90,9 +90,13 @@ def train(config: Config) -> dict[str, Any]:
         if start is None and config.warm_start is not None:
             trainer.warm_start(config.warm_start)
         # Only now, when whatever could be refused has been.
-        if kept := output.begin(config.name, anew=start is None):
+        inside = start and _inside(output.path, start)
+        kept = output.begin(config.name, anew=inside is None)
+        if kept is not None:
             monitor.say(f"An earlier run was in {output.path}; it is kept as {kept}")
-        start = together(ranks, f"{output.path} cannot be read", partial(_moved, start, output.path, kept))[0]
+        kept = together(ranks, f"{output.path} cannot be read", lambda: kept)[0]
+        if inside is not None:
+            start = (kept or output.path) / inside
         if start is not None:
             trainer.resume(start)
         with output.naming_failures(), monitor:
@@ -150,7 +154,8 @@ class Trainer:
         self.progress.begin_again(self._epoch(self.progress.epoch))
         if meta.world_size == self.ranks.world_size:
             self._own = load_own(directory, f"rank{self.ranks.rank}.")
-        self.checkpoints.begin_from(directory)
+        best = None if self.progress.phase_over else self.progress.best
+        self.checkpoints.begin_from(directory, best.step if best else None)
         if not self.progress.phase_over:
             self._resumed = directory
         self.monitor.goes_on_from(self.progress.step)
@@ -480,11 +485,10 @@ def _where(progress: Progress) -> str:
     return f"{progress.stage}, step {progress.phase_steps:,} of the stage, {progress.step:,} in all"
 
 
-def _moved(start: Path | None, output_dir: Path, kept: Path | None) -> Path | None:
-    """The checkpoint to begin from, where the run that holds it was moved aside."""
-    if start is None or kept is None or not start.is_relative_to(output_dir):
-        return start
-    return kept / start.relative_to(output_dir)
+def _inside(folder: Path, path: Path) -> Path | None:
+    """A path within a folder, whatever links lead to either, from there on; None where it lies elsewhere."""
+    folder, path = folder.resolve(), path.resolve()
+    return path.relative_to(folder) if path.is_relative_to(folder) else None
 
 
 def _rng(device: torch.device) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from recsys.files import read_json
 
 def verify(directory: Path) -> None:
     """Hold every file of a checkpoint against the digest that was kept of it."""
-    if wrong := layout.verify(directory, read_meta(directory)):
+    if wrong := layout.verify(directory, read_meta(directory).files):
         raise UnreadableError(wrong)
 
 

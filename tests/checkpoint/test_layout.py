@@ -39,7 +39,7 @@ def test_a_checkpoint_that_is_committed_is_whole_and_takes_the_place_of_another(
     for content in ("one", "two"):
         write(directory, content=content)
         assert names(tmp_path) == ["step-5"]
-        assert layout.verify(directory, layout.read_meta(directory)) is None
+        assert layout.verify(directory, layout.read_meta(directory).files) is None
         assert (directory / "deeper" / "data").read_text() == content
 
 
@@ -80,7 +80,7 @@ def test_a_crash_at_any_moment_of_a_replacement_leaves_one_that_is_whole(
     assert crashes(monkeypatch, at, lambda: write(directory, content="new")) or at > 6
     layout.tidy(tmp_path)
     assert names(tmp_path) == ["step-5"]
-    assert layout.verify(directory, layout.read_meta(directory)) is None
+    assert layout.verify(directory, layout.read_meta(directory).files) is None
     assert (directory / "deeper" / "data").read_text() in ("old", "new")
 
 
@@ -94,7 +94,7 @@ def test_a_crash_at_any_moment_of_a_deletion_leaves_all_of_it_or_nothing(
     assert crashed == (at < 3)
     layout.tidy(tmp_path)
     if directory.exists():
-        assert layout.verify(directory, layout.read_meta(directory)) is None
+        assert layout.verify(directory, layout.read_meta(directory).files) is None
     assert names(tmp_path) == (["step-5"] if at < 2 else [])
 
 
@@ -159,8 +159,8 @@ def test_when_the_run_is_over_what_was_kept_to_go_on_from_goes(tmp_path: Path) -
         ({"valid": {"auc": "high"}}, "valid is {'auc': 'high'}"),
         ({"files": {}}, "it lists no files"),
         ({"files": {"a": 1}}, "'a' has no size and digest"),
-        ({"files": {"../a": {"bytes": 1, "sha256": ""}}}, "no path within the checkpoint"),
-        ({"files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}}, "no path within the checkpoint"),
+        ({"files": {"../a": {"bytes": 1, "sha256": ""}}}, "no path within the directory"),
+        ({"files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}}, "no path within the directory"),
         ({"files": {"a": {"bytes": "1", "sha256": ""}}}, "'a' has no size and digest"),
     ],
 )
@@ -185,8 +185,8 @@ def test_shares_of_all_ranks_are_all_files(tmp_path: Path) -> None:
     write(tmp_path / "step-5")
     told = layout.read_meta(tmp_path / "step-5")
     (tmp_path / "step-5" / "deeper" / "data").write_text("two")
-    found = [layout.verify(tmp_path / "step-5", told, share=(rank, 3)) for rank in range(3)]
+    found = [layout.verify(tmp_path / "step-5", told.files, share=(rank, 3)) for rank in range(3)]
     assert sum(wrong is not None for wrong in found) == 1
     files = {**told.files, "absent": Digest(1, "")}
-    wrong = layout.verify(tmp_path / "step-5", CheckpointMeta(**{**vars(told), "files": files}))
+    wrong = layout.verify(tmp_path / "step-5", files)
     assert wrong is not None and "absent" in wrong

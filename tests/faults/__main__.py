@@ -27,6 +27,9 @@ def main() -> int:
     )
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was launched is ended, too
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored in the background of a shell, and by all it starts
     workshop = Workshop(options.folder, options.seed)
     for plan, outcome in trials(workshop, options.kills):
         made = sum(len(line["kills"]) for line in workshop.lines("trial"))

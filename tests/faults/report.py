@@ -1,6 +1,7 @@
 """What all trials came to, as a page."""
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ by the same command until it ends with exit code 0. What it leaves is held again
 
 - *within a save*: what was killed left a checkpoint that it was writing, renaming or deleting.
 - *resumed*: the next attempt went on from a checkpoint, always the newest whole one; *anew*: there was none yet;
-  *again*: it was killed again before it had begun; *over*: the run had already marked itself as finished.
+  *again*: it was killed again before it had begun; *over*: the run marked itself as
+  finished, before the kill or in spite of it.
 - *rows lost* and *twice* are held against each row exactly once in each epoch, over all attempts, without what was
   rolled back.
 - *bits differ*: the last checkpoint is another by SHA-256 over all tensors (weights, optimizers' state, random
@@ -69,7 +71,7 @@ def report(stem: Path, trials: Sequence[Line], references: Sequence[Line], seed:
     commits = sorted({str(trial["commit"]) for trial in trials})
     total = (
         f"{len(kills)} kills in {len(trials)} trials, {sum(kill.get('within_save', False) for kill in kills)} of them "
-        f"within a save: {sum(map(is_resumed, kills))} resumed, "
+        f"within a save: {sum(end(kill) == 'resumed' for kill in kills)} resumed, "
         f"{sum(trial['rows_lost'] for trial in trials)} rows lost, "
         f"{sum(trial['rows_twice'] for trial in trials)} twice, {sum(map(differs, trials))} of "
         f"{sum(not trial['mixed'] for trial in trials)} runs with other bits, "
@@ -93,10 +95,9 @@ def report(stem: Path, trials: Sequence[Line], references: Sequence[Line], seed:
             ),
             "Whole trials, by launcher and number of ranks at the end:",
             trials_table(trials),
-            *([f"Trials were made at commits {', '.join(commits)}."] if len(commits) > 1 else []),
             *([f"Trials with a fault: {[(trial['number'], trial['faults']) for trial in faulty]}."] if faulty else []),
         ],
-        {"command": command, **environment(), "seed": seed},
+        {"command": command, **environment(), "commit": ", ".join(commits), "seed": seed},  # that which was killed
         [without_figures(line) for line in (*references, *trials)],
     )
 
@@ -113,9 +114,13 @@ def launcher(trial: Line) -> str:
     return trial["launcher"] + (", restarts" if trial["restarts"] else "")
 
 
-def is_resumed(kill: Line) -> bool:
-    """Whether the next attempt went on from a checkpoint."""
-    return kill.get("resumed") is not None
+def end(kill: Line) -> str:
+    """What became of the run after a kill, as the page calls it."""
+    if kill.get("finished"):
+        return "over"
+    if "resumed" not in kill:
+        return "again"
+    return "anew" if kill["resumed"] is None else "resumed"
 
 
 def differs(trial: Line) -> bool:
@@ -142,14 +147,11 @@ def table_of(
 def kills_row(kills: Sequence[Line]) -> dict[str, str]:
     """What some kills came to."""
     seconds = [kill["seconds_to_recover"] for kill in kills if "seconds_to_recover" in kill]
-    over = sum(kill.get("finished", False) for kill in kills)
+    ends = Counter(end(kill) for kill in kills)
     return {
         "kills": str(len(kills)),
         "within a save": str(sum(kill.get("within_save", False) for kill in kills)),
-        "resumed": str(sum(map(is_resumed, kills))),
-        "anew": str(sum("resumed" in kill and kill["resumed"] is None for kill in kills)),
-        "again": str(sum("resumed" not in kill for kill in kills) - over),
-        "over": str(over),
+        **{name: str(ends[name]) for name in ("resumed", "anew", "again", "over")},
         "orphans": str(sum(kill["orphans"] for kill in kills)),
         "seconds, median": f"{statistics.median(seconds):.1f}" if seconds else "-",
         "max": f"{max(seconds):.1f}" if seconds else "-",

@@ -250,6 +250,17 @@ def test_a_finished_run_can_be_gone_on_with_in_its_own_place(log: Path, tmp_path
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 2 * 29
 
 
+def test_an_unfinished_run_makes_way_for_one_that_goes_on_from_elsewhere(cut: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(cut, tmp_path / "other")
+    start = checkpoints(cut / "checkpoints")[-1]
+    config = str(cut / "config.yaml")
+    (done,) = run_module(1, "recsys.train", "--config", config, f"resume={start}", f"output_dir={other}")
+    assert done.code == 0, done.stderr
+    assert "An earlier run was in" in done.stdout and f"Resumed from {start}" in " ".join(done.stdout.split())
+    (kept,) = tmp_path.glob("other-*")
+    assert len(checkpoints(kept / "checkpoints")) == len(checkpoints(cut / "checkpoints"))
+
+
 def cut_off(output_dir: Path, step: int) -> None:
     """Leave a run as it was some time after a step's checkpoint."""
     (output_dir / "summary.json").unlink()

@@ -1,0 +1,52 @@
+"""Export a checkpoint: `python -m recsys.export --checkpoint DIR --output DIR [--tables int8]`."""
+
+import json
+import os
+from pathlib import Path
+
+from recsys.cli import ArgumentParser, run_entry
+
+
+def main() -> None:
+    """Read the arguments and export."""
+    parser = ArgumentParser(prog="recsys.export", description="Write what a checkpoint's model needs to answer.")
+    parser.add_argument("--checkpoint", required=True, help="a directory step-<n> that training wrote")
+    parser.add_argument("--output", required=True, help="the artefact's directory; nothing may be there")
+    parser.add_argument(
+        "--tables",
+        default="float32",
+        choices=("float32", "float16", "int8"),
+        help="precision in which the embedding tables are kept (default: %(default)s)",
+    )
+    parser.add_argument("--split", choices=("train", "valid", "test"), help="compared on (default: test, else valid)")
+    parser.add_argument("--max-rows", type=int, default=100_000, help="compared at least (default: %(default)s)")
+    parser.add_argument("--bound", type=float, help="by which a probability may differ (1e-6, 1e-3 or 2e-2)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a sentence")
+    arguments = parser.parse_args()
+
+    def body() -> None:
+        from recsys.training.parity import export
+
+        output = Path(os.path.expanduser(arguments.output))
+        parity = export(
+            Path(os.path.expanduser(arguments.checkpoint)),
+            output,
+            tables=arguments.tables,
+            split=arguments.split,
+            max_rows=arguments.max_rows,
+            bound=arguments.bound,
+        )
+        if arguments.json:
+            print(json.dumps({"artifact": str(output), **parity.as_dict()}, indent=2))
+            return
+        print(f"Written: {output}")
+        print(
+            f"Its probabilities are the model's on {parity.rows:,} {parity.split} rows within "
+            f"{parity.max_difference:.1e}, {parity.mean_difference:.1e} on average"
+        )
+
+    run_entry(body)
+
+
+if __name__ == "__main__":
+    main()

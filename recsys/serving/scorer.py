@@ -1,0 +1,184 @@
+"""Raw values in, probabilities out, by the code that decoded them in training."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from recsys.checkpoint.layout import VOCABULARIES
+from recsys.config import Config
+from recsys.data.features import build_columns
+from recsys.data.kinds import read_kinds
+from recsys.data.rows import Rows, SparseLayout
+from recsys.errors import UserError
+from recsys.model.dense_arch import build_dense_arch
+from recsys.model.experts import expert_layers
+from recsys.serving.artifact import Artifact, ArtifactError
+from recsys.serving.tables import Table
+
+
+class RequestError(UserError):
+    """Rows cannot be scored; the message names the row and the column, and what is wanted."""
+
+
+class Scorer:
+    """Scores rows of raw values as the model of an artefact does.
+
+    Safe to call from several threads at once.
+
+    Args:
+        artifact: a directory that an export wrote.
+
+    Raises:
+        ArtifactError: it is damaged, or none.
+
+    Attributes:
+        columns: names of the columns that rows must have.
+    """
+
+    def __init__(self, artifact: str | Path | Artifact) -> None:
+        self.artifact = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)
+        directory, config = self.artifact.directory, self.artifact.config
+        self._columns = build_columns(config, directory / VOCABULARIES, raw=True)
+        self._kinds = read_kinds(directory)
+        self._features = _Features(config, self.artifact.tables)
+        self._dense_arch = _dense_arch(self.artifact)
+        self.columns = self._columns.feature_names
+
+    def score(self, rows: Any) -> NDArray[np.float32]:
+        """Probabilities (N,) of N rows of raw values.
+
+        Args:
+            rows: an Arrow table or record batch, a mapping of columns by name, or a sequence of mappings, one for each
+                row. A null is no id, or what the config fills a dense feature with. Columns that no feature reads are
+                refused in mappings, where they speak for a mistake, and left alone in what is Arrow's.
+
+        Raises:
+            RequestError: a column is missing or unknown, or of one row.
+            DataError: a value is of another type than in training, null or not finite where the config does not fill
+                it, or an id is out of range.
+        """
+        with torch.inference_mode():
+            return self.logits_of(self._table(rows)).sigmoid().numpy()
+
+    def logits_of(self, table: pa.Table, where: str = "rows to score") -> Tensor:
+        """Logits (N,) of a table of raw values; `where` is what it is, for messages.
+
+        Raises:
+            DataError: as `score`.
+        """
+        layout = self.check_schema(table.schema, where)
+        return self.logits(self._columns.decode_features(table, layout, where), layout)
+
+    def check_schema(self, schema: pa.Schema, where: str) -> SparseLayout:
+        """Refuse a table whose columns cannot be scored, and tell which features have lists.
+
+        Raises:
+            DataError: a column is missing, twice there, or of another type than in training.
+        """
+        lists = self._columns.check_features(schema, where)
+        self._kinds.check(self._columns, schema, where)
+        return self._columns.layout(lists)
+
+    @torch.inference_mode()
+    def logits(self, rows: Rows, layout: SparseLayout) -> Tensor:
+        """Logits (N,) of decoded rows."""
+        pooled = self._features.pooled(rows, layout)
+        dense = torch.from_numpy(np.ascontiguousarray(rows.dense.T))
+        logits: Tensor = self._dense_arch(pooled, dense)[0]
+        return logits
+
+    def _table(self, rows: Any) -> pa.Table:
+        if isinstance(rows, pa.RecordBatch):
+            return pa.Table.from_batches([rows])
+        if isinstance(rows, pa.Table):
+            return rows
+        columns = rows if isinstance(rows, Mapping) else self._columns_of(rows)
+        if missing := [name for name in self.columns if name not in columns]:
+            raise RequestError(f"column {missing[0]!r} is missing; give nulls where there is nothing")
+        if unknown := [name for name in columns if name not in self.columns]:
+            raise RequestError(f"column {unknown[0]!r} is none of the model's, which are {', '.join(self.columns)}")
+        arrays = {name: _array(name, columns[name]) for name in self.columns}
+        lengths = {name: len(array) for name, array in arrays.items()}
+        if len(set(lengths.values())) > 1:
+            raise RequestError(f"columns are of different lengths: {lengths}")
+        return pa.table(arrays)
+
+    def _columns_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+        wanted = set(self.columns)
+        for number, row in enumerate(rows):
+            if row.keys() != wanted:
+                if missing := [name for name in self.columns if name not in row]:
+                    raise RequestError(f"row {number}: {missing[0]!r} is missing; give null where there is nothing")
+                unknown = next(name for name in row if name not in wanted)
+                raise RequestError(
+                    f"row {number}: {unknown!r} is none of the model's columns, which are {', '.join(self.columns)}"
+                )
+        return {name: [row[name] for row in rows] for name in self.columns}
+
+
+def _array(name: str, values: Any) -> pa.Array:
+    """A column as an Arrow array of the type that its values speak for."""
+    try:
+        array = pa.array(values)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        told = " ".join(str(error).split())
+        raise RequestError(f"column {name!r}: {_first_odd(values)}: values of one type are needed ({told})") from None
+    return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+
+
+def _first_odd(values: Any) -> str:
+    """Which value is of another type than those before it, in words."""
+    kinds: set[type] = set()
+    for number, value in enumerate(values):
+        if value is not None:
+            kinds.add(type(value))
+        if len(kinds) > 1:
+            return f"row {number} is of type {type(value).__name__}"
+    return "it"
+
+
+class _Features:
+    """From decoded rows to the input of the dense arch.
+
+    Args:
+        config: names features and tables.
+        tables: by name.
+    """
+
+    def __init__(self, config: Config, tables: Mapping[str, Table]) -> None:
+        self._of = {
+            name: (tables[feature.table], config.tables[feature.table].pooling == "mean")
+            for name, feature in config.features.sparse.items()
+        }
+
+    def pooled(self, rows: Rows, layout: SparseLayout) -> Tensor:
+        """Pooled embeddings (N, W), in the order of the config's features."""
+        single = dict(zip(layout.single, torch.from_numpy(rows.single), strict=True))
+        lists = dict(zip((name for name in layout.keys if name in layout.lists), rows.lists, strict=True))
+        parts = [
+            table.of_lists(lists[name], mean=mean) if name in lists else table.of_single(single[name])
+            for name, (table, mean) in self._of.items()
+        ]
+        return torch.cat(parts, 1) if parts else torch.empty(len(rows), 0)
+
+
+def _dense_arch(artifact: Artifact) -> torch.nn.Module:
+    config = artifact.config
+    dims = {name: config.tables[feature.table].embedding_dim for name, feature in config.features.sparse.items()}
+    with torch.device("meta"):
+        dense_arch = build_dense_arch(config.model, dims, num_dense_features=len(config.features.dense))
+    try:
+        # Tensors of a mapped file cannot be written to; a copy of these few can, as some layers fold theirs.
+        dense_arch.load_state_dict({name: value.clone() for name, value in artifact.dense.items()}, assign=True)
+    except RuntimeError as error:
+        told = " ".join(str(error).split())
+        raise ArtifactError(f"{artifact.directory}: the dense arch is not that of its config: {told}") from None
+    for layer in expert_layers(dense_arch).values():
+        layer.experts_active, layer.record_routing = True, False
+    return dense_arch.eval().requires_grad_(False)

@@ -1,0 +1,219 @@
+"""What is served is what was trained: exports of every tower, over ranks and plans, beside the model they come from."""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from ranks import run_module, run_ranks
+from runs import as_config, train_on
+from tiny import tiny_config, write_tiny_log
+
+from recsys.data.storage import DataError
+from recsys.model.towers import registry
+from recsys.serving import Artifact, ArtifactError, Scorer
+from recsys.serving.scorer import RequestError
+from recsys.training.parity import BOUNDS
+
+COLUMNS = ("user", "item", "tags", "x", "z")
+TOWERS: dict[str, dict[str, Any]] = {
+    "mlp": {"type": "mlp", "hidden": [16, 8]},
+    "dcn_v2": {"type": "dcn_v2", "hidden": [16], "num_cross_layers": 2},
+    "transformer": {"type": "transformer", "model_dim": 8, "num_blocks": 1, "num_heads": 2, "feedforward_dim": 16},
+    "final_mlp": {"type": "final_mlp", "first_hidden": [16], "second_hidden": [16], "num_heads": 2},
+}
+PLANS: dict[str, dict[str, Any]] = {
+    "table": {"sharding": ["table_wise"]},
+    "column": {"sharding": ["column_wise"], "min_partition": 4},
+    "replicated": {"sharding": ["data_parallel"]},
+}
+
+
+def test_every_tower_is_exported() -> None:
+    settings = {name: {cls.__name__ for cls in registry._BUILDERS} for name in TOWERS}
+    assert len(TOWERS) == len(registry._BUILDERS), settings
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("log")
+    write_tiny_log(directory)
+    return directory
+
+
+def train(log: Path, folder: Path, world_size: int, plan: str, tower: str, *, experts: bool) -> Path:
+    """The last checkpoint of a short run whose experts are no longer zero."""
+    raw = tiny_config(log, folder / "out")
+    raw["tables"]["item"] = {"num_embeddings": 30, "embedding_dim": 8, **PLANS[plan]}
+    raw["model"]["tower"] = TOWERS[tower]
+    if not experts:
+        raw["model"]["hilomoe"] = None
+    raw["stages"] = {"joint": {"trains": "all", "steps": 12, "learning_rate": 0.02, "sparse_learning_rate": 0.2}}
+    run_ranks(world_size, train_on, as_config(raw, folder))
+    return folder / "out" / "checkpoints" / "step-12"
+
+
+def export(checkpoint: Path, output: Path, *options: str) -> dict[str, Any]:
+    arguments = ("--checkpoint", str(checkpoint), "--output", str(output), "--json", *options)
+    (done,) = run_module(1, "recsys.export", *arguments)
+    assert done.code == 0, done.stderr
+    told: dict[str, Any] = json.loads(done.stdout)
+    return told
+
+
+def predicted(checkpoint: Path, folder: Path) -> np.ndarray[Any, Any]:
+    """Probabilities of the test split as evaluation gives them."""
+    (done,) = run_module(1, "recsys.evaluate", "--checkpoint", str(checkpoint), "--predictions", str(folder))
+    assert done.code == 0, done.stderr
+    probabilities: np.ndarray[Any, Any] = pq.read_table(folder)["probability"].to_numpy()
+    return probabilities
+
+
+CASES = [
+    (1, "table", "mlp", True),
+    (2, "column", "dcn_v2", True),
+    (3, "replicated", "transformer", True),
+    (2, "table", "final_mlp", True),
+    (1, "column", "transformer", False),
+    (2, "replicated", "mlp", False),
+    (3, "column", "final_mlp", False),
+    (3, "table", "dcn_v2", False),
+]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "plan", "tower", "experts"),
+    [*CASES[:4], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[4:])],
+)
+def test_raw_rows_have_the_probabilities_of_the_model(
+    log: Path, tmp_path: Path, world_size: int, plan: str, tower: str, experts: bool
+) -> None:
+    checkpoint = train(log, tmp_path, world_size, plan, tower, experts=experts)
+    expected = predicted(checkpoint, tmp_path / "predictions")
+    rows = pa.concat_tables([pq.read_table(file) for file in sorted((log / "test").iterdir())])
+    for precision, bound in BOUNDS.items():
+        told = export(checkpoint, tmp_path / precision, "--tables", precision)
+        assert told["rows"] == 251 and told["max_difference"] <= bound
+        scorer = Scorer(tmp_path / precision)
+        found = scorer.score(rows)
+        assert found.dtype == np.float32 and found.shape == (251,)
+        assert np.abs(found - expected).max() <= bound
+        assert np.ptp(found) > 0.05
+        listed = rows.select(COLUMNS).to_pylist()
+        np.testing.assert_array_equal(scorer.score(listed), found)
+        np.testing.assert_array_equal(scorer.score(rows.select(COLUMNS).to_pydict()), found)
+        np.testing.assert_allclose(scorer.score(listed[:1]), found[:1], rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def exported(log: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint and its artefact."""
+    folder = tmp_path_factory.mktemp("exported")
+    checkpoint = train(log, folder, 1, "table", "mlp", experts=True)
+    export(checkpoint, folder / "artifact")
+    return checkpoint, folder / "artifact"
+
+
+ROW = {"user": 3, "item": 5, "tags": [1, 2], "x": 0.5, "z": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([ROW, {**ROW, "colour": 1}], "row 1: 'colour' is none of the model's columns, which are"),
+        ([{key: value for key, value in ROW.items() if key != "x"}], "row 0: 'x' is missing; give null"),
+        ([ROW, {**ROW, "user": "seven"}], "column 'user': row 1 is of type str: values of one type are needed"),
+        ({key: [value] for key, value in ROW.items() if key != "tags"}, "column 'tags' is missing"),
+        ({**{key: [value] for key, value in ROW.items()}, "x": [1.0, 2.0]}, "columns are of different lengths"),
+        ([{**ROW, "user": 2**70}], "column 'user'"),
+    ],
+)
+def test_requests_of_another_shape_are_refused_by_row_and_column(
+    exported: tuple[Path, Path], rows: Any, told: str
+) -> None:
+    with pytest.raises(RequestError, match=told):
+        Scorer(exported[1]).score(rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"user": 40}, "sparse feature user .column 'user'. has 1 value out of range, such as 40"),
+        ({"user": -1}, "value out of range, such as -1"),
+        ({"user": "seven"}, "'user' .sparse feature user. has type string"),
+        ({"tags": [None]}, "nulls inside lists"),
+        ({"x": "high"}, "'x' .dense feature x. has type string"),
+        ({"z": None}, "column 'z' has 1 nulls; give a dense feature a fill"),
+        ({"z": float("nan")}, "column 'z'"),
+    ],
+)
+def test_values_that_training_would_refuse_are_refused(
+    exported: tuple[Path, Path], change: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(DataError, match=told):
+        Scorer(exported[1]).score([{**ROW, **change}])
+
+
+def test_nulls_are_what_the_config_says_that_they_are(exported: tuple[Path, Path]) -> None:
+    scorer = Scorer(exported[1])
+    nothing = {**ROW, "item": None, "tags": None, "x": None}
+    np.testing.assert_array_equal(scorer.score([nothing]), scorer.score([{**nothing, "tags": [], "x": 0.0}]))
+
+
+def test_threads_score_at_once(exported: tuple[Path, Path]) -> None:
+    scorer = Scorer(exported[1])
+    rows = [{**ROW, "user": user % 40, "tags": [user % 12] * (user % 4)} for user in range(300)]
+    expected, wrong = scorer.score(rows), []
+
+    def ask() -> None:
+        for _ in range(20):
+            if not np.array_equal(scorer.score(rows), expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_flipped_bit_in_any_file_is_found(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    names = sorted(path.relative_to(exported[1]) for path in exported[1].rglob("*") if path.is_file())
+    assert len(names) >= 5
+    for name in names:
+        spoilt = shutil.copytree(exported[1], tmp_path / "spoilt", dirs_exist_ok=True)
+        data = bytearray((spoilt / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (spoilt / name).write_bytes(data)
+        if name.name == "manifest.json":
+            continue  # nothing holds its digest: what it says is checked
+        with pytest.raises(ArtifactError, match="is not what was written: its SHA-256 is another") as caught:
+            Artifact.open(spoilt)
+        assert str(spoilt / name) in str(caught.value)
+
+
+def test_an_export_beyond_its_bound_is_refused_and_leaves_nothing(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    arguments = ("--checkpoint", str(exported[0]), "--output", str(tmp_path / "new"), "--tables", "int8")
+    (done,) = run_module(1, "recsys.export", *arguments, "--bound", "1e-12")
+    assert done.code == 2 and "the export differs from its model by" in done.stderr
+    assert done.stderr.startswith("error: ") and list(tmp_path.iterdir()) == []
+    (done,) = run_module(1, "recsys.export", "--checkpoint", str(exported[0]), "--output", str(exported[1]))
+    assert done.code == 2 and "is there already" in done.stderr
+
+
+def test_scoring_needs_neither_torchrec_nor_fbgemm(exported: tuple[Path, Path]) -> None:
+    program = (
+        "import sys; from recsys.serving import Scorer; "
+        f"print(Scorer({str(exported[1])!r}).score([{ROW!r}])[0] > 0, "
+        "[name for name in sys.modules if name.startswith(('torchrec', 'fbgemm', 'torch.distributed.checkpoint.'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split("[")[0].strip() == "True" and "torchrec" not in done.stdout and "fbgemm" not in done.stdout
