@@ -20,8 +20,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed._shard.sharding_spec import ShardMetadata
+from torch.distributed.checkpoint.staging import AsyncStager
 from torchrec.optim.keyed import KeyedOptimizer
 
 from recsys.checkpoint import layout
@@ -93,7 +94,7 @@ class Checkpoints:
         together(self._ranks, cannot, partial(self._make, layout.partial(directory)), self._group)
         save: Any = dcp.save
         if self._config.asynchronous:
-            save = partial(dcp.async_save, async_stager=BlockingAsyncStager())
+            save = partial(dcp.async_save, async_stager=_Stager())
         with _naming(cannot):
             saving = save(state, checkpoint_id=layout.partial(directory), process_group=self._group)
         self.begun, self._begun_at, self._has_asked = directory, time.monotonic(), False
@@ -199,6 +200,48 @@ class Checkpoints:
         files = {**meta.files, **{name: layout.digest_of(path) for name, path in new.items()}}
         layout.commit(directory, new.values(), replace(meta, files=files))
         layout.prune(self.folder, self._config)
+
+
+class _Stager(AsyncStager):
+    """Copies tensors to the host before training goes on.
+
+    DCP's own copies the shards of tables byte by byte, and twice, which takes ten times as long.
+    """
+
+    _synchronize_after_execute = False
+
+    def stage(self, state_dict: Any) -> Any:
+        """A copy of a flat state dict, on the CPU."""
+        return {
+            name: _sharded_copy(value) if isinstance(value, ShardedTensor) else _copy(value)
+            for name, value in state_dict.items()
+        }
+
+    def synchronize_staging(self) -> None:
+        """Nothing is under way when `stage` has returned."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _sharded_copy(tensor: ShardedTensor) -> ShardedTensor:
+    shards = [Shard(_copy(shard.tensor), _on_cpu(shard.metadata)) for shard in tensor.local_shards()]
+    metadata = tensor.metadata()
+    return ShardedTensor._init_from_local_shards_and_global_metadata(
+        shards,
+        replace(metadata, shards_metadata=[_on_cpu(shard) for shard in metadata.shards_metadata]),
+        process_group=tensor._process_group,
+    )
+
+
+def _on_cpu(shard: ShardMetadata) -> ShardMetadata:
+    assert shard.placement is not None
+    placement = f"rank:{shard.placement.rank()}/cpu"
+    return ShardMetadata(shard.shard_offsets, shard.shard_sizes, placement)
 
 
 def together(ranks: Ranks, cannot: str, action: Callable[[], _T], group: dist.ProcessGroup | None = None) -> list[_T]:
