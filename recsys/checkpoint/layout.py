@@ -30,7 +30,7 @@ PROGRESS = "progress.json"
 PLAN = "plan.json"
 VOCABULARIES = "vocabularies"
 
-_PARTIAL, _REPLACED, _DELETED = ".partial", ".replaced", ".deleted"
+_PARTIAL, _REPLACED, _DELETED, _DAMAGED = ".partial", ".replaced", ".deleted", ".damaged"
 _NAME = re.compile(r"step-(\d+)")
 _CHUNK = 1 << 20
 _MAX_META = 64 << 20
@@ -229,6 +229,19 @@ def commit(directory: Path, files: Iterable[Path], meta: CheckpointMeta) -> None
     written.rename(directory)
     flush(directory.parent)
     delete(replaced)
+
+
+def set_aside_after(directory: Path) -> None:
+    """Take their names from the checkpoints that are newer than one which a run goes on from.
+
+    They were passed over as damaged. With their names, retention would take them for the newest, and delete those that
+    the run writes now.
+    """
+    newer = checkpoints(directory.parent)
+    for path in newer[: newer.index(directory)]:
+        aside = path.with_name(path.name + _DAMAGED)
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
 
 
 def adopt(directory: Path, folder: Path) -> None:

@@ -7,6 +7,7 @@ YAML or Parquet.
 """
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +29,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 from recsys.checkpoint import layout
 from recsys.checkpoint.dcp import load_tensors
 from recsys.checkpoint.index import UnreadableError
-from recsys.checkpoint.layout import CheckpointError, CheckpointMeta
+from recsys.checkpoint.layout import CheckpointError, CheckpointMeta, Digest
 from recsys.checkpoint.tensors import TensorReader
 from recsys.config import CheckpointsConfig, TableConfig
 from recsys.data.storage import THREADS, Place, naming
@@ -41,6 +42,7 @@ from recsys.training import reshard
 State = dict[str, Tensor | ShardedTensor]
 """Tensors by the name that they have in a checkpoint."""
 
+_INDEX = ".metadata"
 _STEPS = "optimizer.sparse_steps"
 
 _T = TypeVar("_T")
@@ -70,6 +72,7 @@ class Checkpoints:
         self.waited = 0.0
         self.begun: Path | None = None
         self._begun_at, self._has_asked = time.monotonic(), False
+        self._same: tuple[Path, dict[str, Digest]] | None = None
         self._newest: Path | None = None
         self._config, self._ranks, self._write_files = config, ranks, write_files
         self._group = dist.new_group(backend="gloo")
@@ -142,10 +145,16 @@ class Checkpoints:
         self._newest = directory
         if directory.parent == self.folder:
             self.begun = directory
+            cannot = f"what is newer than {directory} cannot be set aside"
+            together(self._ranks, cannot, partial(self._set_aside_after, directory))
         elif best_step is not None:
             best = directory.parent / f"step-{best_step}"
             verified(best, self._ranks)
             together(self._ranks, f"{best} cannot be copied to {self.folder}", partial(self._adopt, best))
+
+    def _set_aside_after(self, directory: Path) -> None:
+        if self._ranks.is_first:
+            layout.set_aside_after(directory)
 
     def _adopt(self, directory: Path) -> None:
         if self._ranks.is_first:
@@ -193,13 +202,36 @@ class Checkpoints:
         if not self._ranks.is_first:
             return
         written = layout.partial(directory)
-        self._write_files(written)
+        same = self._linked(written)
+        if same is None:
+            self._write_files(written)
         (written / layout.PROGRESS).write_bytes(progress)
         names = {str(path.relative_to(written)): path for path in written.rglob("*") if path.is_file()}
-        new = {name: path for name, path in names.items() if name not in meta.files}
-        files = {**meta.files, **{name: layout.digest_of(path) for name, path in new.items()}}
+        new = {name: path for name, path in names.items() if name not in {**meta.files, **(same or {})}}
+        digests = {name: layout.digest_of(path) for name, path in new.items()}
+        files = {**meta.files, **(same or {}), **digests}
         layout.commit(directory, new.values(), replace(meta, files=files))
+        same = same or {name: digest for name, digest in digests.items() if name not in (layout.PROGRESS, _INDEX)}
+        self._same = directory, same
         layout.prune(self.folder, self._config)
+
+    def _linked(self, written: Path) -> dict[str, Digest] | None:
+        """Link what is the same throughout a run from the checkpoint before, and tell its digests; None if that fails.
+
+        Vocabularies may be large, and are on the disk already.
+        """
+        if self._same is None:
+            return None
+        before, digests = self._same
+        try:
+            for name in digests:
+                (written / name).parent.mkdir(parents=True, exist_ok=True)
+                os.link(before / name, written / name)
+        except OSError:  # the one before was taken away, or the file system has no such links
+            for name in digests:
+                (written / name).unlink(missing_ok=True)
+            return None
+        return digests
 
 
 class _Stager(AsyncStager):

@@ -132,6 +132,7 @@ class Trainer:
         self.progress = Progress(counts={split: Counter() for split in splits})
         phase_lengths(config.stages, self._epoch(0).num_steps)
         self._cost = cost_report(config)
+        self._versions = {**versions(), "commit": git_commit()}
         self.checkpoints = Checkpoints(
             Path(config.output_dir) / "checkpoints", config.checkpoints, ranks, self._write_files
         )
@@ -436,7 +437,7 @@ class Trainer:
             kept=kept,
             best_step=progress.best.step if progress.best and not progress.phase_over else None,
             valid=valid.as_dict() if valid else None,
-            versions={**versions(), "commit": git_commit()},
+            versions=self._versions,
         )
         waited = self.checkpoints.waited
         self.checkpoints.save(state, progress.to_json(self._epoch(progress.epoch)), meta)

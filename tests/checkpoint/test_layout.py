@@ -106,6 +106,16 @@ def test_what_a_crash_left_is_taken_away_and_nothing_else(tmp_path: Path) -> Non
     assert names(tmp_path) == ["notes.partial", "step-5"]
 
 
+def test_those_that_were_passed_over_do_not_push_out_what_is_written_after_them(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        write(tmp_path / f"step-{step}")
+    layout.set_aside_after(tmp_path / "step-2")
+    assert names(tmp_path) == ["step-1", "step-2", "step-3.damaged", "step-4.damaged"]
+    write(tmp_path / "step-3")
+    layout.prune(tmp_path, CheckpointsConfig(keep_last=2))
+    assert names(tmp_path) == ["step-2", "step-3", "step-3.damaged", "step-4.damaged"]
+
+
 def test_only_names_of_checkpoints_are_checkpoints_the_newest_first(tmp_path: Path) -> None:
     for step in (9, 100, 20):
         write(tmp_path / f"step-{step}")

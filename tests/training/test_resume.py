@@ -336,6 +336,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(cut: Path) -> None:
     assert done.code == 0, done.stderr
     assert f"{newest} is passed over: {spoilt} is not what was written" in " ".join(done.stdout.split())
     assert f"Resumed from {older}" in " ".join(done.stdout.split())
+    assert newest.with_name(f"{newest.name}.damaged").is_dir()  # or it would be taken for the newest later
 
 
 def test_never_begins_anew_and_keeps_what_is_there(cut: Path) -> None:
