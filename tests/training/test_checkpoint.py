@@ -13,7 +13,7 @@ from ranks import run_module, run_ranks
 from runs import as_config, reseal, train_on
 from tiny import tiny_config, write_tiny_log
 
-from recsys.checkpoint.layout import CheckpointError, read_meta
+from recsys.checkpoint.layout import CheckpointError, read_meta, verify
 from recsys.config import Config, load_config
 from recsys.model.names import POOLED
 from recsys.model.ranker import build_ranker
@@ -176,3 +176,18 @@ def test_a_cut_off_file_is_refused(checkpoint: Path) -> None:
     (data,) = checkpoint.glob("*.distcp")
     data.write_bytes(data.read_bytes()[:1000])
     assert str(checkpoint) in evaluation_error(checkpoint)
+
+
+def test_what_is_the_same_in_all_checkpoints_of_a_run_is_on_the_disk_once(tmp_path: Path) -> None:
+    write_tiny_log(tmp_path / "log")
+    raw = tiny_config(tmp_path / "log", tmp_path / "out")
+    raw["stages"] = {"joint": {**raw["stages"]["joint"], "steps": 6, "warmup_steps": 0}}
+    raw["checkpoints"] = {"every_steps": 2, "keep_every_steps": 1}
+    run_ranks(1, train_on, as_config(raw, tmp_path))
+    found = sorted((tmp_path / "out" / "checkpoints").iterdir())
+    assert len(found) == 3
+    for name in ("config.yaml", "kinds.json", "plan.json"):
+        assert len({(path / name).stat().st_ino for path in found}) == 1
+    for name in ("progress.json", "meta.json", ".metadata", "__0_0.distcp"):
+        assert len({(path / name).stat().st_ino for path in found}) == 3
+    assert all(verify(path, read_meta(path).files) is None for path in found)
