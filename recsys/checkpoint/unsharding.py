@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -131,8 +131,7 @@ def write_safetensors(
         with unfinished.open("xb") as file:
             file.write(header)
             for source in ordered:
-                for part in source.read():
-                    file.write(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                _write(file, source)
             file.flush()
             os.fsync(file.fileno())
         unfinished.rename(output)
@@ -143,6 +142,12 @@ def write_safetensors(
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
     return {source.name: source.shape for source in ordered}
+
+
+def _write(file: IO[bytes], source: Source) -> None:
+    """Write a tensor's parts, of which none is held when the next tensor's are read."""
+    for part in source.read():
+        file.write(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _header(output: Path, sources: list[Source], metadata: Mapping[str, str]) -> bytes:
