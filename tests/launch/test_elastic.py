@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -33,12 +34,13 @@ def test_a_job_goes_on_without_a_host_that_died(tmp_path: Path) -> None:
         *("--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-conf", "last_call_timeout=5,keep_alive_interval=1"),
         *("-m", "recsys.train", "--config", str(tmp_path / "config.yaml")),
     ]
-    # The first agent holds the store at which agents meet.
-    agents = []
+    agents: list[subprocess.Popen[bytes]] = []
     for number in range(2):
         with (tmp_path / f"told-{number}").open("w") as told:
             settings = environment(OMP_NUM_THREADS="1")
             agents.append(subprocess.Popen(command, env=settings, stdout=told, stderr=told, start_new_session=True))
+        # The first to come holds the store at which agents meet, and that one may not be lost.
+        _await_store(port)
     try:
         _await_step(tmp_path, agents, 60)
         os.kill(agents[1].pid, signal.SIGKILL)
@@ -58,6 +60,15 @@ def test_a_job_goes_on_without_a_host_that_died(tmp_path: Path) -> None:
 
 def _told(folder: Path) -> str:
     return "".join((folder / f"told-{number}").read_text() for number in range(2))
+
+
+def _await_store(port: int) -> None:
+    until = time.monotonic() + 120
+    while True:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        assert time.monotonic() < until, "the first agent opens no store"
+        time.sleep(0.1)
 
 
 def _await_step(folder: Path, agents: list[subprocess.Popen[bytes]], step: int) -> None:
