@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -49,21 +50,19 @@ def ends(pid: int) -> bool:
     return not is_running(pid)
 
 
+def orphaned(parent_code: str) -> int:
+    """The process that a parent has started and left, which was killed."""
+    command = [sys.executable, "-c", parent_code, CHILD]
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True, env=environment()) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert is_running(child)
+        parent.kill()
+    return child
+
+
 def test_a_rank_ends_with_its_parent() -> None:
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, CHILD],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
-    assert parent.stdout is not None
-    child = int(parent.stdout.readline())
-    assert is_running(child)
-    parent.kill()
-    parent.wait()
-    assert ends(child)
-    parent.stdout.close()
+    assert ends(orphaned(PARENT))
 
 
 # As torchx launches a torchrun, which starts a rank: neither ends by itself, nor does torchrun on SIGTERM.
@@ -97,21 +96,10 @@ def test_torchrun_ends_with_its_torchx_even_if_it_does_not_end_when_asked_to() -
 
 
 def test_a_process_that_no_torchrun_started_outlives_its_parent() -> None:
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT.replace('"TORCHELASTIC_RUN_ID": "x"', ""), CHILD],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
-    assert parent.stdout is not None
-    child = int(parent.stdout.readline())
-    parent.kill()
-    parent.wait()
+    child = orphaned(PARENT.replace('"TORCHELASTIC_RUN_ID": "x"', ""))
     time.sleep(1.5)
     assert is_running(child)
     os.kill(child, 9)
-    parent.stdout.close()
 
 
 def begin(**more: str) -> subprocess.CompletedProcess[str]:
