@@ -33,6 +33,7 @@ from recsys.checkpoint.layout import CheckpointError, CheckpointMeta, Digest
 from recsys.checkpoint.tensors import TensorReader
 from recsys.config import CheckpointsConfig, TableConfig
 from recsys.data.storage import THREADS, Place, naming
+from recsys.errors import UserError
 from recsys.model.names import table_name
 from recsys.runtime import Ranks
 from recsys.sharding.plan import plan_as_dict
@@ -286,18 +287,24 @@ def together(ranks: Ranks, cannot: str, action: Callable[[], _T], group: dist.Pr
         group: over which the ranks meet.
 
     Raises:
-        CheckpointError: on every rank, if the storage refused or an error was raised on any.
+        CheckpointError: on every rank, if the storage refused or an error was raised on any; one that the user cannot put
+            right is raised as it is on the rank that it came from.
     """
     mine: tuple[Any, str | None]
+    bug: Exception | None = None
     try:
         mine = action(), None
-    except CheckpointError as error:
+    except UserError as error:
         mine = None, str(error)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         mine = None, f"{cannot}: {error.strerror or error}{where}"
+    except Exception as error:
+        mine, bug = (None, f"{cannot}: rank {ranks.rank} failed"), error
     found: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(found, mine, group=group)
+    if bug is not None:
+        raise bug
     for _, told in found:
         if told is not None:
             raise CheckpointError(told)

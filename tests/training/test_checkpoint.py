@@ -15,11 +15,12 @@ from tiny import tiny_config, write_tiny_log
 
 from recsys.checkpoint.layout import CheckpointError, read_meta, verify
 from recsys.config import Config, load_config
+from recsys.data.storage import DataError
 from recsys.model.names import POOLED
 from recsys.model.ranker import build_ranker
 from recsys.runtime import Ranks
 from recsys.sharding.shard import shard
-from recsys.training.checkpoint import load_model
+from recsys.training.checkpoint import load_model, together
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +192,38 @@ def test_what_is_the_same_in_all_checkpoints_of_a_run_is_on_the_disk_once(tmp_pa
     for name in ("progress.json", "meta.json", ".metadata", "__0_0.distcp"):
         assert len({(path / name).stat().st_ino for path in found}) == 3
     assert all(verify(path, read_meta(path).files) is None for path in found)
+
+
+CANNOT = "CheckpointError: it cannot be done"
+
+
+def _together(ranks: Ranks, error: Exception) -> str:
+    def action() -> int:
+        if ranks.rank == 1:
+            raise error
+        return ranks.rank
+
+    try:
+        return f"{together(ranks, 'it cannot be done', action)}"
+    except Exception as caught:
+        return f"{type(caught).__name__}: {caught}"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (DataError("a file is odd"), ["CheckpointError: a file is odd"] * 3),
+        (
+            OSError(28, "No space left", "/disk/file"),
+            ["CheckpointError: it cannot be done: No space left (/disk/file)"] * 3,
+        ),
+        (
+            KeyError("x"),
+            ["CheckpointError: it cannot be done: rank 1 failed", "KeyError: 'x'"]
+            + ["CheckpointError: it cannot be done: rank 1 failed"],
+        ),
+    ],
+)
+def test_what_fails_on_one_rank_ends_all_alike(error: Exception, told: list[str]) -> None:
+    """And none waits for it for half an hour."""
+    assert run_ranks(3, _together, error) == told
