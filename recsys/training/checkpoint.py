@@ -287,8 +287,8 @@ def together(ranks: Ranks, cannot: str, action: Callable[[], _T], group: dist.Pr
         group: over which the ranks meet.
 
     Raises:
-        CheckpointError: on every rank, if the storage refused or an error was raised on any; one that the user cannot put
-            right is raised as it is on the rank that it came from.
+        CheckpointError: on every rank, if the storage refused or an error was raised on any. One that the user cannot
+            put right is raised as it is on the rank that it came from.
     """
     mine: tuple[Any, str | None]
     bug: Exception | None = None

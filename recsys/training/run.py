@@ -152,6 +152,8 @@ class Trainer:
         meta = verified(directory, self.ranks)
         anew = load_model_and_tables_optimizers(directory, self.sharded, self.dense_arch, self.config.tables)
         self.progress = Progress.from_json((directory / PROGRESS).read_bytes(), str(directory / PROGRESS))
+        for split in self.splits:  # one may be new since
+            self.progress.counts.setdefault(split, Counter())
         self.progress.begin_again(self._epoch(self.progress.epoch))
         if meta.world_size == self.ranks.world_size:
             self._own = load_own(directory, f"rank{self.ranks.rank}.")

@@ -217,11 +217,7 @@ def _together(ranks: Ranks, error: Exception) -> str:
             OSError(28, "No space left", "/disk/file"),
             ["CheckpointError: it cannot be done: No space left (/disk/file)"] * 3,
         ),
-        (
-            KeyError("x"),
-            ["CheckpointError: it cannot be done: rank 1 failed", "KeyError: 'x'"]
-            + ["CheckpointError: it cannot be done: rank 1 failed"],
-        ),
+        (KeyError("x"), [f"{CANNOT}: rank 1 failed", "KeyError: 'x'", f"{CANNOT}: rank 1 failed"]),
     ],
 )
 def test_what_fails_on_one_rank_ends_all_alike(error: Exception, told: list[str]) -> None:

@@ -250,6 +250,18 @@ def test_a_finished_run_can_be_gone_on_with_in_its_own_place(log: Path, tmp_path
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 2 * 29
 
 
+def test_a_split_that_is_new_since_is_evaluated(log: Path, tmp_path: Path) -> None:
+    stages = {"joint": {"trains": "all", "epochs": 1, "learning_rate": 0.01, "sparse_learning_rate": 0.1}}
+    config_of(log, tmp_path / "out", tmp_path, stages=stages)
+    command = ("--config", str(tmp_path / "config-under-test.yaml"))
+    (done,) = run_module(1, "recsys.train", *command, "data.test=null")
+    assert done.code == 0, done.stderr
+    start = f"resume={tmp_path}/out/checkpoints/step-20"
+    (again,) = run_module(1, "recsys.train", *command, start, f"output_dir={tmp_path}/new")
+    assert again.code == 0, again.stderr
+    assert json.loads((tmp_path / "new" / "summary.json").read_text())["test"]["examples"] == 251
+
+
 def test_an_unfinished_run_makes_way_for_one_that_goes_on_from_elsewhere(cut: Path, tmp_path: Path) -> None:
     other = shutil.copytree(cut, tmp_path / "other")
     start = checkpoints(cut / "checkpoints")[-1]
