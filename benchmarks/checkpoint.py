@@ -87,7 +87,7 @@ def _table(mebibytes: int, settings: tuple[str, ...]) -> Measured:
     _train(*_stages(2), *settings, *table, "checkpoints.every_steps=1")
     events = EventAccumulator(str(FOLDER / "run/tensorboard"))
     events.Reload()
-    first = events.Scalars("checkpoint_wait")[0]
+    first = events.Scalars("throughput/checkpoint_wait")[0]
     (checkpoint,) = checkpoints(FOLDER / "run/checkpoints")
     size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
     began = time.perf_counter()

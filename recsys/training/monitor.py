@@ -134,7 +134,7 @@ class Monitor:
     def checkpoint(self, step: int, seconds: float) -> None:
         """A checkpoint is being written, or is; training has waited for so long."""
         if self._writer is not None:
-            self._writer.add_scalar("checkpoint_wait", seconds, step)
+            self._writer.add_scalar("throughput/checkpoint_wait", seconds, step)
 
     def routing(self, step: int, window: Mapping[str, RoutingSummary]) -> None:
         """How the experts of each linear were used since the last window."""
