@@ -168,6 +168,7 @@ def _fill_in_home(raw: dict[str, Any]) -> None:
     files = [(within(feature, "ids"), "file") for feature in features]
     named = (
         (raw, "output_dir"),
+        (raw, "resume"),
         (raw.get("warm_start"), "checkpoint"),
         (within(raw.get("data"), "synthetic"), "directory"),
     )

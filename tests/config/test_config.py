@@ -609,7 +609,10 @@ def test_the_home_directory_stands_for_its_sign(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "config.yaml").write_text(f"include: {Path('configs/small.yaml').resolve()}\n")
     vocabulary = "features.sparse.user_id.ids={type: vocabulary, file: ~/user.parquet}"
-    config = load_config("~/config.yaml", ["output_dir=~/run", "data.synthetic.directory=~/log", vocabulary])
+    paths = ["output_dir=~/run", "data.synthetic.directory=~/log", "resume=~/old", "warm_start.checkpoint=~/step-1"]
+    config = load_config("~/config.yaml", [*paths, vocabulary])
+    assert config.warm_start is not None
+    assert (config.resume, config.warm_start.checkpoint) == (f"{tmp_path}/old", f"{tmp_path}/step-1")
     assert config.output_dir == f"{tmp_path}/run"
     assert config.data.synthetic is not None and config.data.synthetic.directory == f"{tmp_path}/log"
     ids = config.features.sparse["user_id"].ids
