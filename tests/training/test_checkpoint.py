@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hostile import TEXTS
 from ranks import run_module, run_ranks
@@ -14,13 +15,13 @@ from runs import as_config, reseal, train_on
 from tiny import tiny_config, write_tiny_log
 
 from recsys.checkpoint.layout import CheckpointError, read_meta, verify
-from recsys.config import Config, load_config
+from recsys.config import CheckpointsConfig, Config, load_config
 from recsys.data.storage import DataError
 from recsys.model.names import POOLED
 from recsys.model.ranker import build_ranker
 from recsys.runtime import Ranks
 from recsys.sharding.shard import shard
-from recsys.training.checkpoint import load_model, together
+from recsys.training.checkpoint import Checkpoints, load_model, together
 
 
 @pytest.fixture(scope="module")
@@ -223,3 +224,19 @@ def _together(ranks: Ranks, error: Exception) -> str:
 def test_what_fails_on_one_rank_ends_all_alike(error: Exception, told: list[str]) -> None:
     """And none waits for it for half an hour."""
     assert run_ranks(3, _together, error) == told
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_checkpoint_falls_due_once_by_the_first_ranks_clock(
+    tmp_path: Path, process_group: None, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("recsys.training.checkpoint.time.monotonic", lambda: clock[-1])
+    ranks = Ranks(0 if first else 1, 1, 0, 1, torch.device("cpu"))
+    checkpoints = Checkpoints(tmp_path, CheckpointsConfig(every_minutes=2), ranks, lambda directory: None)
+    told = []
+    for now in (1000.0, 1119.0, 1121.0, 1122.0, 1400.0):
+        clock.append(now)
+        told.append(checkpoints.falls_due())
+    assert told == [False, False, first, False, False]
+    assert not Checkpoints(tmp_path, CheckpointsConfig(every_minutes=None), ranks, lambda _: None).falls_due()
