@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from ranks import run_module, run_ranks
 from runs import as_config, train_on
 from tiny import tiny_config, write_tiny_log
 
+from recsys.config import HashIdsConfig
 from recsys.data.storage import DataError
 from recsys.model.towers import registry
 from recsys.serving import Artifact, ArtifactError, Scorer
@@ -217,3 +220,50 @@ def test_scoring_needs_neither_torchrec_nor_fbgemm(exported: tuple[Path, Path]) 
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split("[")[0].strip() == "True" and "torchrec" not in done.stdout and "fbgemm" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (None, "rows to score are of type NoneType; give an Arrow table"),
+        ("user", "row 0 is of type str; give an Arrow table"),
+        ([ROW, [ROW]], "row 1 is of type list; give an Arrow table"),
+        ({**{key: [value] for key, value in ROW.items()}, "user": 3}, "column 'user' is of type int; give a list"),
+        ({**{key: [value] for key, value in ROW.items()}, "user": b"\3"}, "column 'user' is of type bytes"),
+        ({**{key: [value] for key, value in ROW.items()}, "user": {3}}, "column 'user' is of type set"),
+        ({**{key: [value] for key, value in ROW.items()}, "user": np.array(3)}, "column 'user': values of one type"),
+        ([ROW, {**ROW, "tags": 1}], "column 'tags': row 1 is of type int: values of one type"),
+        (
+            [{**ROW, "user": date(2020, 1, 1)}, {**ROW, "user": datetime(2020, 1, 1, 5)}],
+            "row 1 is of type datetime",
+        ),
+    ],
+)
+def test_what_holds_no_rows_is_refused(exported: tuple[Path, Path], rows: Any, told: str) -> None:
+    with pytest.raises(RequestError, match=told):
+        Scorer(exported[1]).score(rows)
+
+
+def test_rows_that_can_be_looked_at_once_are_scored(exported: tuple[Path, Path]) -> None:
+    scorer, rows = Scorer(exported[1]), [ROW, {**ROW, "user": 4}]
+    expected = scorer.score(rows)
+    np.testing.assert_array_equal(scorer.score(iter(rows)), expected)
+    np.testing.assert_array_equal(scorer.score({name: iter([row[name] for row in rows]) for name in ROW}), expected)
+    assert scorer.score([]).shape == scorer.score(pa.Table.from_pylist(rows).slice(0, 0)).shape == (0,)
+
+
+def test_integers_beyond_a_sign_are_integers(exported: tuple[Path, Path]) -> None:
+    with pytest.raises(DataError, match=f"out of range, such as {2**63};"):
+        Scorer(exported[1]).score([{**ROW, "user": 2**63}])
+
+
+def test_a_request_says_nothing_of_the_next(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    artifact = Artifact.open(exported[1])
+    hashed = artifact.config.features.sparse["user"].model_copy(update={"ids": HashIdsConfig(type="hash", buckets=40)})
+    sparse = {**artifact.config.features.sparse, "user": hashed}
+    features = artifact.config.features.model_copy(update={"sparse": sparse})
+    config = artifact.config.model_copy(update={"features": features})
+    scorer = Scorer(replace(artifact, config=config, directory=tmp_path))  # where nothing tells what features hold
+    expected = scorer.score([{**ROW, "user": "seven"}])
+    scorer.score([{**ROW, "user": 7}])
+    np.testing.assert_array_equal(scorer.score([{**ROW, "user": "seven"}]), expected)
