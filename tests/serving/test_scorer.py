@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from ranks import run_module, run_ranks
 from runs import as_config, train_on
 from tiny import tiny_config, write_tiny_log
@@ -23,6 +24,9 @@ from recsys.data.storage import DataError
 from recsys.model.towers import registry
 from recsys.serving import Artifact, ArtifactError, Scorer
 from recsys.serving.scorer import RequestError
+from recsys.serving.tables import Table, stored
+from recsys.training import parity
+from recsys.training.metrics import BinaryMetrics
 from recsys.training.parity import BOUNDS
 
 COLUMNS = ("user", "item", "tags", "x", "z")
@@ -267,3 +271,81 @@ def test_a_request_says_nothing_of_the_next(exported: tuple[Path, Path], tmp_pat
     expected = scorer.score([{**ROW, "user": "seven"}])
     scorer.score([{**ROW, "user": 7}])
     np.testing.assert_array_equal(scorer.score([{**ROW, "user": "seven"}]), expected)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "dense.safetensors", "kinds.json", "tables.safetensors"])
+def test_a_file_that_no_digest_is_told_of_is_refused(exported: tuple[Path, Path], tmp_path: Path, name: str) -> None:
+    spoilt = shutil.copytree(exported[1], tmp_path / "spoilt")
+    told = json.loads((spoilt / "manifest.json").read_text())
+    del told["files"][name]
+    (spoilt / "manifest.json").write_text(json.dumps(told))
+    with pytest.raises(ArtifactError, match=rf"manifest\.json lists no {name}"):
+        Artifact.open(spoilt)
+
+
+def test_a_dense_arch_of_another_type_is_refused(exported: tuple[Path, Path]) -> None:
+    artifact = Artifact.open(exported[1])
+    halved = replace(artifact, dense={name: value.half() for name, value in artifact.dense.items()})
+    with pytest.raises(ArtifactError, match=r"of the dense arch is not of torch\.float32"):
+        Scorer(halved)
+
+
+@pytest.mark.parametrize(
+    ("precision", "row"),
+    [
+        ("float16", [1e5, 0.0]),
+        ("int8", [3e38, -3e38]),
+        ("int8", [float("nan"), 0.0]),
+        ("float32", [float("inf"), 0.0]),
+    ],
+)
+def test_a_row_that_no_precision_holds_is_refused(precision: Any, row: list[float]) -> None:
+    with pytest.raises(OverflowError, match=f"a row that {precision} cannot hold"):
+        stored(torch.tensor([[0.0, 1.0], row]), precision)
+
+
+@pytest.mark.parametrize("row", [[0.0] * 4, [5.0] * 4, [3e38] * 4, [1e-30, 0.0, 0.0, 0.0], [-1.0, 2.0, 0.5, 0.0]])
+def test_odd_rows_are_kept_within_a_half_of_a_step(row: list[float]) -> None:
+    rows = torch.tensor([row])
+    found = Table(stored(rows, "int8"), "int8").rows(torch.tensor([0]))
+    assert float((found - rows).abs().max()) <= (max(row) - min(row)) / 510 * (1 + 1e-5)
+
+
+def test_probabilities_that_are_not_finite_are_beyond_any_bound(
+    log: Path, exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no label is there, whose figures would say so, and where later rows are as they should be."""
+    factors = iter([torch.nan])
+    scored = Scorer.logits
+    monkeypatch.setattr(Scorer, "logits", lambda *of: scored(*of) * next(factors, 1.0))
+    monkeypatch.setattr(BinaryMetrics, "update", lambda *_: None)
+    options: dict[str, Any] = {"tables": "float32", "split": "test", "max_rows": 251, "bound": None}
+    with pytest.raises(ArtifactError, match="differs from its model by nan"):
+        parity.export(exported[0], tmp_path / "new", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--output", "s3://bucket/new"), "--output is a URL"),
+        (("--output", "new", "--max-rows", "0"), "--max-rows: 0 rows compare nothing"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(
+    exported: tuple[Path, Path], tmp_path: Path, options: tuple[str, ...], told: str
+) -> None:
+    (done,) = run_module(1, "recsys.export", "--checkpoint", str(exported[0]), *options)
+    assert done.code == 2 and told in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_an_export_is_no_work_for_two_processes(
+    exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    program = [sys.executable, "-m", "recsys.export", "--checkpoint", str(exported[0]), "--output", f"{tmp_path}/new"]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: recsys.export runs in one process; start it without torchrun\n",
+    )
+    assert list(tmp_path.iterdir()) == []
