@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 from recsys.cli import ArgumentParser, run_entry
@@ -25,8 +26,13 @@ def main() -> None:
     arguments = parser.parse_args()
 
     def body() -> None:
+        from recsys.config import ConfigError
         from recsys.training.parity import export
 
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", arguments.output):
+            raise ConfigError("--output is a URL, and an artefact is written to a disk; copy it there afterwards")
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ConfigError("recsys.export runs in one process; start it without torchrun")
         output = Path(os.path.expanduser(arguments.output))
         parity = export(
             Path(os.path.expanduser(arguments.checkpoint)),

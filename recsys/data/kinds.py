@@ -33,8 +33,15 @@ class Kinds:
     def __init__(self, known: Mapping[str, str] | None = None, source: str = "") -> None:
         self._known = {name: (kind, source) for name, kind in (known or {}).items()}
 
-    def check(self, columns: Columns, schema: pa.Schema, file: str) -> None:
+    def check(self, columns: Columns, schema: pa.Schema, file: str, *, learn: bool = True) -> None:
         """Refuse a file in which a feature holds something else than in those before.
+
+        Args:
+            columns: what is read of the file.
+            schema: of the file.
+            file: for messages.
+            learn: whether those after it are held against it, as one file of a data set is against another; what is
+                asked of a model says nothing of what is asked next.
 
         Raises:
             DataError: it does.
@@ -46,7 +53,8 @@ class Kinds:
             kind = _kind_of(sparse, schema.field(column).type)
             if kind is None:
                 continue
-            known, where = self._known.setdefault(name, (kind, file))
+            told = (kind, file)
+            known, where = self._known.setdefault(name, told) if learn else self._known.get(name, told)
             if kind != known:
                 raise DataError(
                     f"{file}: column {column!r} (sparse feature {name}) holds {kind}, but {known} in {where}, so that "

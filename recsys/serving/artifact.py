@@ -107,6 +107,11 @@ class Artifact:
         manifest = read_manifest(directory)
         if wrong := layout.verify(directory, manifest.files):
             raise ArtifactError(f"{wrong}; the artefact is damaged, export it again")
+        used = {CONFIG, DENSE, TABLES, *(name for name in _held(directory) if name.startswith((KINDS, VOCABULARIES)))}
+        if unlisted := sorted(used - set(manifest.files)):
+            raise ArtifactError(
+                f"{directory / MANIFEST} lists no {unlisted[0]}; the artefact is damaged, export it again"
+            )
         config = load_checkpoint_config(directory)
         weights = _mapped(directory / TABLES)
         tables = {}
@@ -222,15 +227,22 @@ def publish(written: Path, output: Path, parity: Mapping[str, Any]) -> None:
 
 
 def _write_manifest(directory: Path, manifest: Manifest) -> None:
-    files = [path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST]
-    digests = {str(path.relative_to(directory)): layout.digest_of(path) for path in files}
+    digests = {name: layout.digest_of(directory / name) for name in _held(directory) if name != MANIFEST}
     told = Manifest(**{**vars(manifest), "files": digests})
     (directory / MANIFEST).write_text(told.to_json(), encoding="utf-8")
 
 
+def _held(directory: Path) -> list[str]:
+    """The files in an artefact, by their paths within it."""
+    return [str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir()]
+
+
 def _stored_blocks(reader: TensorReader, name: str, precision: Precision) -> Iterator[Tensor]:
     for rows in blocks(reader.shape(name)[0]):
-        yield stored(reader.read(name, rows), precision)
+        try:
+            yield stored(reader.read(name, rows), precision)
+        except OverflowError as error:
+            raise ArtifactError(f"{name} has {error}; keep the tables in a higher precision") from None
 
 
 def _mapped(path: Path) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Raw values in, probabilities out, by the code that decoded them in training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Set
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from recsys.model.dense_arch import build_dense_arch
 from recsys.model.experts import expert_layers
 from recsys.serving.artifact import Artifact, ArtifactError
 from recsys.serving.tables import Table
+
+_ROWS = "give an Arrow table or record batch, a mapping of columns by name, or a list of mappings, one for each row"
 
 
 class RequestError(UserError):
@@ -54,12 +57,12 @@ class Scorer:
         """Probabilities (N,) of N rows of raw values.
 
         Args:
-            rows: an Arrow table or record batch, a mapping of columns by name, or a sequence of mappings, one for each
-                row. A null is no id, or what the config fills a dense feature with. Columns that no feature reads are
+            rows: an Arrow table or record batch, a mapping of columns by name, or mappings, one for each row. A
+                null is no id, or what the config fills a dense feature with. Columns that no feature reads are
                 refused in mappings, where they speak for a mistake, and left alone in what is Arrow's.
 
         Raises:
-            RequestError: a column is missing or unknown, or of one row.
+            RequestError: they are none of these, or a column is missing or unknown, or its values are of several types.
             DataError: a value is of another type than in training, null or not finite where the config does not fill
                 it, or an id is out of range.
         """
@@ -82,7 +85,7 @@ class Scorer:
             DataError: a column is missing, twice there, or of another type than in training.
         """
         lists = self._columns.check_features(schema, where)
-        self._kinds.check(self._columns, schema, where)
+        self._kinds.check(self._columns, schema, where, learn=False)
         return self._columns.layout(lists)
 
     @torch.inference_mode()
@@ -109,9 +112,14 @@ class Scorer:
             raise RequestError(f"columns are of different lengths: {lengths}")
         return pa.table(arrays)
 
-    def _columns_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    def _columns_of(self, rows: Any) -> dict[str, list[Any]]:
+        if not isinstance(rows, Iterable):
+            raise RequestError(f"rows to score are of type {type(rows).__name__}; {_ROWS}")
+        rows = list(rows)  # which may be there for one look only
         wanted = set(self.columns)
         for number, row in enumerate(rows):
+            if not isinstance(row, Mapping):
+                raise RequestError(f"row {number} is of type {type(row).__name__}; {_ROWS}")
             if row.keys() != wanted:
                 if missing := [name for name in self.columns if name not in row]:
                     raise RequestError(f"row {number}: {missing[0]!r} is missing; give null where there is nothing")
@@ -124,23 +132,36 @@ class Scorer:
 
 def _array(name: str, values: Any) -> pa.Array:
     """A column as an Arrow array of the type that its values speak for."""
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes | bytearray | Set | Mapping):
+        raise RequestError(f"column {name!r} is of type {type(values).__name__}; give a list of a value for each row")
+    values = values if hasattr(values, "__len__") else list(values)
     try:
-        array = pa.array(values)
+        array = _inferred(values)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         told = " ".join(str(error).split())
-        raise RequestError(f"column {name!r}: {_first_odd(values)}: values of one type are needed ({told})") from None
+        raise RequestError(f"column {name!r}{_first_odd(values)}: values of one type are needed ({told})") from None
     return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+
+
+def _inferred(values: Any) -> Any:
+    try:
+        array = pa.array(values)
+    except OverflowError:  # of integers, Arrow tries those with a sign alone
+        return pa.array(values, pa.uint64())
+    if pa.types.is_date(array.type) and any(isinstance(value, datetime) for value in values):
+        raise ValueError("after a date, Arrow would cut times to days")
+    return array
 
 
 def _first_odd(values: Any) -> str:
     """Which value is of another type than those before it, in words."""
     kinds: set[type] = set()
-    for number, value in enumerate(values):
+    for number, value in enumerate(values if getattr(values, "ndim", 1) else ()):
         if value is not None:
             kinds.add(type(value))
         if len(kinds) > 1:
-            return f"row {number} is of type {type(value).__name__}"
-    return "it"
+            return f": row {number} is of type {type(value).__name__}"
+    return ""
 
 
 class _Features:
@@ -175,10 +196,13 @@ def _dense_arch(artifact: Artifact) -> torch.nn.Module:
         dense_arch = build_dense_arch(config.model, dims, num_dense_features=len(config.features.dense))
     try:
         # Tensors of a mapped file cannot be written to; a copy of these few can, as some layers fold theirs.
+        kinds = {name: value.dtype for name, value in dense_arch.state_dict().items()}
         dense_arch.load_state_dict({name: value.clone() for name, value in artifact.dense.items()}, assign=True)
     except RuntimeError as error:
         told = " ".join(str(error).split())
         raise ArtifactError(f"{artifact.directory}: the dense arch is not that of its config: {told}") from None
+    if odd := [name for name, value in dense_arch.state_dict().items() if value.dtype != kinds[name]]:
+        raise ArtifactError(f"{artifact.directory}: {odd[0]} of the dense arch is not of {kinds[odd[0]]}")
     for layer in expert_layers(dense_arch).values():
         layer.experts_active, layer.record_routing = True, False
     return dense_arch.eval().requires_grad_(False)

@@ -22,13 +22,17 @@ def stored(rows: Tensor, precision: Precision) -> Tensor:
 
     Of int8, each row has the range of its own values: its D numbers of one byte, then its scale and its least value as
     float32, (R, D + 8) uint8. An element is off by half a scale at most, which is 1/510 of the row's range.
+
+    Raises:
+        OverflowError: a row is not finite, or beyond what the precision holds.
     """
-    if precision == "float32":
-        return rows
-    if precision == "float16":
-        return rows.half()
     least, most = rows.aminmax(dim=1, keepdim=True)
     scale = (most - least) / _LEVELS
+    kept = {"float32": rows, "float16": rows.half(), "int8": scale}[precision]
+    if not bool(kept.isfinite().all()):
+        raise OverflowError(f"a row that {precision} cannot hold, from {float(least.min())} to {float(most.max())}")
+    if precision != "int8":
+        return kept
     levels = ((rows - least) / scale.where(scale > 0, 1.0)).round_().clamp_(0, _LEVELS)
     return torch.cat([levels.to(torch.uint8), torch.cat([scale, least], 1).view(torch.uint8)], 1)
 

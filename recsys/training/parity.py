@@ -80,6 +80,8 @@ def export(
     split = split or ("test" if config.data.test else "valid")
     if split not in config.data.splits:
         raise ConfigError(f"data.{split} is not set; the artefact is compared with the model on rows that are held out")
+    if max_rows < 1:
+        raise ConfigError(f"--max-rows: {max_rows} rows compare nothing; give 1 or more")
     written = write_artifact(checkpoint, output, tables=tables)
     try:
         with process_group("cpu") as ranks:
@@ -123,7 +125,7 @@ def _compare(ranker: Ranker, scorer: Scorer, shards: ParquetShards, split: str, 
         differences = (expected.double().sigmoid() - found.double().sigmoid()).abs()
         rows += len(differences)
         total += float(differences.sum())
-        most = max(most, float(differences.max())) if len(differences) else most
+        most = float(np.maximum(most, float(differences.max()))) if len(differences) else most  # NaN stays
     if not rows:
         raise ArtifactError(f"data.{split} has no row to compare the artefact with its model on; name another --split")
     has_labels = shards.columns.label is not None

@@ -1,5 +1,8 @@
 """Predictions are those of the model, one file for each, in the order of the rows, whole or not there."""
 
+import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,9 @@ from ranks import run_module
 from test_scorer import export, train
 from tiny import tiny_table, write_tiny_log
 
+from recsys.config import ConfigError
 from recsys.serving import Scorer
+from recsys.serving.predicting import share_of_this_process
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +99,47 @@ def test_a_column_that_is_missing_or_taken_is_named(artifact: Path, tmp_path: Pa
         pq.write_table(table.drop(["x"]), tmp_path / "in" / name)
     (done,) = predict(artifact, tmp_path, code=2)
     assert "'x'" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_files_that_are_no_such_predictions_are_refused(
+    artifact: Path, tmp_path: Path, rows: dict[str, pa.Table]
+) -> None:
+    """Not taken for done, by their numbers of rows alone, and not waited for."""
+    (done,) = predict(artifact, tmp_path, "--output", f"{tmp_path}/in", code=2)
+    assert "in/a/one.parquet is there and holds no predictions of this artefact" in done.stderr
+    predict(artifact, tmp_path)
+    (done,) = predict(artifact, tmp_path, "--logit", code=2)
+    assert "a/one.parquet is there with probability instead of probability, logit; take it away" in done.stderr
+    other = shutil.copytree(artifact, tmp_path / "other")
+    told = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps({**told, "step": told["step"] + 1}))
+    (done,) = predict(other, tmp_path, code=2)
+    assert "a/one.parquet is there and holds no predictions of this artefact" in done.stderr
+    (tmp_path / "out/a/one.parquet").unlink()
+    os.mkfifo(tmp_path / "out/a/one.parquet")
+    (done,) = predict(artifact, tmp_path, code=2)
+    assert "a/one.parquet is there and is no file" in done.stderr
+
+
+def test_no_file_leads_out_of_the_folder(artifact: Path, tmp_path: Path, rows: dict[str, pa.Table]) -> None:
+    """However the inputs are written: by detours, relative or not, one column kept twice."""
+    relative = os.path.relpath(tmp_path)
+    arguments = ("--artifact", str(artifact), "--output", f"{tmp_path}/out", "--keep", "key", "--keep", "key")
+    inputs = ("--input", f"{relative}/in/a", "--input", f"{tmp_path}/in/a/../b")
+    (done,) = run_module(1, "recsys.predict", *arguments, *inputs)
+    assert done.code == 0, done.stderr
+    assert sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")) == sorted(rows)
+    assert pq.read_schema(tmp_path / "out/b/two.parquet").names == ["key", "probability"]
+
+
+def test_an_output_of_no_name_is_refused(artifact: Path, tmp_path: Path, rows: dict[str, pa.Table]) -> None:
+    (done,) = predict(artifact, tmp_path, "--output", "", code=2)
+    assert done.stderr == "error: --output names no folder\n"
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [("a", "2"), ("5", "2"), ("0", "0")])
+def test_a_share_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, rank: str, world_size: str) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(ConfigError, match=f"RANK={rank} and WORLD_SIZE={world_size} are no process"):
+        share_of_this_process()

@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from ranks import run_module, run_ranks
 from runs import as_config, train_on
 from tiny import tiny_config, write_tiny_log
 
+from recsys.config import HashIdsConfig
 from recsys.data.storage import DataError
 from recsys.model.towers import registry
 from recsys.serving import Artifact, ArtifactError, Scorer
 from recsys.serving.scorer import RequestError
+from recsys.serving.tables import Table, stored
+from recsys.training import parity
+from recsys.training.metrics import BinaryMetrics
 from recsys.training.parity import BOUNDS
 
 COLUMNS = ("user", "item", "tags", "x", "z")
@@ -217,3 +224,128 @@ def test_scoring_needs_neither_torchrec_nor_fbgemm(exported: tuple[Path, Path]) 
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split("[")[0].strip() == "True" and "torchrec" not in done.stdout and "fbgemm" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (None, "rows to score are of type NoneType; give an Arrow table"),
+        ("user", "row 0 is of type str; give an Arrow table"),
+        ([ROW, [ROW]], "row 1 is of type list; give an Arrow table"),
+        ({**{key: [value] for key, value in ROW.items()}, "user": 3}, "column 'user' is of type int; give a list"),
+        ({**{key: [value] for key, value in ROW.items()}, "user": b"\3"}, "column 'user' is of type bytes"),
+        ({**{key: [value] for key, value in ROW.items()}, "user": {3}}, "column 'user' is of type set"),
+        ({**{key: [value] for key, value in ROW.items()}, "user": np.array(3)}, "column 'user': values of one type"),
+        ([ROW, {**ROW, "tags": 1}], "column 'tags': row 1 is of type int: values of one type"),
+        (
+            [{**ROW, "user": date(2020, 1, 1)}, {**ROW, "user": datetime(2020, 1, 1, 5)}],
+            "row 1 is of type datetime",
+        ),
+    ],
+)
+def test_what_holds_no_rows_is_refused(exported: tuple[Path, Path], rows: Any, told: str) -> None:
+    with pytest.raises(RequestError, match=told):
+        Scorer(exported[1]).score(rows)
+
+
+def test_rows_that_can_be_looked_at_once_are_scored(exported: tuple[Path, Path]) -> None:
+    scorer, rows = Scorer(exported[1]), [ROW, {**ROW, "user": 4}]
+    expected = scorer.score(rows)
+    np.testing.assert_array_equal(scorer.score(iter(rows)), expected)
+    np.testing.assert_array_equal(scorer.score({name: iter([row[name] for row in rows]) for name in ROW}), expected)
+    assert scorer.score([]).shape == scorer.score(pa.Table.from_pylist(rows).slice(0, 0)).shape == (0,)
+
+
+def test_integers_beyond_a_sign_are_integers(exported: tuple[Path, Path]) -> None:
+    with pytest.raises(DataError, match=f"out of range, such as {2**63};"):
+        Scorer(exported[1]).score([{**ROW, "user": 2**63}])
+
+
+def test_a_request_says_nothing_of_the_next(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    artifact = Artifact.open(exported[1])
+    hashed = artifact.config.features.sparse["user"].model_copy(update={"ids": HashIdsConfig(type="hash", buckets=40)})
+    sparse = {**artifact.config.features.sparse, "user": hashed}
+    features = artifact.config.features.model_copy(update={"sparse": sparse})
+    config = artifact.config.model_copy(update={"features": features})
+    scorer = Scorer(replace(artifact, config=config, directory=tmp_path))  # where nothing tells what features hold
+    expected = scorer.score([{**ROW, "user": "seven"}])
+    scorer.score([{**ROW, "user": 7}])
+    np.testing.assert_array_equal(scorer.score([{**ROW, "user": "seven"}]), expected)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "dense.safetensors", "kinds.json", "tables.safetensors"])
+def test_a_file_that_no_digest_is_told_of_is_refused(exported: tuple[Path, Path], tmp_path: Path, name: str) -> None:
+    spoilt = shutil.copytree(exported[1], tmp_path / "spoilt")
+    told = json.loads((spoilt / "manifest.json").read_text())
+    del told["files"][name]
+    (spoilt / "manifest.json").write_text(json.dumps(told))
+    with pytest.raises(ArtifactError, match=rf"manifest\.json lists no {name}"):
+        Artifact.open(spoilt)
+
+
+def test_a_dense_arch_of_another_type_is_refused(exported: tuple[Path, Path]) -> None:
+    artifact = Artifact.open(exported[1])
+    halved = replace(artifact, dense={name: value.half() for name, value in artifact.dense.items()})
+    with pytest.raises(ArtifactError, match=r"of the dense arch is not of torch\.float32"):
+        Scorer(halved)
+
+
+@pytest.mark.parametrize(
+    ("precision", "row"),
+    [
+        ("float16", [1e5, 0.0]),
+        ("int8", [3e38, -3e38]),
+        ("int8", [float("nan"), 0.0]),
+        ("float32", [float("inf"), 0.0]),
+    ],
+)
+def test_a_row_that_no_precision_holds_is_refused(precision: Any, row: list[float]) -> None:
+    with pytest.raises(OverflowError, match=f"a row that {precision} cannot hold"):
+        stored(torch.tensor([[0.0, 1.0], row]), precision)
+
+
+@pytest.mark.parametrize("row", [[0.0] * 4, [5.0] * 4, [3e38] * 4, [1e-30, 0.0, 0.0, 0.0], [-1.0, 2.0, 0.5, 0.0]])
+def test_odd_rows_are_kept_within_a_half_of_a_step(row: list[float]) -> None:
+    rows = torch.tensor([row])
+    found = Table(stored(rows, "int8"), "int8").rows(torch.tensor([0]))
+    assert float((found - rows).abs().max()) <= (max(row) - min(row)) / 510 * (1 + 1e-5)
+
+
+def test_probabilities_that_are_not_finite_are_beyond_any_bound(
+    log: Path, exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no label is there, whose figures would say so, and where later rows are as they should be."""
+    factors = iter([torch.nan])
+    scored = Scorer.logits
+    monkeypatch.setattr(Scorer, "logits", lambda *of: scored(*of) * next(factors, 1.0))
+    monkeypatch.setattr(BinaryMetrics, "update", lambda *_: None)
+    options: dict[str, Any] = {"tables": "float32", "split": "test", "max_rows": 251, "bound": None}
+    with pytest.raises(ArtifactError, match="differs from its model by nan"):
+        parity.export(exported[0], tmp_path / "new", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--output", "s3://bucket/new"), "--output is a URL"),
+        (("--output", "new", "--max-rows", "0"), "--max-rows: 0 rows compare nothing"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(
+    exported: tuple[Path, Path], tmp_path: Path, options: tuple[str, ...], told: str
+) -> None:
+    (done,) = run_module(1, "recsys.export", "--checkpoint", str(exported[0]), *options)
+    assert done.code == 2 and told in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_an_export_is_no_work_for_two_processes(
+    exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    program = [sys.executable, "-m", "recsys.export", "--checkpoint", str(exported[0]), "--output", f"{tmp_path}/new"]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: recsys.export runs in one process; start it without torchrun\n",
+    )
+    assert list(tmp_path.iterdir()) == []
