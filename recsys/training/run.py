@@ -87,7 +87,9 @@ def train(config: Config) -> dict[str, Any]:
         # The first rank's, whose directory it is.
         unfinished = together(ranks, f"{output.path} cannot be read", look)[0] == "unfinished"
         start = checkpoint_to_resume(config, ranks, monitor.say, unfinished=unfinished)
-        if start is None and config.warm_start is not None:
+        if start is not None:
+            trainer.progress_in(start)
+        elif config.warm_start is not None:
             trainer.warm_start(config.warm_start)
         # Only now, when whatever could be refused has been.
         inside = start and _inside(output.path, start)
@@ -142,6 +144,18 @@ class Trainer:
         copy_to = config.checkpoints.copy_to
         self._copies = copy_to and locate(copy_to, source="checkpoints.copy_to").checked("checkpoints.copy_to")
 
+    def progress_in(self, directory: Path) -> Progress:
+        """How far the run of a checkpoint had come, standing where this one would go on.
+
+        Raises:
+            CheckpointError: the checkpoint's record of it is none.
+            PositionError: the data are not those that it was trained on.
+        """
+        progress = Progress.from_json((directory / PROGRESS).read_bytes(), str(directory / PROGRESS))
+        order = train_order(self.splits["train"], self.config, self.ranks.world_size, progress.epoch)
+        progress.begin_again(progress.epoch_of(order))
+        return progress
+
     def resume(self, directory: Path) -> None:
         """Go on from a checkpoint of a run of this config, on any number of ranks; a collective call.
 
@@ -151,8 +165,7 @@ class Trainer:
         """
         meta = verified(directory, self.ranks)
         anew = load_model_and_tables_optimizers(directory, self.sharded, self.dense_arch, self.config.tables)
-        self.progress = Progress.from_json((directory / PROGRESS).read_bytes(), str(directory / PROGRESS))
-        self.progress.begin_again(self._epoch(self.progress.epoch))
+        self.progress = self.progress_in(directory)
         if meta.world_size == self.ranks.world_size:
             self._own = load_own(directory, f"rank{self.ranks.rank}.")
         best = None if self.progress.phase_over else self.progress.best

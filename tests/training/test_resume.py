@@ -358,6 +358,28 @@ def test_rows_that_changed_since_are_refused(cut: Path, log: Path, tmp_path: Pat
     assert done.code == 2 and "the position belongs to another order of rows" in done.stderr
 
 
+@pytest.mark.parametrize("fault", ["damaged", "without its best", "of other rows"])
+def test_what_cannot_be_gone_on_with_is_refused_before_the_run_is_moved_aside(
+    cut: Path, log: Path, tmp_path: Path, fault: str
+) -> None:
+    shutil.copytree(cut, other := tmp_path / "other")
+    folder = (cut if fault == "of other rows" else other) / "checkpoints"
+    start = next(path for path in checkpoints(folder) if read_meta(path).best_step not in (None, read_meta(path).step))
+    changes, named = [], start
+    if fault == "damaged":
+        named = max(start.glob("*.distcp"))
+        named.write_bytes(named.read_bytes()[:-1])
+    elif fault == "without its best":
+        shutil.rmtree(start.with_name(f"step-{read_meta(start).best_step}"))
+    else:
+        changes, named = [f"data.train={log}/valid/*.parquet"], "the position belongs to another order of rows"
+    args = ("--config", str(cut / "config.yaml"), f"resume={start}", f"output_dir={other}", *changes)
+    (done,) = run_module(1, "recsys.train", *args)
+    assert done.code == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert str(named) in done.stderr
+    assert (other / "config.yaml").exists() and not list(tmp_path.glob("other-*"))
+
+
 @pytest.fixture(scope="module")
 def cut_once(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cut")
