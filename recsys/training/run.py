@@ -200,6 +200,8 @@ class Trainer:
         torch.manual_seed(derive_seed(self.config.seed, f"dropout {self.ranks.rank}{since}"))
         if "rng.cpu" in self._own:
             _set_rng(self._own, self.ranks.device)
+        if self.progress.phase_over and self.checkpoints.begun is not None:
+            self._copy(self.checkpoints.begun)  # the run may have been cut off before it was, or within
         names = list(self.config.stages)
         for name in names[names.index(self.progress.stage) if self.progress.stage else 0 :]:
             self._run_stage(name)
@@ -314,11 +316,15 @@ class Trainer:
         totals.checkpoint = self.checkpoints.folder / f"step-{progress.step}"
         progress.phase_over = True
         self._save(trainer, kept="stage", valid=progress.valid)
+        self._copy(totals.checkpoint)
+
+    def _copy(self, directory: Path) -> None:
+        """Copy the checkpoint of a stage's end where the config has that."""
         if self._copies:
             self.checkpoints.wait()
-            copy = self._copies / totals.checkpoint.name
-            copy_checkpoint(totals.checkpoint, copy)
-            self.monitor.say(f"{name:<10} checkpoint copied to {copy}")
+            copy = self._copies / directory.name
+            copy_checkpoint(directory, copy)
+            self.monitor.say(f"{self.progress.stage:<10} checkpoint copied to {copy}")
 
     def _phase_length(self, stage: StageConfig) -> int:
         """Steps that the phase under way lasts at most, those taken included."""

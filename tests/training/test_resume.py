@@ -250,6 +250,23 @@ def test_a_finished_run_can_be_gone_on_with_in_its_own_place(log: Path, tmp_path
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 2 * 29
 
 
+def test_a_stage_whose_copy_was_cut_off_is_copied_when_the_run_goes_on(log: Path, tmp_path: Path) -> None:
+    stage = {"trains": "all", "steps": 3, "learning_rate": 0.01, "sparse_learning_rate": 0.1}
+    copies = {"copy_to": str(tmp_path / "far")}
+    config_of(log, tmp_path / "out", tmp_path, stages={"one": stage, "two": stage}, checkpoints=copies)
+    command = ("--config", str(tmp_path / "config-under-test.yaml"))
+    (done,) = run_module(1, "recsys.train", *command)
+    assert done.code == 0, done.stderr
+    cut_off(tmp_path / "out", 3)
+    shutil.rmtree(tmp_path / "far" / "step-6")
+    (tmp_path / "far" / "step-3" / "meta.json").unlink()
+    (again,) = run_module(1, "recsys.train", *command)
+    assert again.code == 0, again.stderr
+    for name in ("step-3", "step-6"):
+        kept, copy = (folder / name / "meta.json" for folder in (tmp_path / "out" / "checkpoints", tmp_path / "far"))
+        assert copy.read_bytes() == kept.read_bytes()
+
+
 def test_an_unfinished_run_makes_way_for_one_that_goes_on_from_elsewhere(cut: Path, tmp_path: Path) -> None:
     other = shutil.copytree(cut, tmp_path / "other")
     start = checkpoints(cut / "checkpoints")[-1]
