@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from recsys.checkpoint.layout import CONFIG, PLAN, PROGRESS, VOCABULARIES, CheckpointMeta, tidy
-from recsys.config import Config, ConfigError, StageConfig, WarmStartConfig
+from recsys.config import Config, ConfigError, StageConfig, WarmStartConfig, load_checkpoint_config
 from recsys.data.kinds import write_kinds
 from recsys.data.loader import Loader
 from recsys.data.order import Epoch
@@ -163,11 +163,14 @@ class Trainer:
             CheckpointError: it is damaged, or holds another model.
             PositionError: the data are not those that it was trained on.
         """
-        meta = verified(directory, self.ranks)
+        meta, then = verified(directory, self.ranks), load_checkpoint_config(directory)
         anew = load_model_and_tables_optimizers(directory, self.sharded, self.dense_arch, self.config.tables)
         self.progress = self.progress_in(directory)
+        self._take_up_stage(then)
         if meta.world_size == self.ranks.world_size:
             self._own = load_own(directory, f"rank{self.ranks.rank}.")
+            if _figures(then, self.progress.stage) != _figures(self.config, self.progress.stage):
+                self._own = {name: value for name, value in self._own.items() if not name.startswith("open.")}
         best = None if self.progress.phase_over else self.progress.best
         self.checkpoints.begin_from(directory, best.step if best else None)
         if not self.progress.phase_over:
@@ -177,6 +180,17 @@ class Trainer:
         if anew:
             more = f" and {len(anew) - 1} more" if len(anew) > 1 else ""
             self.monitor.say(f"warning: the checkpoint has nothing for {anew[0]}{more}: state that begins anew")
+
+    def _take_up_stage(self, then: Config) -> None:
+        """Go on with a stage that had ended where it is longer than `then`, in the checkpoint's config."""
+        progress, stages = self.progress, self.config.stages
+        if stages[progress.stage].patience is None:
+            progress.best = None
+            progress.phase_over &= progress.phase_steps >= self._phase_length(stages[progress.stage])
+        names = list(stages)
+        for name in names[: names.index(progress.stage) + progress.phase_over]:
+            if then.stages[name] != stages[name]:
+                self.monitor.say(f"warning: stage {name} has ended, so what differs in stages.{name} changes nothing")
 
     def warm_start(self, settings: WarmStartConfig) -> None:
         """Begin with weights of another run; a collective call, as `recsys.training.warm_start.warm_start`."""
@@ -327,16 +341,18 @@ class Trainer:
             self.monitor.say(f"{self.progress.stage:<10} checkpoint copied to {copy}")
 
     def _phase_length(self, stage: StageConfig) -> int:
-        """Steps that the phase under way lasts at most, those taken included."""
+        """Steps that the phase under way lasts at most, those taken included: at least these, if it is shorter now."""
         progress = self.progress
         if stage.epochs is None:
             assert stage.steps is not None
-            return stage.steps
+            return max(stage.steps, progress.phase_steps)
         if not progress.is_within_epoch:
-            return progress.phase_steps + (stage.epochs - progress.phase_epochs) * self._epoch(progress.epoch).num_steps
+            left = max(stage.epochs - progress.phase_epochs, 0)
+            return progress.phase_steps + left * self._epoch(progress.epoch).num_steps
         left = self._epoch(progress.epoch).num_steps - progress.epoch_step
         full = self._epoch(progress.epoch + 1).num_steps
-        return progress.phase_steps + left + (stage.epochs - progress.phase_epochs - 1) * full
+        more = left + (stage.epochs - progress.phase_epochs - 1) * full
+        return progress.phase_steps + max(more, 0)
 
     def _train_to_best(self, trainer: PhaseTrainer, loader: Loader) -> None:
         """Train until patience ends and go back to the best state, that in which the phase began included."""
@@ -344,10 +360,11 @@ class Trainer:
         settings = self.config.stages[name]
         assert settings.patience is not None
         if progress.best is None:
-            if progress.valid is None:
-                self.monitor.say(f"{name:<10} valid before the first step:")
+            if progress.valid is None or progress.phase_steps:
+                before = f"step {progress.phase_steps + 1:,}" if progress.phase_steps else "the first step"
+                self.monitor.say(f"{name:<10} valid before {before}:")
                 progress.valid = self._evaluate(name, "valid").model
-            progress.best = Best(0, progress.step, progress.valid)
+            progress.best = Best(progress.phase_epochs, progress.step, progress.valid)
             if not self._is_saved:
                 self._save(trainer, valid=progress.valid)
         while not trainer.is_over and progress.phase_epochs - progress.best.epoch < settings.patience:
@@ -496,6 +513,11 @@ def _better(metrics: Metrics, best: Metrics, stage: StageConfig) -> bool:
     if new is None or math.isnan(new):
         return False
     return bool(old is None or (new > old if stage.monitor == "auc" else new < old))
+
+
+def _figures(config: Config, stage: str) -> tuple[Any, ...]:
+    """What the sums of the figures under way depend on."""
+    return config.metrics, config.stages[stage].loss_weights
 
 
 def _where(progress: Progress) -> str:
