@@ -30,7 +30,7 @@ PROGRESS = "progress.json"
 PLAN = "plan.json"
 VOCABULARIES = "vocabularies"
 
-_PARTIAL, _REPLACED, _DELETED, _DAMAGED = ".partial", ".replaced", ".deleted", ".damaged"
+_PARTIAL, _REPLACED, _DELETED, _ASIDE = ".partial", ".replaced", ".deleted", ".aside"
 _NAME = re.compile(r"step-(\d+)")
 _CHUNK = 1 << 20
 _MAX_META = 64 << 20
@@ -234,12 +234,12 @@ def commit(directory: Path, files: Iterable[Path], meta: CheckpointMeta) -> None
 def set_aside_after(directory: Path) -> None:
     """Take their names from the checkpoints that are newer than one which a run goes on from.
 
-    They were passed over as damaged. With their names, retention would take them for the newest, and delete those that
-    the run writes now.
+    They were passed over as damaged, or an older one was asked for. With their names, retention would take them for the
+    newest, and delete those that the run writes now.
     """
     newer = checkpoints(directory.parent)
     for path in newer[: newer.index(directory)]:
-        aside = path.with_name(path.name + _DAMAGED)
+        aside = path.with_name(path.name + _ASIDE)
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
 

@@ -41,14 +41,27 @@ def newest_whole(folder: Path, ranks: Ranks, say: Callable[[str], object]) -> Pa
     names = together(ranks, f"{folder} cannot be read", lambda: [path.name for path in checkpoints(folder)])[0]
     for directory in (folder / name for name in names):
         try:
-            meta = verified(directory, ranks)
-            if meta.best_step not in (None, meta.step):
-                verified(folder / f"step-{meta.best_step}", ranks)
+            _check_whole(directory, ranks)
         except CheckpointError as error:
             say(f"warning: {directory} is passed over: {error}")
         else:
             return directory
     return None
+
+
+def _check_whole(directory: Path, ranks: Ranks) -> None:
+    """Verify a checkpoint, and the one that has the best state of its phase; a collective call.
+
+    Raises:
+        CheckpointError: either is not there, or damaged.
+    """
+    meta = verified(directory, ranks)
+    if meta.best_step in (None, meta.step):
+        return
+    try:
+        verified(directory.with_name(f"step-{meta.best_step}"), ranks)
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory} needs the best state of its phase as well: {error}") from None
 
 
 def checkpoint_to_resume(
@@ -76,7 +89,9 @@ def checkpoint_to_resume(
         _compare(found, config, _FREE, "resume=never, which begins anew and keeps what is there under another name")
         return found
     given = Path(config.resume)
-    if not (given / META).exists():
+    if (given / META).exists():
+        _check_whole(given, ranks)
+    else:
         folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
         if (found := newest_whole(folder, ranks, say)) is None:
             raise CheckpointError(

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from recsys.checkpoint.layout import CONFIG, PLAN, PROGRESS, VOCABULARIES, CheckpointMeta, tidy
-from recsys.config import Config, ConfigError, StageConfig, WarmStartConfig
+from recsys.config import Config, ConfigError, StageConfig, WarmStartConfig, load_checkpoint_config
 from recsys.data.kinds import write_kinds
 from recsys.data.loader import Loader
 from recsys.data.order import Epoch
@@ -87,7 +87,9 @@ def train(config: Config) -> dict[str, Any]:
         # The first rank's, whose directory it is.
         unfinished = together(ranks, f"{output.path} cannot be read", look)[0] == "unfinished"
         start = checkpoint_to_resume(config, ranks, monitor.say, unfinished=unfinished)
-        if start is None and config.warm_start is not None:
+        if start is not None:
+            trainer.progress_in(start)
+        elif config.warm_start is not None:
             trainer.warm_start(config.warm_start)
         # Only now, when whatever could be refused has been.
         inside = start and _inside(output.path, start)
@@ -142,6 +144,18 @@ class Trainer:
         copy_to = config.checkpoints.copy_to
         self._copies = copy_to and locate(copy_to, source="checkpoints.copy_to").checked("checkpoints.copy_to")
 
+    def progress_in(self, directory: Path) -> Progress:
+        """How far the run of a checkpoint had come, standing where this one would go on.
+
+        Raises:
+            CheckpointError: the checkpoint's record of it is none.
+            PositionError: the data are not those that it was trained on.
+        """
+        progress = Progress.from_json((directory / PROGRESS).read_bytes(), str(directory / PROGRESS))
+        order = train_order(self.splits["train"], self.config, self.ranks.world_size, progress.epoch)
+        progress.begin_again(progress.epoch_of(order))
+        return progress
+
     def resume(self, directory: Path) -> None:
         """Go on from a checkpoint of a run of this config, on any number of ranks; a collective call.
 
@@ -149,14 +163,16 @@ class Trainer:
             CheckpointError: it is damaged, or holds another model.
             PositionError: the data are not those that it was trained on.
         """
-        meta = verified(directory, self.ranks)
+        meta, then = verified(directory, self.ranks), load_checkpoint_config(directory)
         anew = load_model_and_tables_optimizers(directory, self.sharded, self.dense_arch, self.config.tables)
-        self.progress = Progress.from_json((directory / PROGRESS).read_bytes(), str(directory / PROGRESS))
+        self.progress = self.progress_in(directory)
         for split in self.splits:  # one may be new since
             self.progress.counts.setdefault(split, Counter())
-        self.progress.begin_again(self._epoch(self.progress.epoch))
+        self._take_up_stage(then)
         if meta.world_size == self.ranks.world_size:
             self._own = load_own(directory, f"rank{self.ranks.rank}.")
+            if _figures(then, self.progress.stage) != _figures(self.config, self.progress.stage):
+                self._own = {name: value for name, value in self._own.items() if not name.startswith("open.")}
         best = None if self.progress.phase_over else self.progress.best
         self.checkpoints.begin_from(directory, best.step if best else None)
         if not self.progress.phase_over:
@@ -166,6 +182,17 @@ class Trainer:
         if anew:
             more = f" and {len(anew) - 1} more" if len(anew) > 1 else ""
             self.monitor.say(f"warning: the checkpoint has nothing for {anew[0]}{more}: state that begins anew")
+
+    def _take_up_stage(self, then: Config) -> None:
+        """Go on with a stage that had ended where it is longer than `then`, in the checkpoint's config."""
+        progress, stages = self.progress, self.config.stages
+        if stages[progress.stage].patience is None:
+            progress.best = None
+            progress.phase_over &= progress.phase_steps >= self._phase_length(stages[progress.stage])
+        names = list(stages)
+        for name in names[: names.index(progress.stage) + progress.phase_over]:
+            if then.stages[name] != stages[name]:
+                self.monitor.say(f"warning: stage {name} has ended, so what differs in stages.{name} changes nothing")
 
     def warm_start(self, settings: WarmStartConfig) -> None:
         """Begin with weights of another run; a collective call, as `recsys.training.warm_start.warm_start`."""
@@ -189,6 +216,8 @@ class Trainer:
         torch.manual_seed(derive_seed(self.config.seed, f"dropout {self.ranks.rank}{since}"))
         if "rng.cpu" in self._own:
             _set_rng(self._own, self.ranks.device)
+        if self.progress.phase_over and self.checkpoints.begun is not None:
+            self._copy(self.checkpoints.begun)  # the run may have been cut off before it was, or within
         names = list(self.config.stages)
         for name in names[names.index(self.progress.stage) if self.progress.stage else 0 :]:
             self._run_stage(name)
@@ -303,23 +332,29 @@ class Trainer:
         totals.checkpoint = self.checkpoints.folder / f"step-{progress.step}"
         progress.phase_over = True
         self._save(trainer, kept="stage", valid=progress.valid)
+        self._copy(totals.checkpoint)
+
+    def _copy(self, directory: Path) -> None:
+        """Copy the checkpoint of a stage's end where the config has that."""
         if self._copies:
             self.checkpoints.wait()
-            copy = self._copies / totals.checkpoint.name
-            copy_checkpoint(totals.checkpoint, copy)
-            self.monitor.say(f"{name:<10} checkpoint copied to {copy}")
+            copy = self._copies / directory.name
+            copy_checkpoint(directory, copy)
+            self.monitor.say(f"{self.progress.stage:<10} checkpoint copied to {copy}")
 
     def _phase_length(self, stage: StageConfig) -> int:
-        """Steps that the phase under way lasts at most, those taken included."""
+        """Steps that the phase under way lasts at most, those taken included: at least these, if it is shorter now."""
         progress = self.progress
         if stage.epochs is None:
             assert stage.steps is not None
-            return stage.steps
+            return max(stage.steps, progress.phase_steps)
         if not progress.is_within_epoch:
-            return progress.phase_steps + (stage.epochs - progress.phase_epochs) * self._epoch(progress.epoch).num_steps
+            left = max(stage.epochs - progress.phase_epochs, 0)
+            return progress.phase_steps + left * self._epoch(progress.epoch).num_steps
         left = self._epoch(progress.epoch).num_steps - progress.epoch_step
         full = self._epoch(progress.epoch + 1).num_steps
-        return progress.phase_steps + left + (stage.epochs - progress.phase_epochs - 1) * full
+        more = left + (stage.epochs - progress.phase_epochs - 1) * full
+        return progress.phase_steps + max(more, 0)
 
     def _train_to_best(self, trainer: PhaseTrainer, loader: Loader) -> None:
         """Train until patience ends and go back to the best state, that in which the phase began included."""
@@ -327,10 +362,11 @@ class Trainer:
         settings = self.config.stages[name]
         assert settings.patience is not None
         if progress.best is None:
-            if progress.valid is None:
-                self.monitor.say(f"{name:<10} valid before the first step:")
+            if progress.valid is None or progress.phase_steps:
+                before = f"step {progress.phase_steps + 1:,}" if progress.phase_steps else "the first step"
+                self.monitor.say(f"{name:<10} valid before {before}:")
                 progress.valid = self._evaluate(name, "valid").model
-            progress.best = Best(0, progress.step, progress.valid)
+            progress.best = Best(progress.phase_epochs, progress.step, progress.valid)
             if not self._is_saved:
                 self._save(trainer, valid=progress.valid)
         while not trainer.is_over and progress.phase_epochs - progress.best.epoch < settings.patience:
@@ -479,6 +515,11 @@ def _better(metrics: Metrics, best: Metrics, stage: StageConfig) -> bool:
     if new is None or math.isnan(new):
         return False
     return bool(old is None or (new > old if stage.monitor == "auc" else new < old))
+
+
+def _figures(config: Config, stage: str) -> tuple[Any, ...]:
+    """What the sums of the figures under way depend on."""
+    return config.metrics, config.stages[stage].loss_weights
 
 
 def _where(progress: Progress) -> str:

@@ -110,10 +110,10 @@ def test_those_that_were_passed_over_do_not_push_out_what_is_written_after_them(
     for step in (1, 2, 3, 4):
         write(tmp_path / f"step-{step}")
     layout.set_aside_after(tmp_path / "step-2")
-    assert names(tmp_path) == ["step-1", "step-2", "step-3.damaged", "step-4.damaged"]
+    assert names(tmp_path) == ["step-1", "step-2", "step-3.aside", "step-4.aside"]
     write(tmp_path / "step-3")
     layout.prune(tmp_path, CheckpointsConfig(keep_last=2))
-    assert names(tmp_path) == ["step-2", "step-3", "step-3.damaged", "step-4.damaged"]
+    assert names(tmp_path) == ["step-2", "step-3", "step-3.aside", "step-4.aside"]
 
 
 def test_only_names_of_checkpoints_are_checkpoints_the_newest_first(tmp_path: Path) -> None:

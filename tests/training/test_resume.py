@@ -27,6 +27,7 @@ from recsys.runtime import Ranks
 from recsys.training import stage
 from recsys.training.monitor import Monitor
 from recsys.training.output import MARKER
+from recsys.training.progress import Progress
 from recsys.training.run import Trainer
 
 TIMES = ("seconds", "examples_per_second", "data_wait", "checkpoint", "checkpoint_wait")
@@ -262,6 +263,73 @@ def test_a_split_that_is_new_since_is_evaluated(log: Path, tmp_path: Path) -> No
     assert json.loads((tmp_path / "new" / "summary.json").read_text())["test"]["examples"] == 251
 
 
+def test_a_stage_whose_copy_was_cut_off_is_copied_when_the_run_goes_on(log: Path, tmp_path: Path) -> None:
+    stage = {"trains": "all", "steps": 3, "learning_rate": 0.01, "sparse_learning_rate": 0.1}
+    copies = {"copy_to": str(tmp_path / "far")}
+    config_of(log, tmp_path / "out", tmp_path, stages={"one": stage, "two": stage}, checkpoints=copies)
+    command = ("--config", str(tmp_path / "config-under-test.yaml"))
+    (done,) = run_module(1, "recsys.train", *command)
+    assert done.code == 0, done.stderr
+    cut_off(tmp_path / "out", 3)
+    shutil.rmtree(tmp_path / "far" / "step-6")
+    (tmp_path / "far" / "step-3" / "meta.json").unlink()
+    (again,) = run_module(1, "recsys.train", *command)
+    assert again.code == 0, again.stderr
+    for name in ("step-3", "step-6"):
+        kept, copy = (folder / name / "meta.json" for folder in (tmp_path / "out" / "checkpoints", tmp_path / "far"))
+        assert copy.read_bytes() == kept.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def two_stages(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run in two stages, of 29 steps an epoch: two epochs, and one."""
+    folder = tmp_path_factory.mktemp("two-stages")
+    one = {"trains": "all", "epochs": 2, "learning_rate": 0.01, "sparse_learning_rate": 0.1}
+    changes = {"logging": {"every_steps": 4}, "metrics": {"exact_examples": 10}}
+    config_of(log, folder / "out", folder, stages={"one": one, "two": {**one, "epochs": 1}}, **changes)
+    (done,) = run_module(1, "recsys.train", "--config", str(folder / "config-under-test.yaml"))
+    assert done.code == 0, done.stderr
+    return folder / "out"
+
+
+@pytest.mark.parametrize(
+    ("step", "changes", "steps", "told"),
+    [
+        (87, ["stages.two.epochs=3"], 58 + 3 * 29, ""),
+        (87, ["stages.two.epochs=null", "stages.two.steps=40"], 58 + 40, ""),
+        (87, ["stages.two.epochs=3", "stages.two.patience=1"], 87, "stage two has ended"),
+        (73, ["stages.two.epochs=null", "stages.two.steps=5"], 73, ""),
+        (73, ["stages.one.epochs=5"], 87, "stage one has ended, so what differs in stages.one changes nothing"),
+        (40, ["stages.one.epochs=1", "data.batch_size=30"], 40 + 30, ""),
+        (58, ["stages.one.epochs=1"], 87, "stage one has ended"),
+        (68, ["stages.two.diversity_weight=0.1"], 87, ""),
+        (68, ["metrics.num_bins=131072"], 87, ""),
+    ],
+)
+def test_another_length_and_other_figures_are_taken_up(
+    two_stages: Path, tmp_path: Path, step: int, changes: list[str], steps: int, told: str
+) -> None:
+    start = f"resume={two_stages}/checkpoints/step-{step}"
+    args = ("--config", str(two_stages / "config.yaml"), start, f"output_dir={tmp_path}/out", *changes)
+    (done,) = run_module(1, "recsys.train", *args)
+    assert done.code == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == steps
+    said = " ".join(done.stdout.split())
+    assert told in said and ("has ended, so" in said) == bool(told)
+
+
+def test_patience_that_is_added_within_a_stage_goes_by_where_it_was_added(two_stages: Path, tmp_path: Path) -> None:
+    start = f"resume={two_stages}/checkpoints/step-50"
+    changes = ("stages.one.patience=1", "stages.one.learning_rate=1e-9", "stages.one.sparse_learning_rate=1e-9")
+    args = ("--config", str(two_stages / "config.yaml"), start, f"output_dir={tmp_path}/out", *changes)
+    (done,) = run_module(1, "recsys.train", *args)
+    assert done.code == 0, done.stderr
+    assert "valid before step 51:" in done.stdout
+    best = Progress.from_json((tmp_path / "out" / "checkpoints" / "step-55" / "progress.json").read_bytes(), "").best
+    assert best is not None and (best.epoch, best.step) == (1, 50)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["stages"]["one"]["steps"] == 58
+
+
 def test_an_unfinished_run_makes_way_for_one_that_goes_on_from_elsewhere(cut: Path, tmp_path: Path) -> None:
     other = shutil.copytree(cut, tmp_path / "other")
     start = checkpoints(cut / "checkpoints")[-1]
@@ -348,7 +416,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(cut: Path) -> None:
     assert done.code == 0, done.stderr
     assert f"{newest} is passed over: {spoilt} is not what was written" in " ".join(done.stdout.split())
     assert f"Resumed from {older}" in " ".join(done.stdout.split())
-    assert newest.with_name(f"{newest.name}.damaged").is_dir()  # or it would be taken for the newest later
+    assert newest.with_name(f"{newest.name}.aside").is_dir()  # or it would be taken for the newest later
 
 
 def test_never_begins_anew_and_keeps_what_is_there(cut: Path) -> None:
@@ -368,6 +436,29 @@ def test_rows_that_changed_since_are_refused(cut: Path, log: Path, tmp_path: Pat
     train = f"data.train={tmp_path}/log/train/*.parquet"
     (done,) = run_module(1, "recsys.train", "--config", config, f"resume={cut}", f"output_dir={tmp_path}/new", train)
     assert done.code == 2 and "the position belongs to another order of rows" in done.stderr
+
+
+@pytest.mark.parametrize("fault", ["damaged", "without its best", "of other rows"])
+def test_what_cannot_be_gone_on_with_is_refused_before_the_run_is_moved_aside(
+    cut: Path, log: Path, tmp_path: Path, fault: str
+) -> None:
+    shutil.copytree(cut, other := tmp_path / "other")
+    folder = (cut if fault == "of other rows" else other) / "checkpoints"
+    start = next(path for path in checkpoints(folder) if read_meta(path).best_step not in (None, read_meta(path).step))
+    changes, named = list[str](), str(start)
+    if fault == "damaged":
+        file = max(start.glob("*.distcp"))
+        file.write_bytes(file.read_bytes()[:-1])
+        named = str(file)
+    elif fault == "without its best":
+        shutil.rmtree(start.with_name(f"step-{read_meta(start).best_step}"))
+    else:
+        changes, named = [f"data.train={log}/valid/*.parquet"], "the position belongs to another order of rows"
+    args = ("--config", str(cut / "config.yaml"), f"resume={start}", f"output_dir={other}", *changes)
+    (done,) = run_module(1, "recsys.train", *args)
+    assert done.code == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert named in done.stderr
+    assert (other / "config.yaml").exists() and not list(tmp_path.glob("other-*"))
 
 
 @pytest.fixture(scope="module")
