@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from recsys.data.arrow import is_list, is_string
 from recsys.data.features import Columns, SparseColumn
+from recsys.data.rows import SparseLayout
 from recsys.data.storage import DataError
 from recsys.files import FileError, read_json
 
@@ -60,6 +61,21 @@ class Kinds:
                     f"{file}: column {column!r} (sparse feature {name}) holds {kind}, but {known} in {where}, so that "
                     "one value would have two rows; write the column alike in all files of all splits"
                 )
+
+    def check_raw(self, columns: Columns, schema: pa.Schema, where: str) -> SparseLayout:
+        """Refuse a table of rows to score whose features a model cannot read, and tell which have lists.
+
+        Args:
+            columns: what the model reads.
+            schema: of the table.
+            where: what the table is, for messages.
+
+        Raises:
+            DataError: a column is missing, twice there, or of another type than in training.
+        """
+        lists = columns.check_features(schema, where)
+        self.check(columns, schema, where, learn=False)
+        return columns.layout(lists)
 
     def as_dict(self) -> dict[str, str]:
         """By feature, of those that were seen."""

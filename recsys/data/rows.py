@@ -23,6 +23,12 @@ class Jagged(NamedTuple):
         """How many ids each row has."""
         return np.diff(self.offsets).astype(np.int32)
 
+    def part(self, start: int, stop: int) -> "Jagged":
+        """The lists of rows `start` up to `stop`; their values are views."""
+        offsets = self.offsets[start : stop + 1]
+        ids = slice(int(offsets[0]), int(offsets[-1]))
+        return Jagged(self.values[ids], offsets - ids.start, None if self.weights is None else self.weights[ids])
+
 
 def offsets_of(lengths: NDArray[Any]) -> NDArray[np.int64]:
     """Where each of (N,) lists starts among the values of all, and where the last ends, (N + 1,)."""
@@ -90,3 +96,18 @@ class Rows:
 
     def __len__(self) -> int:
         return int(self.dense.shape[1])
+
+    def part(self, start: int, stop: int) -> "Rows":
+        """Rows `start` up to `stop`; their values are views."""
+        rows = slice(start, stop)
+        return Rows(
+            labels=self.labels[rows],
+            reference=self.reference[rows],
+            domain=self.domain[rows],
+            dense=self.dense[:, rows],
+            single=self.single[:, rows],
+            lists=tuple(lists.part(start, stop) for lists in self.lists),
+            weight=self.weight[rows],
+            counts={key: happened[rows] for key, happened in self.counts.items()},
+            has_empty=self.has_empty,
+        )

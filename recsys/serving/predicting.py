@@ -1,29 +1,61 @@
-"""Parquet in, Parquet out: an artefact's probabilities for files of any number of rows."""
+"""Parquet in, Parquet out: the probabilities of a model for files of any number of rows."""
 
-import hashlib
 import os
 import posixpath
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from typing import NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from pyarrow import fs
+from torch import Tensor
 
 from recsys.config import ConfigError
 from recsys.data.features import check_names
 from recsys.data.parquet import ShardTables
+from recsys.data.rows import Rows, SparseLayout
 from recsys.data.storage import DataError, Place, locate, naming
-from recsys.serving.scorer import RequestError, Scorer
+from recsys.serving.scorer import RequestError
 
 PROBABILITY, LOGIT = "probability", "logit"
 
-_ORIGIN = b"hilorec.artifact"
-"""Metadata of a file of predictions: the SHA-256 of what the artefact says of itself."""
+_ORIGIN = b"hilorec.origin"
+"""Metadata of a file of predictions: whose they are."""
+
+
+class Model(Protocol):
+    """What scores raw rows: the `Scorer` of an artefact, or a checkpoint's model over its ranks.
+
+    Attributes:
+        origin: what it comes from, a word, and the SHA-256 of what that says of itself.
+        columns: names of the columns that rows must have.
+        dictionaries: those among them whose strings are best read as dictionaries.
+        batch_rows: how many rows are scored at a time.
+        reader_threads: how many threads read ahead.
+    """
+
+    origin: str
+    columns: tuple[str, ...]
+    dictionaries: tuple[str, ...]
+    batch_rows: int
+    reader_threads: int
+
+    def check_schema(self, schema: pa.Schema, where: str) -> SparseLayout:
+        """Refuse a table whose columns cannot be scored, and tell which features have lists."""
+
+    def decode(self, table: pa.Table, layout: SparseLayout, where: str) -> Rows:
+        """Check the values of a table and lay its rows out; several threads call it at once."""
+
+    def logits(self, rows: Rows, layout: SparseLayout) -> Tensor:
+        """Logits (N,) float32 of decoded rows; called batch after batch, by one thread."""
 
 
 def predict(
-    scorer: Scorer,
+    model: Model,
     patterns: Sequence[str],
     output: str,
     *,
@@ -31,22 +63,24 @@ def predict(
     logit: bool = False,
     share: tuple[int, int] = (0, 1),
     say: Callable[[str], object] = print,
+    begin: Callable[[int], object] = lambda batches: None,
 ) -> int:
     """Write the probability of each row of each file, in the order of the rows, and tell of how many rows.
 
     Each file becomes one of the same name, below `output` as it lay below the folder that all have in common. It
-    appears whole; one that is there with as many rows of this artefact is left as it is, so that what was cut off can
-    be called again.
-    Labels are not needed. One row group is in memory at a time.
+    appears whole; one that is there with as many rows of this model is left as it is, so that what was cut off can be
+    called again.
+    Labels are not needed. A row group for each reading thread is in memory, beside the one that is being scored.
 
     Args:
-        scorer: of the artefact.
+        model: which scores.
         patterns: files, as in `recsys.data.storage.find_files`.
         output: path or URL of a folder.
         keep: columns that are written as well, as they stand.
         logit: whether the logit is written too.
         share: (r, n) writes every n-th file alone, from the r-th on.
         say: told of each file.
+        begin: told how many batches the model will be asked for, before the first.
 
     Raises:
         DataError: a file or a value cannot be read or scored, or the output cannot be written.
@@ -56,53 +90,144 @@ def predict(
     keep = tuple(dict.fromkeys(keep))
     if clash := set(keep) & set(written):
         raise RequestError(f"--keep: {min(clash)} is what the predictions are called; rename the column")
-    names = tuple(dict.fromkeys((*keep, *scorer.columns)))
-    shards = ShardTables(patterns, names, source="--input")
-    for file, schema in zip(shards.files, shards.schemas, strict=True):
-        check_names(schema, names, file, "file")
-        scorer.check_schema(schema, file)
-    if not output:
-        raise DataError("--output names no folder")
-    folder = locate(output, source="--output").checked("--output")
-    paths = [posixpath.abspath(file) for file in shards.files]  # so that none leads out of the folder
-    base = posixpath.commonpath([posixpath.dirname(path) for path in paths])
-    origin = {_ORIGIN: hashlib.sha256(scorer.artifact.manifest.to_json().encode()).hexdigest().encode()}
-    groups: dict[int, list[int]] = {number: [] for number in range(len(shards.files))}
-    for group in range(len(shards.row_counts)):
-        groups[shards.file_of(group)].append(group)
-    rank, world_size = share
-    rows = 0
-    for number in list(groups)[rank::world_size]:
-        target = folder / posixpath.relpath(paths[number], base)
-        count = sum(shards.row_counts[group] for group in groups[number])
-        schema = pa.schema([shards.schemas[number].field(name) for name in keep], origin)
-        for name in written:
-            schema = schema.append(pa.field(name, pa.float32(), nullable=False))
+    source = _Source(model, patterns, keep)
+    todo = []
+    for number, target in source.targets(output, share):
+        schema = source.schema(number, written)
+        count = source.num_rows(number)
         if _is_done(target, count, schema):
             say(f"{target} has its {count:,} rows already")
-            continue
-        with target.writing() as path, pq.ParquetWriter(path, schema) as writer:
-            for group in groups[number]:
-                writer.write_table(_predicted(scorer, shards, group, names, keep, schema))
-        rows += count
-        say(f"{target}: {count:,} rows")
+        else:
+            todo.append((number, target, schema))
+    begin(sum(source.num_batches(number) for number, _, _ in todo))
+    rows = 0
+    with closing(source.read([number for number, _, _ in todo])) as groups:
+        for number, target, schema in todo:
+            with _writing(target, schema) as write:
+                for _ in source.groups[number]:
+                    write(_predicted(model, next(groups), schema))
+            rows += source.num_rows(number)
+            say(f"{target}: {source.num_rows(number):,} rows")
     return rows
 
 
-@torch.inference_mode()
-def _predicted(
-    scorer: Scorer, shards: ShardTables, group: int, names: tuple[str, ...], keep: Sequence[str], schema: pa.Schema
-) -> pa.Table:
-    table = shards.table(group, names)
-    logits = scorer.logits_of(table.select(scorer.columns), shards.where(group))
-    columns = [table[name] for name in keep]
+class _Group(NamedTuple):
+    """A row group: the columns to keep, and the rows to score."""
+
+    kept: pa.Table
+    rows: Rows
+    layout: SparseLayout
+
+
+class _Source:
+    """The files to predict.
+
+    Args:
+        model: which scores.
+        patterns: of the files.
+        keep: columns that are written as well.
+
+    Attributes:
+        groups: of each file, the numbers of its row groups over all files.
+    """
+
+    def __init__(self, model: Model, patterns: Sequence[str], keep: tuple[str, ...]) -> None:
+        self._model, self._keep = model, keep
+        self._names = tuple(dict.fromkeys((*keep, *model.columns)))
+        self._shards = shards = ShardTables(patterns, self._names, source="--input")
+        self._layouts: list[SparseLayout] = []
+        for file, schema in zip(shards.files, shards.schemas, strict=True):
+            check_names(schema, self._names, file, "file")
+            self._layouts.append(model.check_schema(schema, file))
+        self.groups: list[list[int]] = [[] for _ in shards.files]
+        for group in range(len(shards.row_counts)):
+            self.groups[shards.file_of(group)].append(group)
+
+    def targets(self, output: str, share: tuple[int, int]) -> list[tuple[int, Place]]:
+        """The numbers of the files of a share, each with where its predictions belong."""
+        if not output:
+            raise DataError("--output names no folder")
+        folder = locate(output, source="--output").checked("--output")
+        paths = [posixpath.abspath(file) for file in self._shards.files]  # so that none leads out of the folder
+        base = posixpath.commonpath([posixpath.dirname(path) for path in paths])
+        rank, world_size = share
+        return [
+            (number, folder / posixpath.relpath(paths[number], base)) for number in range(rank, len(paths), world_size)
+        ]
+
+    def schema(self, number: int, written: Sequence[str]) -> pa.Schema:
+        """Of a file's predictions."""
+        origin = {_ORIGIN: self._model.origin.encode()}
+        kept = [self._shards.schemas[number].field(name) for name in self._keep]
+        return pa.schema([*kept, *(pa.field(name, pa.float32(), nullable=False) for name in written)], origin)
+
+    def num_rows(self, number: int) -> int:
+        """Of a file."""
+        return sum(self._shards.row_counts[group] for group in self.groups[number])
+
+    def num_batches(self, number: int) -> int:
+        """Of a file; none spans two row groups."""
+        return sum(-(-self._shards.row_counts[group] // self._model.batch_rows) for group in self.groups[number])
+
+    def read(self, numbers: Sequence[int]) -> Generator[_Group]:
+        """The row groups of some files, one after another, read ahead by threads."""
+        with ThreadPoolExecutor(self._model.reader_threads, thread_name_prefix="reader") as pool:
+            ahead: deque[Future[_Group]] = deque()
+            try:
+                for group in (group for number in numbers for group in self.groups[number]):
+                    ahead.append(pool.submit(self._read, group))
+                    if len(ahead) > self._model.reader_threads:
+                        yield ahead.popleft().result()
+                while ahead:
+                    yield ahead.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _read(self, group: int) -> _Group:
+        # What is kept stands as it does in the file, of the type that it has there.
+        dictionaries = [name for name in self._model.dictionaries if name not in self._keep]
+        table, layout = self._shards.table(group, self._names, dictionaries), self._layouts[self._shards.file_of(group)]
+        rows = self._model.decode(table.select(self._model.columns), layout, self._shards.where(group))
+        return _Group(table.select(self._keep), rows, layout)
+
+
+def _predicted(model: Model, group: _Group, schema: pa.Schema) -> pa.Table:
+    kept, rows, layout = group
+    starts = range(0, len(rows), model.batch_rows)
+    parts = [model.logits(rows.part(start, min(start + model.batch_rows, len(rows))), layout) for start in starts]
+    logits = torch.cat(parts) if parts else torch.empty(0)
     figures = {PROBABILITY: logits.sigmoid(), LOGIT: logits}
-    columns += [pa.array(figures[name].numpy()) for name in schema.names[len(keep) :]]
+    columns = [*kept.columns, *(pa.array(figures[name].numpy()) for name in schema.names[kept.num_columns :])]
     return pa.table(columns, schema=schema)
 
 
+@contextmanager
+def _writing(target: Place, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+    """Give what writes a row group of a file, which appears, whole, when the block ends without error.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    with target.writing() as path:
+        with naming(str(target)):
+            writer = pq.ParquetWriter(path, schema)
+
+        def write(table: pa.Table) -> None:
+            with naming(str(target)):
+                writer.write_table(table)
+
+        try:
+            yield write
+        except BaseException:
+            with suppress(OSError, pa.ArrowException):  # on a full disk, say, of which is told already
+                writer.close()
+            raise
+        with naming(str(target)):
+            writer.close()
+
+
 def _is_done(target: Place, rows: int, schema: pa.Schema) -> bool:
-    """Whether a file of so many rows is there, of the columns and the artefact that a schema tells of."""
+    """Whether a file of so many rows is there, of the columns and the model that a schema tells of."""
     with naming(str(target)):
         kind = target.filesystem.get_file_info(target.path).type
     if kind == fs.FileType.NotFound:
@@ -112,8 +237,9 @@ def _is_done(target: Place, rows: int, schema: pa.Schema) -> bool:
         raise DataError(f"{target} is there and is no file; {way_out}")
     with naming(f"{target}, which is there already"), pq.ParquetFile(target.open()[0]) as file:
         found, told = file.metadata.num_rows, file.schema_arrow
-    if (told.metadata or {}).get(_ORIGIN) != schema.metadata[_ORIGIN]:
-        raise DataError(f"{target} is there and holds no predictions of this artefact; {way_out}")
+    origin = schema.metadata[_ORIGIN]
+    if (told.metadata or {}).get(_ORIGIN) != origin:
+        raise DataError(f"{target} is there and holds no predictions of this {origin.split()[0].decode()}; {way_out}")
     if told.names != schema.names:
         raise DataError(
             f"{target} is there with {', '.join(told.names)} instead of {', '.join(schema.names)}; {way_out}"

@@ -1,5 +1,6 @@
 """Raw values in, probabilities out, by the code that decoded them in training."""
 
+import hashlib
 from collections.abc import Iterable, Mapping, Set
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +26,10 @@ from recsys.serving.tables import Table
 _ROWS = "give an Arrow table or record batch, a mapping of columns by name, or a list of mappings, one for each row"
 
 
+_BATCH_ROWS = 8192
+"""Of files that are predicted; what they pass through is then a few MB for most models, and fits a cache."""
+
+
 class RequestError(UserError):
     """Rows cannot be scored; the message names the row and the column, and what is wanted."""
 
@@ -42,6 +47,7 @@ class Scorer:
 
     Attributes:
         columns: names of the columns that rows must have.
+        dictionaries: as in `recsys.serving.predicting.Model`, like `batch_rows`, `reader_threads` and `origin`.
     """
 
     def __init__(self, artifact: str | Path | Artifact) -> None:
@@ -51,7 +57,9 @@ class Scorer:
         self._kinds = read_kinds(directory)
         self._features = _Features(config, self.artifact.tables)
         self._dense_arch = _dense_arch(self.artifact)
-        self.columns = self._columns.feature_names
+        self.columns, self.dictionaries = self._columns.feature_names, self._columns.dictionary_names
+        self.batch_rows, self.reader_threads = _BATCH_ROWS, config.data.reader_threads
+        self.origin = f"artefact {hashlib.sha256(self.artifact.manifest.to_json().encode()).hexdigest()}"
 
     def score(self, rows: Any) -> NDArray[np.float32]:
         """Probabilities (N,) of N rows of raw values.
@@ -76,7 +84,7 @@ class Scorer:
             DataError: as `score`.
         """
         layout = self.check_schema(table.schema, where)
-        return self.logits(self._columns.decode_features(table, layout, where), layout)
+        return self.logits(self.decode(table, layout, where), layout)
 
     def check_schema(self, schema: pa.Schema, where: str) -> SparseLayout:
         """Refuse a table whose columns cannot be scored, and tell which features have lists.
@@ -84,9 +92,15 @@ class Scorer:
         Raises:
             DataError: a column is missing, twice there, or of another type than in training.
         """
-        lists = self._columns.check_features(schema, where)
-        self._kinds.check(self._columns, schema, where, learn=False)
-        return self._columns.layout(lists)
+        return self._kinds.check_raw(self._columns, schema, where)
+
+    def decode(self, table: pa.Table, layout: SparseLayout, where: str) -> Rows:
+        """Check the values of a table whose schema has the layout, and lay its rows out for `logits`.
+
+        Raises:
+            DataError: as `score`.
+        """
+        return self._columns.decode_features(table, layout, where)
 
     @torch.inference_mode()
     def logits(self, rows: Rows, layout: SparseLayout) -> Tensor:

@@ -113,3 +113,28 @@ def test_taking_rows_equals_indexing_lists(lists: Bags, weighted: bool, data: st
     assert bags(taken) == bags(wanted)
     assert (taken.weights is None) == (wanted.weights is None)
     assert taken.weights is None or taken.weights.tolist() == wanted.weights.tolist()
+
+
+@settings(deadline=None)
+@given(st.data(), st.sets(st.sampled_from(KEYS)).map(frozenset), st.integers(1, 8), st.booleans())
+def test_a_part_of_rows_is_what_a_batch_takes_of_them(
+    data: st.DataObject, lists: frozenset[str], count: int, weighted: bool
+) -> None:
+    table = data.draw(tables(lists, count))
+    start = data.draw(st.integers(0, count))
+    stop = data.draw(st.integers(start, count))
+    rows = rows_of(table, lists, 5, frozenset(lists if weighted else ()))
+    part = rows.part(start, stop)
+    assert len(part) == stop - start
+    layout = SparseLayout(KEYS, lists, weighted)
+    options = {"loss_scale": 1.0, "pin_memory": False}
+    num_dense = rows.dense.shape[0]
+    found = build_batch([Part(part, 0, stop - start)], layout, num_dense, **options)
+    expected = build_batch([Part(rows, start, stop)], layout, num_dense, **options)
+    for key in KEYS:
+        assert bags_of(found.sparse_features, key) == bags_of(expected.sparse_features, key) == table[key][start:stop]
+    for name in ("dense_features", "labels", "reference", "domain"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    if weighted:
+        assert torch.equal(found.sparse_features.weights(), expected.sparse_features.weights())
+    assert found.counts == expected.counts
