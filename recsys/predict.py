@@ -1,4 +1,7 @@
-"""Predict: `python -m recsys.predict --artifact DIR --input GLOB --output DIR [--keep COLUMN ...]`."""
+"""Predict: `python -m recsys.predict --artifact DIR --input GLOB --output DIR [--keep COLUMN ...]`.
+
+Or by `--checkpoint DIR [path.to.key=value ...]`.
+"""
 
 from recsys.cli import ArgumentParser, run_entry
 
@@ -8,7 +11,9 @@ def main() -> None:
     parser = ArgumentParser(
         prog="recsys.predict", description="Probabilities of raw rows, Parquet in and out; processes share the files."
     )
-    parser.add_argument("--artifact", required=True, help="a directory that recsys.export wrote")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--artifact", metavar="DIR", help="a directory that recsys.export wrote")
+    model.add_argument("--checkpoint", metavar="DIR", help="a directory step-<n> that training wrote")
     parser.add_argument(
         "--input", required=True, action="append", metavar="GLOB", help="files; may be given repeatedly"
     )
@@ -17,20 +22,23 @@ def main() -> None:
     )
     parser.add_argument("--keep", action="append", default=[], metavar="COLUMN", help="written as well; repeatable")
     parser.add_argument("--logit", action="store_true", help="write the logit too")
+    parser.add_overrides()
     arguments = parser.parse_args()
 
     def body() -> None:
+        where, keep, logit = (arguments.input, arguments.output), arguments.keep, arguments.logit
+        if arguments.artifact is None:
+            from recsys.training.scoring import predict_by_checkpoint
+
+            predict_by_checkpoint(arguments.checkpoint, *where, arguments.overrides, keep=keep, logit=logit)
+            return
+        from recsys.config import ConfigError
         from recsys.serving.predicting import predict, share_of_this_process
         from recsys.serving.scorer import Scorer
 
-        rows = predict(
-            Scorer(arguments.artifact),
-            arguments.input,
-            arguments.output,
-            keep=arguments.keep,
-            logit=arguments.logit,
-            share=share_of_this_process(),
-        )
+        if arguments.overrides:
+            raise ConfigError(f"{arguments.overrides[0]}: an artefact's config stands as it is; give a --checkpoint")
+        rows = predict(Scorer(arguments.artifact), *where, keep=keep, logit=logit, share=share_of_this_process())
         print(f"{rows:,} rows predicted")
 
     run_entry(body)

@@ -275,6 +275,47 @@ def test_predictions_are_written_to_s3_in_the_order_of_the_split(
     assert f"--predictions: s3://{bucket}/test holds files, such as s3://{bucket}/test/part-00000" in again.stderr
 
 
+@pytest.mark.parametrize(("kind", "world_size"), [("checkpoint", 1), ("checkpoint", 2), ("artifact", 2)])
+def test_files_on_s3_are_predicted_to_s3(
+    s3: S3, bucket: str, run: Path, tmp_path: Path, kind: str, world_size: int
+) -> None:
+    (model,) = (run / "checkpoints").iterdir()
+    (evaluated,) = run_module(
+        1, "recsys.evaluate", "--checkpoint", str(model), "--predictions", str(tmp_path / "evaluated")
+    )
+    assert evaluated.code == 0, evaluated
+    if kind == "artifact":
+        exporting = ("--checkpoint", str(model), "--output", str(model := tmp_path / "artifact"))
+        (exported,) = run_module(1, "recsys.export", *exporting)
+        assert exported.code == 0, exported
+    arguments = [f"--{kind}", str(model), "--keep", "label"]
+    arguments += ["--input", s3.url("log/test/*.parquet"), "--output", s3.url(f"{bucket}/of/day")]
+    finished = run_module(world_size, "recsys.predict", *arguments)
+    assert [one.code for one in finished] == [0] * world_size, finished
+    names = [f"part-{part}.parquet" for part in range(3)]
+    assert s3.names(f"{bucket}/of/day") == set(names)
+    tables = [pq.read_table(f"{bucket}/of/day/{name}", filesystem=s3.filesystem) for name in names]
+    found, expected = pa.concat_tables(tables), pq.read_table(tmp_path / "evaluated")
+    assert found["label"].equals(expected["label"])
+    np.testing.assert_allclose(found["probability"], expected["probability"], rtol=0, atol=1e-6)
+    s3.filesystem.delete_file(f"{bucket}/of/day/part-1.parquet")
+    again = run_module(world_size, "recsys.predict", *arguments)
+    assert sum(one.stdout.count("rows already") for one in again) == 2, again
+    assert sum(one.stdout.count(f"s3://{bucket}/of/day/part-1.parquet: ") for one in again) == 1
+    assert s3.names(f"{bucket}/of/day") == set(names)
+    assert not any(s3.secret in one.stdout + one.stderr for one in [*finished, *again])
+
+
+def test_predictions_that_s3_refuses_end_all_ranks(s3: S3, bucket: str, run: Path) -> None:
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    arguments = ("--checkpoint", str(checkpoint), "--input", s3.url("log/test/*.parquet"))
+    with s3.failing(lambda request: 403 if request[0] in ("PUT", "POST") and "part-1" in request[1] else None):
+        finished = run_module(2, "recsys.predict", *arguments, "--output", s3.url(f"{bucket}/day"))
+    (told,) = [one for one in finished if one.stderr]
+    assert told.code == 2 and told.stderr.startswith(f"error: s3://{bucket}/day/part-1.parquet: access is denied; ")
+    assert told.stderr.count("\n") == 1 and "part-1.parquet" not in s3.names(f"{bucket}/day")
+
+
 def test_a_shard_that_is_deleted_ends_all_ranks_with_its_name(s3: S3, bucket: str, tmp_path: Path) -> None:
     for part in range(4):
         put_table(s3, tiny_table(200, part), f"{bucket}/train/part-{part}.parquet")
