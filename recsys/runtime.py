@@ -71,9 +71,7 @@ def process_group(device: str) -> Iterator[Ranks]:
         torch.cuda.set_device(chosen)
     keep_freed_memory()
     set_precision()
-    if "OMP_NUM_THREADS" not in os.environ:
-        # One core stays free for the reader: OpenMP threads that lose theirs make all others spin.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size - 1))
+    leave_a_core(local_world_size)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     if "RANK" in os.environ:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
@@ -152,6 +150,15 @@ def once_on_each_machine(ranks: Ranks, action: Callable[[], object]) -> None:
     if ranks.local_rank == 0:
         action()
     dist.barrier()
+
+
+def leave_a_core(local_world_size: int) -> None:
+    """Compute on this process's share of the cores but one, unless OMP_NUM_THREADS says on how many.
+
+    One core stays free for the reader: OpenMP threads that lose theirs make all others spin.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size - 1))
 
 
 def device_type(device: str, local_world_size: int) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from recsys.config import ConfigError
-from recsys.runtime import agree_on_device, meet, process_group
+from recsys.runtime import agree_on_device, leave_a_core, meet, process_group
 
 FAULTS = """
 import resource, sys
@@ -104,3 +105,22 @@ def test_ranks_meet_after_an_attempt_that_ended_half_way() -> None:
         first = threads.submit(meet, store, 0, 2)
         first.result(30).set("here", "1")
         assert second.result(30).check(["here"])
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "told", "threads"), [(8, 1, None, 7), (8, 2, None, 3), (2, 2, None, 1), (8, 1, "5", 2)]
+)
+def test_a_core_is_left_to_the_reader(
+    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, told: str | None, threads: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if told:
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)  # as OpenMP found it
+        leave_a_core(processes)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

@@ -26,8 +26,8 @@ from recsys.serving.tables import Table
 _ROWS = "give an Arrow table or record batch, a mapping of columns by name, or a list of mappings, one for each row"
 
 
-_BATCH_ROWS = 8192
-"""Of files that are predicted; what they pass through is then a few MB for most models, and fits a cache."""
+_BATCH_ROWS = 2048
+"""Of files that are predicted; what they become on the way is then a few MB for most models, and fits a cache."""
 
 
 class RequestError(UserError):
