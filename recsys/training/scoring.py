@@ -88,6 +88,7 @@ class ShardedScorer:
             CheckpointError: on all ranks alike, with what `predict` says on the one that failed.
         """
         failure: Exception | None = None
+        self._batches = None  # of a call before
         rows, share = 0, (self._ranks.rank, self._ranks.world_size)
         try:
             rows = predict(self, patterns, output, keep=keep, logit=logit, share=share, begin=self._begin)

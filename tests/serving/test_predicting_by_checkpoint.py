@@ -20,7 +20,7 @@ from tiny import tiny_table, write_tiny_log
 from torchrec.distributed import sharding_plan
 from torchrec.distributed.types import ShardingPlan
 
-from recsys.checkpoint.layout import read_meta
+from recsys.checkpoint.layout import CheckpointError, read_meta
 from recsys.config import Config, load_checkpoint_config
 from recsys.data.storage import DataError
 from recsys.model.names import POOLED
@@ -143,7 +143,12 @@ def _predict_row_wise(ranks: Ranks, checkpoint: Path, tmp_path: Path) -> int:
 
     sharding.plan_tables = planned
     scorer = ShardedScorer(checkpoint, read_meta(checkpoint), load_checkpoint_config(checkpoint), ranks)
-    return scorer.predict([f"{tmp_path}/in"], f"{tmp_path}/out")
+    with pytest.raises(CheckpointError, match="--keep: probability is what the predictions are called"):
+        scorer.predict([f"{tmp_path}/in"], f"{tmp_path}/out", keep=["probability"])
+    rows = scorer.predict([f"{tmp_path}/in"], f"{tmp_path}/out")
+    with pytest.raises(CheckpointError, match="--output names no folder"):  # and none waits for batches
+        scorer.predict([f"{tmp_path}/in"], "")
+    return rows
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
