@@ -19,6 +19,13 @@ def main() -> None:
         choices=("float32", "float16", "int8"),
         help="precision in which the embedding tables are kept (default: %(default)s)",
     )
+    parser.add_argument(
+        "--format",
+        action="append",
+        default=[],
+        choices=("torch-export", "aoti"),
+        help="write the dense part as a program for other runtimes too; may be given repeatedly",
+    )
     parser.add_argument("--split", choices=("train", "valid", "test"), help="compared on (default: test, else valid)")
     parser.add_argument("--max-rows", type=int, default=100_000, help="compared at least (default: %(default)s)")
     parser.add_argument("--bound", type=float, help="by which a probability may differ (1e-6, 1e-3 or 2e-2)")
@@ -27,6 +34,7 @@ def main() -> None:
 
     def body() -> None:
         from recsys.config import ConfigError
+        from recsys.serving.formats import CAUTIONS, PROGRAMS
         from recsys.training.parity import export
 
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", arguments.output):
@@ -41,6 +49,7 @@ def main() -> None:
             split=arguments.split,
             max_rows=arguments.max_rows,
             bound=arguments.bound,
+            formats=list(dict.fromkeys(arguments.format)),
         )
         if arguments.json:
             print(json.dumps({"artifact": str(output), **parity.as_dict()}, indent=2))
@@ -50,6 +59,8 @@ def main() -> None:
             f"Its probabilities are the model's on {parity.rows:,} {parity.split} rows within "
             f"{parity.max_difference:.1e}, {parity.mean_difference:.1e} on average"
         )
+        for kind, difference in parity.programs.items():
+            print(f"{PROGRAMS[kind]}: within {difference:.1e}; it {CAUTIONS[kind]}")
 
     run_entry(body)
 

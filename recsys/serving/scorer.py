@@ -42,6 +42,7 @@ class Scorer:
 
     Attributes:
         columns: names of the columns that rows must have.
+        dense_arch: of the artefact, in evaluation.
     """
 
     def __init__(self, artifact: str | Path | Artifact) -> None:
@@ -50,7 +51,7 @@ class Scorer:
         self._columns = build_columns(config, directory / VOCABULARIES, raw=True)
         self._kinds = read_kinds(directory)
         self._features = _Features(config, self.artifact.tables)
-        self._dense_arch = _dense_arch(self.artifact)
+        self.dense_arch = _dense_arch(self.artifact)
         self.columns = self._columns.feature_names
 
     def score(self, rows: Any) -> NDArray[np.float32]:
@@ -91,10 +92,13 @@ class Scorer:
     @torch.inference_mode()
     def logits(self, rows: Rows, layout: SparseLayout) -> Tensor:
         """Logits (N,) of decoded rows."""
-        pooled = self._features.pooled(rows, layout)
-        dense = torch.from_numpy(np.ascontiguousarray(rows.dense.T))
-        logits: Tensor = self._dense_arch(pooled, dense)[0]
+        logits: Tensor = self.dense_arch(*self.inputs(rows, layout))[0]
         return logits
+
+    @torch.inference_mode()
+    def inputs(self, rows: Rows, layout: SparseLayout) -> tuple[Tensor, Tensor]:
+        """What the dense arch is given of decoded rows: pooled embeddings (N, W) and dense features (N, F_d)."""
+        return self._features.pooled(rows, layout), torch.from_numpy(np.ascontiguousarray(rows.dense.T))
 
     def _table(self, rows: Any) -> pa.Table:
         if isinstance(rows, pa.RecordBatch):

@@ -2,12 +2,14 @@
 
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from recsys.checkpoint.layout import VOCABULARIES
 from recsys.config import ConfigError, load_checkpoint_config
@@ -20,6 +22,7 @@ from recsys.model.ranker import Ranker, build_ranker
 from recsys.prepare.synthetic import require_embedded
 from recsys.runtime import once_on_each_machine, process_group
 from recsys.serving.artifact import ArtifactError, publish, write_artifact
+from recsys.serving.formats import PROGRAMS, Format, Program, load_program, write_program
 from recsys.serving.scorer import Scorer
 from recsys.serving.tables import Precision
 from recsys.sharding.shard import shard
@@ -40,6 +43,7 @@ class Parity(NamedTuple):
         mean_difference: their mean.
         model: figures of the model, None without labels.
         artifact: figures of the artefact.
+        programs: by format, the largest difference of a probability of the dense part's program, given the same.
     """
 
     split: str
@@ -48,6 +52,7 @@ class Parity(NamedTuple):
     mean_difference: float
     model: Metrics | None
     artifact: Metrics | None
+    programs: Mapping[Format, float]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -57,7 +62,14 @@ class Parity(NamedTuple):
 
 
 def export(
-    checkpoint: Path, output: Path, *, tables: Precision, split: str | None, max_rows: int, bound: float | None
+    checkpoint: Path,
+    output: Path,
+    *,
+    tables: Precision,
+    split: str | None,
+    max_rows: int,
+    bound: float | None,
+    formats: Sequence[Format] = (),
 ) -> Parity:
     """Write an artefact, and give it its name if it says what the checkpoint's model says.
 
@@ -68,6 +80,7 @@ def export(
         split: of the checkpoint's config, on whose rows the two are compared; None is `test`, or else `valid`.
         max_rows: how many rows are compared at least, if the split has as many: whole row groups are.
         bound: by how much a probability may differ; None is that of `BOUNDS`.
+        formats: programs of the dense part that are written as well; they are held to the same bound.
 
     Raises:
         ArtifactError: something is there, the disk refuses, or a probability differs by more than the bound.
@@ -84,18 +97,26 @@ def export(
         raise ConfigError(f"--max-rows: {max_rows} rows compare nothing; give 1 or more")
     written = write_artifact(checkpoint, output, tables=tables)
     try:
+        scorer = Scorer(written)
+        programs = {kind: _program(scorer, kind, written / PROGRAMS[kind]) for kind in formats}
         with process_group("cpu") as ranks:
             once_on_each_machine(ranks, partial(require_embedded, config))
             shards = open_splits(config, [split], checkpoint / VOCABULARIES, read_kinds(checkpoint))[split]
             ranker = build_ranker(config, seed=0)
             dense_arch = ranker.dense_arch
             load_model(checkpoint, shard(ranker, config, ranks, seed=0), dense_arch)
-            parity = _compare(ranker, Scorer(written), shards, split, max_rows)
+            parity = _compare(ranker, scorer, programs, shards, split, max_rows)
         if not parity.max_difference <= bound:  # NaN is beyond any bound
             raise ArtifactError(
                 f"the export differs from its model by {parity.max_difference:.2e} in a probability of {parity.rows:,} "
                 f"{split} rows, by more than {bound:.0e}; keep the tables in a higher precision, or raise --bound"
             )
+        for kind, difference in parity.programs.items():
+            if not difference <= bound:
+                raise ArtifactError(
+                    f"--format {kind}: the program differs from the model by {difference:.2e} in a probability of "
+                    f"{parity.rows:,} {split} rows, by more than {bound:.0e}; leave it out, or raise --bound"
+                )
         publish(written, output, parity.as_dict())
     finally:
         if os.path.lexists(written):
@@ -104,11 +125,14 @@ def export(
 
 
 @torch.no_grad()  # not inference_mode: fbgemm has kernels of this name for a CPU under autograd alone
-def _compare(ranker: Ranker, scorer: Scorer, shards: ParquetShards, split: str, max_rows: int) -> Parity:
+def _compare(
+    ranker: Ranker, scorer: Scorer, programs: Mapping[Format, Program], shards: ParquetShards, split: str, max_rows: int
+) -> Parity:
     """Both on whole row groups, in the order of the files."""
     ranker.eval()
     figures = BinaryMetrics(), BinaryMetrics()
     rows, most, total = 0, 0.0, 0.0
+    of_programs = dict.fromkeys(programs, 0.0)
     for group, count in enumerate(shards.row_counts):
         if rows >= max_rows:
             break
@@ -118,16 +142,39 @@ def _compare(ranker: Ranker, scorer: Scorer, shards: ParquetShards, split: str, 
         )
         expected = ranker(batch)[1].logits
         found = scorer.logits(decoded, shards.layout)
+        by_program = {kind: program(*scorer.inputs(decoded, shards.layout)) for kind, program in programs.items()}
         if len(decoded.labels):
-            found = found[torch.from_numpy(~np.isnan(decoded.labels))]
+            labelled = torch.from_numpy(~np.isnan(decoded.labels))
+            found, by_program = found[labelled], {kind: logits[labelled] for kind, logits in by_program.items()}
             for metrics, logits in zip(figures, (expected, found), strict=True):
                 metrics.update(logits, batch.labels)
-        differences = (expected.double().sigmoid() - found.double().sigmoid()).abs()
+        differences = _differences(expected, found)
         rows += len(differences)
         total += float(differences.sum())
-        most = float(np.maximum(most, float(differences.max()))) if len(differences) else most  # NaN stays
+        most = _larger(most, differences)
+        of_programs = {
+            kind: _larger(before, _differences(expected, by_program[kind])) for kind, before in of_programs.items()
+        }
     if not rows:
         raise ArtifactError(f"data.{split} has no row to compare the artefact with its model on; name another --split")
     has_labels = shards.columns.label is not None
     model, artifact = (metrics.compute() if has_labels else None for metrics in figures)
-    return Parity(split, rows, most, total / rows, model, artifact)
+    return Parity(split, rows, most, total / rows, model, artifact, of_programs)
+
+
+def _differences(expected: Tensor, found: Tensor) -> Tensor:
+    """Of probabilities (N,), from logits."""
+    return (expected.double().sigmoid() - found.double().sigmoid()).abs()
+
+
+def _larger(most: float, differences: Tensor) -> float:
+    """The largest so far; NaN stays."""
+    return float(np.maximum(most, float(differences.max()))) if len(differences) else most
+
+
+def _program(scorer: Scorer, kind: Format, path: Path) -> Program:
+    """Write the program of a scorer's dense part, and load it."""
+    config = scorer.artifact.config
+    width = sum(config.tables[feature.table].embedding_dim for feature in config.features.sparse.values())
+    write_program(scorer.dense_arch, width, len(config.features.dense), kind, path)
+    return load_program(kind, path)
