@@ -1,6 +1,7 @@
 """Raw values in, probabilities out, by the code that decoded them in training."""
 
 from collections.abc import Iterable, Mapping, Set
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from recsys.checkpoint.layout import VOCABULARIES
 from recsys.config import Config
-from recsys.data.features import build_columns
+from recsys.data.features import build_columns, check_names
 from recsys.data.kinds import read_kinds
 from recsys.data.rows import Rows, SparseLayout
 from recsys.errors import UserError
@@ -23,6 +24,8 @@ from recsys.serving.artifact import Artifact, ArtifactError
 from recsys.serving.tables import Table
 
 _ROWS = "give an Arrow table or record batch, a mapping of columns by name, or a list of mappings, one for each row"
+
+_NO_FEATURES = SparseLayout((), frozenset())
 
 
 class RequestError(UserError):
@@ -41,7 +44,8 @@ class Scorer:
         ArtifactError: it is damaged, or none.
 
     Attributes:
-        columns: names of the columns that rows must have.
+        columns: names of the columns that rows must have; among them that of the domain, where one is calibrated by
+            itself.
         dense_arch: of the artefact, in evaluation.
     """
 
@@ -52,7 +56,12 @@ class Scorer:
         self._kinds = read_kinds(directory)
         self._features = _Features(config, self.artifact.tables)
         self.dense_arch = _dense_arch(self.artifact)
+        self._calibration = self.artifact.calibration
+        by_domain = self._calibration is not None and self._calibration.domains
+        self._domain = self._columns.parts["data.domain"] if by_domain else None
         self.columns = self._columns.feature_names
+        if self._domain is not None:
+            self.columns = tuple(dict.fromkeys((*self.columns, *self._domain.names)))
 
     def score(self, rows: Any) -> NDArray[np.float32]:
         """Probabilities (N,) of N rows of raw values.
@@ -65,19 +74,23 @@ class Scorer:
         Raises:
             RequestError: they are none of these, or a column is missing or unknown, or its values are of several types.
             DataError: a value is of another type than in training, null or not finite where the config does not fill
-                it, or an id is out of range.
+                it, or an id is out of range; a domain that is asked for is null or none of the config's.
         """
         with torch.inference_mode():
             return self.logits_of(self._table(rows)).sigmoid().numpy()
 
     def logits_of(self, table: pa.Table, where: str = "rows to score") -> Tensor:
-        """Logits (N,) of a table of raw values; `where` is what it is, for messages.
+        """Logits (N,) of a table of raw values, calibrated if the artefact is; `where` is what it is, for messages.
 
         Raises:
             DataError: as `score`.
         """
         layout = self.check_schema(table.schema, where)
-        return self.logits(self._columns.decode_features(table, layout, where), layout)
+        rows = self._columns.decode_features(table, layout, where)
+        if self._domain is not None:
+            found = self._domain.decode(table.select(self._domain.names), _NO_FEATURES, where)
+            rows = replace(rows, domain=found.domain)
+        return self.logits(rows, layout)
 
     def check_schema(self, schema: pa.Schema, where: str) -> SparseLayout:
         """Refuse a table whose columns cannot be scored, and tell which features have lists.
@@ -86,14 +99,17 @@ class Scorer:
             DataError: a column is missing, twice there, or of another type than in training.
         """
         lists = self._columns.check_features(schema, where)
+        if self._domain is not None:
+            check_names(schema, self._domain.names, where, "table")
+            self._domain.check_schema(schema, where)
         self._kinds.check(self._columns, schema, where, learn=False)
         return self._columns.layout(lists)
 
     @torch.inference_mode()
     def logits(self, rows: Rows, layout: SparseLayout) -> Tensor:
-        """Logits (N,) of decoded rows."""
+        """Logits (N,) of decoded rows, calibrated if the artefact is; rows tell their domains where it needs them."""
         logits: Tensor = self.dense_arch(*self.inputs(rows, layout))[0]
-        return logits
+        return logits if self._calibration is None else self._calibration(logits, rows.domain)
 
     @torch.inference_mode()
     def inputs(self, rows: Rows, layout: SparseLayout) -> tuple[Tensor, Tensor]:

@@ -91,7 +91,8 @@ def test_a_program_answers_as_the_artefact_without_this_project(
 def test_what_a_program_holds_is_told_and_a_scorer_needs_none(log: Path, tmp_path: Path) -> None:
     checkpoint = train(log, tmp_path, 1, "table", "mlp", experts=True)
     arguments = ("--checkpoint", str(checkpoint), "--output", str(tmp_path / "artifact"), "--format", "torch-export")
-    (done,) = run_module(1, "recsys.export", *arguments)
+    # A program's logits are those before calibration.
+    (done,) = run_module(1, "recsys.export", *arguments, "--calibration", "platt", "--calibration-rows", "5")
     assert done.code == 0, done.stderr
     assert "dense.pt2: within" in done.stdout and "holds a pickle, which can run code" in done.stdout
     path = tmp_path / "artifact" / "dense.pt2"
