@@ -19,14 +19,37 @@ def main() -> None:
         choices=("float32", "float16", "int8"),
         help="precision in which the embedding tables are kept (default: %(default)s)",
     )
+    parser.add_argument(
+        "--format",
+        action="append",
+        default=[],
+        choices=("torch-export", "aoti"),
+        help="write the dense part as a program for other runtimes too; may be given repeatedly",
+    )
     parser.add_argument("--split", choices=("train", "valid", "test"), help="compared on (default: test, else valid)")
     parser.add_argument("--max-rows", type=int, default=100_000, help="compared at least (default: %(default)s)")
     parser.add_argument("--bound", type=float, help="by which a probability may differ (1e-6, 1e-3 or 2e-2)")
+    parser.add_argument(
+        "--calibration",
+        default="none",
+        choices=("none", "platt", "isotonic"),
+        help="make the logits' probabilities those of the valid split (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--calibration-rows",
+        type=int,
+        default=1_000,
+        help="positives that a calibrator needs, and as many negatives; domains with fewer have that of all rows "
+        "(default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a sentence")
     arguments = parser.parse_args()
 
     def body() -> None:
         from recsys.config import ConfigError
+        from recsys.serving.formats import CAUTIONS, PROGRAMS
+        from recsys.terminal import console, say, table
+        from recsys.training.calibrating import rows_of
         from recsys.training.parity import export
 
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", arguments.output):
@@ -41,6 +64,9 @@ def main() -> None:
             split=arguments.split,
             max_rows=arguments.max_rows,
             bound=arguments.bound,
+            formats=list(dict.fromkeys(arguments.format)),
+            calibration=None if arguments.calibration == "none" else arguments.calibration,
+            calibration_rows=arguments.calibration_rows,
         )
         if arguments.json:
             print(json.dumps({"artifact": str(output), **parity.as_dict()}, indent=2))
@@ -50,6 +76,12 @@ def main() -> None:
             f"Its probabilities are the model's on {parity.rows:,} {parity.split} rows within "
             f"{parity.max_difference:.1e}, {parity.mean_difference:.1e} on average"
         )
+        for kind, difference in parity.programs.items():
+            print(f"{PROGRAMS[kind]}: within {difference:.1e}; it {CAUTIONS[kind]}")
+        if parity.calibration:
+            told = parity.calibration
+            title = f"{told['method']} calibration, fitted on {told['fitted_on']['split']}, on {parity.split}"
+            say(console(), table(rows_of(told), title, left=("", "calibrator")))
 
     run_entry(body)
 

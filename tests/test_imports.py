@@ -123,6 +123,13 @@ def test_benchmarks_leave_the_drawing_of_tables_to_the_terminal() -> None:
         assert not [name for name in imports(path.read_text(), set()) if within(name, {"rich"})], path
 
 
+def test_scipy_is_imported_where_calibrators_are_fitted_alone() -> None:
+    users = [
+        name for name, path in RECSYS.items() if any(within(it, {"scipy"}) for it in imports(path.read_text(), set()))
+    ]
+    assert users == ["recsys.training.calibrating"]
+
+
 def test_no_module_is_named_like_one_of_the_standard_library() -> None:
     # A script's own folder is on sys.path, so recsys/profile.py would be the `profile` that torch imports.
     names = {path.stem for path in (ROOT / "recsys").iterdir()} | {path.stem for path in (ROOT / "launch").glob("*.py")}

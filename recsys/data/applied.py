@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from recsys.config import shortened
+from recsys.data.arrow import KINDS_OF_VALUES, kind_of_values
 from recsys.data.ids import BucketizedIds, DatetimeIds, HashedIds, IdMapping, PlainIds, VocabularyIds
 from recsys.data.storage import DataError
 
-_KEY = b"hilorec.ids"
+_KEY, _VALUES = b"hilorec.ids", b"hilorec.values"
 
 
 class AppliedIds(NamedTuple):
@@ -28,11 +29,25 @@ class AppliedIds(NamedTuple):
     minimum: int | None = None
 
 
-def marked(field: pa.Field, applied: AppliedIds) -> pa.Field:
-    """A column of rows that says what they are by; integers that were rows as they came say nothing."""
+def marked(field: pa.Field, applied: AppliedIds, values: pa.DataType) -> pa.Field:
+    """A column of rows that says what they are by, and of what; integers that were rows as they came say nothing.
+
+    Args:
+        field: of the column.
+        applied: how its rows were made.
+        values: the type of what they were made of.
+    """
     if isinstance(applied.mapping, PlainIds):
         return field
-    return field.with_metadata({**(field.metadata or {}), _KEY: _described(applied).encode()})
+    told = {**(field.metadata or {}), _KEY: _described(applied).encode()}
+    kind = kind_of_values(values)
+    return field.with_metadata(told if kind is None else {**told, _VALUES: kind.encode()})
+
+
+def kind_before(field: pa.Field) -> str | None:
+    """Which of `recsys.data.arrow.KINDS_OF_VALUES` rows were made of, as far as their column says."""
+    told = (field.metadata or {}).get(_VALUES, b"").decode(errors="replace")
+    return told if told in KINDS_OF_VALUES else None
 
 
 def check_mark(field: pa.Field, source: str, path: str, ids: IdMapping, applied: AppliedIds | None) -> None:

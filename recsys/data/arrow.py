@@ -181,3 +181,24 @@ def holds(kind: pa.DataType, value: float) -> bool:
         return False
     limits = np.iinfo(kind.to_pandas_dtype())
     return float(value).is_integer() and bool(limits.min <= value <= limits.max)
+
+
+KINDS_OF_VALUES = ("numbers", "strings", "dates", "others")
+
+
+def kind_of_values(kind: pa.DataType) -> str | None:
+    """Which of `KINDS_OF_VALUES` a column holds, in lists or not; None if nothing but nulls."""
+    while hasattr(kind, "value_type"):  # of lists of any sort, of dictionaries
+        kind = kind.value_type
+    if pa.types.is_null(kind):
+        return None
+    if (
+        pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_decimal(kind)
+    ):
+        return "numbers"
+    if is_string(kind) or pa.types.is_string_view(kind):
+        return "strings"
+    return "dates" if pa.types.is_date(kind) or pa.types.is_timestamp(kind) else "others"

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from recsys.data.arrow import is_list, is_string
+from recsys.data.applied import kind_before
+from recsys.data.arrow import KINDS_OF_VALUES, is_list, is_string, kind_of_values
 from recsys.data.features import Columns, SparseColumn
 from recsys.data.rows import SparseLayout
 from recsys.data.storage import DataError
@@ -19,7 +20,6 @@ from recsys.files import FileError, read_json
 
 KINDS = "kinds.json"
 """File of a checkpoint, beside its config."""
-_KINDS = ("numbers", "strings", "dates", "others")
 _MAX_BYTES = 16 << 20
 
 
@@ -48,10 +48,8 @@ class Kinds:
             DataError: it does.
         """
         for name, sparse in columns.sparse.items():
-            if sparse.applied is not None:
-                continue  # rows of a table say nothing of the values that they stand for
             column = sparse.settings.column or name
-            kind = _kind_of(sparse, schema.field(column).type)
+            kind = _kind_of(sparse, schema.field(column))
             if kind is None:
                 continue
             told = (kind, file)
@@ -85,7 +83,7 @@ class Kinds:
         """What columns hold, as far as features say it, which read them as they stand."""
         known = {}
         for name, sparse in columns.sparse.items():
-            if name in self._known and sparse.settings.list_text is None:
+            if name in self._known and sparse.settings.list_text is None and sparse.applied is None:
                 known[sparse.settings.column or name] = self._known[name][0]
         return known
 
@@ -108,30 +106,21 @@ def read_kinds(directory: Path) -> Kinds:
         known = read_json(file, _MAX_BYTES)
     except FileError as error:
         raise DataError(f"{file} cannot be read: {error.reason}; restore it") from None
-    if not (isinstance(known, dict) and all(isinstance(kind, str) and kind in _KINDS for kind in known.values())):
+    if not (
+        isinstance(known, dict) and all(isinstance(kind, str) and kind in KINDS_OF_VALUES for kind in known.values())
+    ):
         raise DataError(f"{file} does not say what features hold; restore it")
     return Kinds(known, f"the rows that {directory} was trained on")
 
 
-def _kind_of(sparse: SparseColumn, kind: pa.DataType) -> str | None:
-    """What a feature holds; None if that is nothing but nulls."""
+def _kind_of(sparse: SparseColumn, field: pa.Field) -> str | None:
+    """What a feature holds; None if that is nothing but nulls, or rows of a table that do not say what they were."""
+    if sparse.applied is not None:
+        return kind_before(field)
     text = sparse.settings.list_text
-    if text is not None and is_string(_plain(kind)) and not is_list(kind):
+    if text is not None and is_string(_plain(field.type)) and not is_list(field.type):
         return "strings" if text.items == "strings" else "numbers"
-    while hasattr(kind, "value_type"):  # of lists of any sort, of dictionaries
-        kind = kind.value_type
-    if pa.types.is_null(kind):
-        return None
-    if (
-        pa.types.is_integer(kind)
-        or pa.types.is_floating(kind)
-        or pa.types.is_boolean(kind)
-        or pa.types.is_decimal(kind)
-    ):
-        return "numbers"
-    if is_string(kind) or pa.types.is_string_view(kind):
-        return "strings"
-    return "dates" if pa.types.is_date(kind) or pa.types.is_timestamp(kind) else "others"
+    return kind_of_values(field.type)
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:

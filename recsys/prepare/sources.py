@@ -274,8 +274,9 @@ def _mapped(raw: pa.Table, applied: Mapping[str, AppliedIds], name: str) -> pa.T
     """Rows of tables in the place of some columns' raw values."""
     table = raw
     for column, how in applied.items():
-        rows = mapped(whole(raw, column), how.mapping, f"{name}: column {column!r}")
-        field = marked(pa.field(column, rows.type), how)
+        values = whole(raw, column)
+        rows = mapped(values, how.mapping, f"{name}: column {column!r}")
+        field = marked(pa.field(column, rows.type), how, values.type)
         table = table.set_column(table.schema.get_field_index(column), field, rows)
     return table
 

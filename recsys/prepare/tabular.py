@@ -522,10 +522,11 @@ def _write(
         for block in files.blocks("writing shards"):
             table, place = block.table, assign(block)
             for name, mapping in mappings.items():
-                ids = mapped(whole(table, name), mapping, f"{files.paths[block.file]}: column {name!r}")
+                values = whole(table, name)
+                ids = mapped(values, mapping, f"{files.paths[block.file]}: column {name!r}")
                 if name in kept:
                     sizes[name] = max(sizes[name], (pc.max(_items(ids)).as_py() or 0) + 1)
-                field = marked(pa.field(name, ids.type), AppliedIds(mapping, schema.read[name].least_id))
+                field = marked(pa.field(name, ids.type), AppliedIds(mapping, schema.read[name].least_id), values.type)
                 table = table.set_column(table.schema.get_field_index(name), field, ids)
             for number, split in enumerate(SPLITS):
                 part = _rows(table, place == number)

@@ -6,6 +6,7 @@
 | `config.yaml`, `kinds.json`, `vocabularies/` | from a raw value to a row of a table |
 | `dense.safetensors` | the dense arch |
 | `tables.safetensors` | the embedding tables, by the config's names |
+| `calibration.json` | calibrators of its logits, if there are any |
 
 It is written beside its name and renamed when it is whole.
 """
@@ -32,14 +33,17 @@ from recsys.data.kinds import KINDS
 from recsys.errors import UserError
 from recsys.files import FileError, open_regular, read_json
 from recsys.model.names import weight_name
+from recsys.serving.calibration import Calibration
 from recsys.serving.tables import Precision, Table, blocks, stored, stored_dtype, stored_shape
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 DENSE = "dense.safetensors"
 TABLES = "tables.safetensors"
+CALIBRATION = "calibration.json"
 _DENSE_ARCH = "model.dense_arch."
 _MAX_MANIFEST = 64 << 20
+_MAX_CALIBRATION = 256 << 20
 
 
 class ArtifactError(UserError):
@@ -86,6 +90,7 @@ class Artifact:
         config: of the run.
         dense: tensors of the dense arch by name; they lie in the file.
         tables: by the config's names; they lie in the file, which processes share.
+        calibration: of the logits; None where they are served as they are.
     """
 
     directory: Path
@@ -93,6 +98,7 @@ class Artifact:
     config: Config
     dense: Mapping[str, Tensor]
     tables: Mapping[str, Table]
+    calibration: Calibration | None = None
 
     @classmethod
     def open(cls, directory: str | Path) -> "Artifact":
@@ -107,7 +113,8 @@ class Artifact:
         manifest = read_manifest(directory)
         if wrong := layout.verify(directory, manifest.files):
             raise ArtifactError(f"{wrong}; the artefact is damaged, export it again")
-        used = {CONFIG, DENSE, TABLES, *(name for name in _held(directory) if name.startswith((KINDS, VOCABULARIES)))}
+        optional = (KINDS, VOCABULARIES, CALIBRATION)
+        used = {CONFIG, DENSE, TABLES, *(name for name in _held(directory) if name.startswith(optional))}
         if unlisted := sorted(used - set(manifest.files)):
             raise ArtifactError(
                 f"{directory / MANIFEST} lists no {unlisted[0]}; the artefact is damaged, export it again"
@@ -121,7 +128,8 @@ class Artifact:
             if weight is None or tuple(weight.shape) != shape or weight.dtype != stored_dtype(manifest.tables):
                 raise ArtifactError(f"{directory / TABLES} does not hold table {name} as {shape} of {manifest.tables}")
             tables[name] = Table(weight, manifest.tables)
-        return cls(directory, manifest, config, _mapped(directory / DENSE), tables)
+        calibration = _calibration(directory, config) if CALIBRATION in used else None
+        return cls(directory, manifest, config, _mapped(directory / DENSE), tables, calibration)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -209,6 +217,22 @@ def write_artifact(checkpoint: Path, output: Path, *, tables: Precision = "float
     return written
 
 
+def add_calibration(written: Path, calibration: Calibration) -> None:
+    """Add calibrators to an artefact that `write_artifact` wrote.
+
+    Raises:
+        ArtifactError: the disk refuses.
+    """
+    path = written / CALIBRATION
+    try:
+        path.write_text(calibration.to_json(), encoding="utf-8")
+        manifest = read_manifest(written)
+        files = {**manifest.files, CALIBRATION: layout.digest_of(path)}
+        (written / MANIFEST).write_text(Manifest(**{**vars(manifest), "files": files}).to_json(), encoding="utf-8")
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
 def publish(written: Path, output: Path, parity: Mapping[str, Any]) -> None:
     """Give an artefact that was written its figures of parity and its name.
 
@@ -243,6 +267,17 @@ def _stored_blocks(reader: TensorReader, name: str, precision: Precision) -> Ite
             yield stored(reader.read(name, rows), precision)
         except OverflowError as error:
             raise ArtifactError(f"{name} has {error}; keep the tables in a higher precision") from None
+
+
+def _calibration(directory: Path, config: Config) -> Calibration:
+    path = directory / CALIBRATION
+    num_domains = config.data.domain.num_domains if config.data.domain else 0
+    try:
+        return Calibration.parse(read_json(path, _MAX_CALIBRATION), num_domains)
+    except FileError as error:
+        raise ArtifactError(f"{path}: {error.reason}; export the checkpoint again") from None
+    except ValueError as error:
+        raise ArtifactError(f"{path}: {error}; export the checkpoint again") from None
 
 
 def _mapped(path: Path) -> dict[str, Tensor]:

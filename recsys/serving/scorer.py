@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping, Set
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from recsys.checkpoint.layout import VOCABULARIES
 from recsys.config import Config
-from recsys.data.features import build_columns
+from recsys.data.features import build_columns, check_names
 from recsys.data.kinds import read_kinds
 from recsys.data.rows import Rows, SparseLayout
 from recsys.errors import UserError
@@ -25,6 +26,7 @@ from recsys.serving.tables import Table
 
 _ROWS = "give an Arrow table or record batch, a mapping of columns by name, or a list of mappings, one for each row"
 
+_NO_FEATURES = SparseLayout((), frozenset())
 
 _BATCH_ROWS = 2048
 """Of files that are predicted; what they become on the way is then a few MB for most models, and fits a cache."""
@@ -46,7 +48,9 @@ class Scorer:
         ArtifactError: it is damaged, or none.
 
     Attributes:
-        columns: names of the columns that rows must have.
+        columns: names of the columns that rows must have; among them that of the domain, where one is calibrated by
+            itself.
+        dense_arch: of the artefact, in evaluation.
         dictionaries: as in `recsys.serving.predicting.Model`, like `batch_rows`, `reader_threads` and `origin`.
     """
 
@@ -56,8 +60,13 @@ class Scorer:
         self._columns = build_columns(config, directory / VOCABULARIES, raw=True)
         self._kinds = read_kinds(directory)
         self._features = _Features(config, self.artifact.tables)
-        self._dense_arch = _dense_arch(self.artifact)
+        self.dense_arch = _dense_arch(self.artifact)
+        self._calibration = self.artifact.calibration
+        by_domain = self._calibration is not None and self._calibration.domains
+        self._domain = self._columns.parts["data.domain"] if by_domain else None
         self.columns, self.dictionaries = self._columns.feature_names, self._columns.dictionary_names
+        if self._domain is not None:
+            self.columns = tuple(dict.fromkeys((*self.columns, *self._domain.names)))
         self.batch_rows, self.reader_threads = _BATCH_ROWS, config.data.reader_threads
         self.origin = f"artefact {hashlib.sha256(self.artifact.manifest.to_json().encode()).hexdigest()}"
 
@@ -72,13 +81,13 @@ class Scorer:
         Raises:
             RequestError: they are none of these, or a column is missing or unknown, or its values are of several types.
             DataError: a value is of another type than in training, null or not finite where the config does not fill
-                it, or an id is out of range.
+                it, or an id is out of range; a domain that is asked for is null or none of the config's.
         """
         with torch.inference_mode():
             return self.logits_of(self._table(rows)).sigmoid().numpy()
 
     def logits_of(self, table: pa.Table, where: str = "rows to score") -> Tensor:
-        """Logits (N,) of a table of raw values; `where` is what it is, for messages.
+        """Logits (N,) of a table of raw values, calibrated if the artefact is; `where` is what it is, for messages.
 
         Raises:
             DataError: as `score`.
@@ -92,7 +101,11 @@ class Scorer:
         Raises:
             DataError: a column is missing, twice there, or of another type than in training.
         """
-        return self._kinds.check_raw(self._columns, schema, where)
+        layout = self._kinds.check_raw(self._columns, schema, where)
+        if self._domain is not None:
+            check_names(schema, self._domain.names, where, "table")
+            self._domain.check_schema(schema, where)
+        return layout
 
     def decode(self, table: pa.Table, layout: SparseLayout, where: str) -> Rows:
         """Check the values of a table whose schema has the layout, and lay its rows out for `logits`.
@@ -100,15 +113,22 @@ class Scorer:
         Raises:
             DataError: as `score`.
         """
-        return self._columns.decode_features(table, layout, where)
+        rows = self._columns.decode_features(table, layout, where)
+        if self._domain is not None:
+            found = self._domain.decode(table.select(self._domain.names), _NO_FEATURES, where)
+            rows = replace(rows, domain=found.domain)
+        return rows
 
     @torch.inference_mode()
     def logits(self, rows: Rows, layout: SparseLayout) -> Tensor:
-        """Logits (N,) of decoded rows."""
-        pooled = self._features.pooled(rows, layout)
-        dense = torch.from_numpy(np.ascontiguousarray(rows.dense.T))
-        logits: Tensor = self._dense_arch(pooled, dense)[0]
-        return logits
+        """Logits (N,) of decoded rows, calibrated if the artefact is; rows tell their domains where it needs them."""
+        logits: Tensor = self.dense_arch(*self.inputs(rows, layout))[0]
+        return logits if self._calibration is None else self._calibration(logits, rows.domain)
+
+    @torch.inference_mode()
+    def inputs(self, rows: Rows, layout: SparseLayout) -> tuple[Tensor, Tensor]:
+        """What the dense arch is given of decoded rows: pooled embeddings (N, W) and dense features (N, F_d)."""
+        return self._features.pooled(rows, layout), torch.from_numpy(np.ascontiguousarray(rows.dense.T))
 
     def _table(self, rows: Any) -> pa.Table:
         if isinstance(rows, pa.RecordBatch):

@@ -1,7 +1,7 @@
 """Binary classification metrics over all ranks: the same figures for any world size."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isfinite, isnan, log
 
 import numpy as np
@@ -232,6 +232,30 @@ class GroupedMetrics:
         self._kept = []
 
 
+def weighted_metrics(logits: NDArray[np.float64], labels: NDArray[np.bool_], weights: NDArray[np.float64]) -> Metrics:
+    """The figures of rows that are all here, each counted by its weight; those of `BinaryMetrics`, if all are 1.
+
+    Args:
+        logits: (N,).
+        labels: (N,).
+        weights: (N,), not negative; `examples` and `positives` count rows all the same.
+
+    Raises:
+        DivergedError: a logit is NaN or infinite.
+    """
+    wide, truth, weight = torch.from_numpy(logits), torch.from_numpy(labels).double(), torch.from_numpy(weights)
+    loss = F.binary_cross_entropy_with_logits(wide, truth, weight=weight, reduction="sum").item()
+    if not isfinite(loss):
+        raise _diverged()
+    _, tie = np.unique(logits, return_inverse=True)
+    positives, negatives = np.bincount(tie, weights * labels), np.bincount(tie, weights * ~labels)
+    pairs = positives.sum() * negatives.sum()
+    auc = float(positives @ (negatives.cumsum() - negatives / 2) / pairs) if pairs else None
+    predicted = (weight @ wide.sigmoid()).item()
+    figures = _figures(positives.sum().item(), predicted, loss, weights.sum().item(), auc, 0.0)
+    return replace(figures, examples=len(labels), positives=int(labels.sum()))
+
+
 def _diverged() -> DivergedError:
     return DivergedError(
         "the model predicts NaN or infinite logits: training has diverged; lower the stage's learning rates"
@@ -249,15 +273,15 @@ def far_off(metrics: Metrics) -> str | None:
 
 
 def _figures(
-    positives: float, predicted: float, loss: float, examples: int, auc: float | None, error: float
+    positives: float, predicted: float, loss: float, examples: float, auc: float | None, error: float
 ) -> Metrics:
-    """Figures from the sums over all ranks of labels, probabilities and losses."""
+    """Figures from the sums over all ranks of labels, probabilities, losses and examples."""
     if not examples:
         return Metrics(0, 0, None, 0.0, None, None, None)
     rate = positives / examples
     entropy = -(rate * log(rate) + (1 - rate) * log(1 - rate)) if 0 < rate < 1 else None
     return Metrics(
-        examples=examples,
+        examples=int(examples),
         positives=int(positives),
         auc=auc,
         auc_error=error,

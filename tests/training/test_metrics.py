@@ -11,7 +11,15 @@ from ranks import run_ranks
 from torch import Tensor
 
 from recsys.runtime import Ranks
-from recsys.training.metrics import MOST_NE, BinaryMetrics, DivergedError, GroupedMetrics, Metrics, far_off
+from recsys.training.metrics import (
+    MOST_NE,
+    BinaryMetrics,
+    DivergedError,
+    GroupedMetrics,
+    Metrics,
+    far_off,
+    weighted_metrics,
+)
 
 quickly = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -267,3 +275,20 @@ def test_a_model_far_worse_than_the_label_rate_is_told() -> None:
     assert far_off(measure(torch.tensor([-1.0, 1.0]), labels)) is None or 1.313 / log(2) > MOST_NE
     assert far_off(measure(torch.zeros(2), labels)) is None
     assert far_off(measure(torch.tensor([9.0]), torch.tensor([0.0]))) is None  # of one class there is no ne
+
+
+@quickly
+@given(EXAMPLES, st.data())
+def test_weighted_figures_are_those_of_as_many_copies(examples: list[tuple[float, bool]], data: st.DataObject) -> None:
+    logits, labels = tensors(examples)
+    copies = torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=len(labels), max_size=len(labels))))
+    found = weighted_metrics(logits.double().numpy(), labels.numpy() == 1, copies.double().numpy())
+    expected = measure(logits.repeat_interleave(copies), labels.repeat_interleave(copies))
+    assert (found.examples, found.positives) == (len(labels), int(labels.sum()))
+    for figure in ("auc", "log_loss", "ne", "calibration"):
+        assert getattr(found, figure) == pytest.approx(getattr(expected, figure)), figure
+
+
+def test_weighted_figures_of_what_is_not_finite_are_refused() -> None:
+    with pytest.raises(DivergedError):
+        weighted_metrics(np.array([0.0, np.nan]), np.array([True, False]), np.ones(2))

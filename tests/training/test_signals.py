@@ -51,11 +51,11 @@ def test_the_first_signal_is_noted_and_nothing_else_happens(number: signal.Signa
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
     with StopRequest() as stop:
         assert stop.signal is None
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)  # to this thread: any may be given what a process is sent, and be late
         assert stop.signal is number
         # Forwarded, by torchrun perhaps as another one.
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(number)
+        signal.raise_signal(signal.SIGTERM)
         assert stop.signal is number
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == before
     assert signal.set_wakeup_fd(-1) == -1
@@ -79,7 +79,7 @@ def test_the_grace_ends_a_process_that_waits() -> None:
 
 
 def test_what_ends_within_the_grace_is_left_alone() -> None:
-    done = run(f"{WAITING}\nwith StopRequest(0.5):\n    os.kill(os.getpid(), 15)\ntime.sleep(1)\nprint('through')\n")
+    done = run(f"{WAITING}\nwith StopRequest(0.5):\n    signal.raise_signal(15)\ntime.sleep(1)\nprint('through')\n")
     assert (done.returncode, done.stdout) == (0, "through\n")
 
 
@@ -87,7 +87,7 @@ def test_nohup_keeps_its_hangup_ignored_save_below_torchrun() -> None:
     code = (
         "import os, signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
         "from recsys.training.signals import StopRequest\n"
-        "with StopRequest() as stop:\n    os.kill(os.getpid(), signal.SIGHUP)\n    print(stop.signal)\n"
+        "with StopRequest() as stop:\n    signal.raise_signal(signal.SIGHUP)\n    print(stop.signal)\n"
     )
     assert run(code).stdout == "None\n"
     assert run(code, TORCHELASTIC_RUN_ID="x").stdout == f"{signal.SIGHUP}\n"
