@@ -96,7 +96,7 @@ def test_what_a_program_holds_is_told_and_a_scorer_needs_none(log: Path, tmp_pat
     assert done.code == 0, done.stderr
     assert "dense.pt2: within" in done.stdout and "holds a pickle, which can run code" in done.stdout
     path = tmp_path / "artifact" / "dense.pt2"
-    row = {"user": 3, "item": 5, "tags": [1, 2], "x": 0.5, "z": 0.1}
+    row = {"user": 3, "item": 5, "tags": [1, 2], "x": 0.5, "z": 0.1, "domain": 0}
     (before,) = Scorer(tmp_path / "artifact").score([row])
     content = bytearray(path.read_bytes())
     content[100] ^= 1
