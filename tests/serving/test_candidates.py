@@ -1,6 +1,7 @@
 """Candidates of one request have the probabilities of rows with the context in each, whatever the tower does."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -291,3 +292,17 @@ def test_an_artefact_of_fewer_features_is_another(tmp_path: Path) -> None:
     zeros = Scorer(replace(artifact, tables=tables))
     assert difference(zeros, context, table)[0] <= 1e-6
     assert np.abs(zeros.score(table) - Scorer(artifact).score(table)).max() > 1e-3
+
+
+def test_several_threads_may_ask_at_once(tmp_path: Path) -> None:
+    """Of different sets of columns, which are divided while others are asked about."""
+    artifact = make(tmp_path, TOWERS["mlp"])
+    requests = [request(40, context) for context in CONTEXTS[:-1]] * 5
+
+    def ask(scorer: Scorer, one: tuple[dict[str, Any], pa.Table]) -> bytes:
+        return scorer.score_candidates(one[0], one[1].drop(list(one[0]))).tobytes()
+
+    expected = [ask(Scorer(artifact), one) for one in requests[: len(CONTEXTS) - 1]] * 5
+    shared = Scorer(artifact)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda one: ask(shared, one), requests)) == expected
