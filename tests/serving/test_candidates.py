@@ -282,8 +282,8 @@ def test_a_compiled_dense_arch_answers_alike(tmp_path: Path, tower: str) -> None
     assert difference(compiled, context, table)[0] <= 1e-6
 
 
-def test_an_artefact_of_fewer_features_is_another(tmp_path: Path) -> None:
-    """`replace` of an artefact's tables is seen by candidates as by rows."""
+def test_candidates_read_the_tables_of_their_artefact(tmp_path: Path) -> None:
+    """As rows do, also where they are all zeros."""
     artifact = make(tmp_path, TOWERS["mlp"])
     tables = {
         name: Table(torch.zeros(table.num_embeddings, table.dim), "float32") for name, table in artifact.tables.items()
