@@ -103,5 +103,9 @@ lock: ## solve requirements/*.txt again
 			--custom-compile-command 'make lock' --extra dev \
 			--excludes requirements/$$flavour.exclude -o requirements/$$flavour.txt \
 			pyproject.toml requirements/$$flavour.in; \
-		sed -i "s/ ; python_full_version < '3.15' and sys_platform == 'linux'$$//" requirements/$$flavour.txt; \
-	done
+	done; \
+	echo "solving requirements/serving.txt"; \
+	"$$tmp/bin/uv" pip compile --quiet --universal --python-version 3.11 --no-annotate \
+		--custom-compile-command 'make lock' --excludes requirements/cpu.exclude \
+		-c requirements/cpu.txt -o requirements/serving.txt requirements/serving.in; \
+	sed -i "s/ ; python_full_version < '3.15' and sys_platform == 'linux'$$//" requirements/{cpu,cuda,serving}.txt

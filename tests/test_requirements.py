@@ -24,7 +24,7 @@ def pins(flavour: str) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("flavour", ["cpu", "cuda"])
+@pytest.mark.parametrize("flavour", ["cpu", "cuda", "serving"])
 def test_everything_is_pinned_and_nothing_names_a_host(flavour):
     assert all(re.fullmatch(r"==[\w.+]+", version) for version in pins(flavour).values())
     assert "://" not in (ROOT / f"requirements/{flavour}.txt").read_text()
@@ -56,8 +56,17 @@ def test_flavours_differ_only_in_cuda():
     assert cpu.items() <= cuda.items()
 
 
-def test_cpu_pins_are_complete():
-    found = pins("cpu")
+def test_serving_pins_are_some_of_the_others():
+    found = pins("serving")
+    assert found.items() <= pins("cpu").items()
+    assert not [name for name in found if re.match("torchrec|torchx|fbgemm|tensorboard", name)]
+    wanted = [line for line in (ROOT / "requirements/serving.in").read_text().splitlines() if not line.startswith("#")]
+    assert set(wanted) <= set(PROJECT["dependencies"])
+
+
+@pytest.mark.parametrize("flavour", ["cpu", "serving"])
+def test_pins_are_complete(flavour):
+    found = pins(flavour)
     left_out = {
         canonicalize_name(line)
         for line in (ROOT / "requirements/cpu.exclude").read_text().splitlines()

@@ -18,6 +18,9 @@ from recsys.data.arrow import is_integer, is_string
 
 MAX_SALT = 2**64 - 1
 
+_FEW = 32
+"""Strings that are mapped one by one sooner than the distinct ones among them are found."""
+
 
 def hash_ids(values: pa.Array, num_buckets: int, salt: int = 0) -> NDArray[np.int64]:
     """The bucket of each value, 0 .. `num_buckets` - 1; -1 for nulls.
@@ -41,20 +44,21 @@ def hash_values(values: pa.Array, salt: int = 0) -> NDArray[np.uint64]:
     """XXH3-64 of each of (N,) integers or strings without nulls; shape (N,)."""
     if is_integer(values.type):
         return _hash_integers(values.cast(pa.int64(), safe=False).to_numpy().view(np.uint64), salt)
-    encoded = values.cast(pa.large_binary()).to_numpy(zero_copy_only=False)
+    binary = pa.large_binary() if pa.types.is_large_string(values.type) else pa.binary()
+    encoded = values.view(binary).to_numpy(zero_copy_only=False)
     return np.fromiter(map(xxhash.xxh3_64_intdigest, encoded, repeat(salt)), np.uint64, len(encoded))
 
 
 def map_values(values: pa.Array, function: Callable[[pa.Array], NDArray[np.int64]]) -> NDArray[np.int64]:
     """What `function` makes of each value, -1 for nulls.
 
-    Of strings, and of what comes as a dictionary, the function is asked for distinct values alone.
+    Of more than a few strings, and of what comes as a dictionary, the function is asked for distinct values alone.
 
     Args:
         values: (N,) integers or strings, or a dictionary of either.
         function: from (M,) values without nulls to (M,) numbers.
     """
-    if is_string(values.type):
+    if is_string(values.type) and len(values) > _FEW:
         values = values.dictionary_encode()
     if not pa.types.is_dictionary(values.type):
         return _map_valid(values, function)

@@ -69,10 +69,10 @@ class Table:
         rows: Tensor = kept[:, : self.dim].float() * scale + least
         return rows
 
-    def of_single(self, ids: Tensor) -> Tensor:
-        """Embeddings (N, D) of at most one id for each row, -1 for none."""
-        present = ids >= 0
-        if bool(present.all()):
+    def of_single(self, ids: Tensor, *, has_empty: bool = True) -> Tensor:
+        """Embeddings (N, D) of at most one id for each row, -1 for none, of which False tells that there are none."""
+        present = ids >= 0 if has_empty else None
+        if present is None or bool(present.all()):
             return self.rows(ids)
         return self.rows(ids.clamp(min=0)) * present[:, None]
 

@@ -348,3 +348,26 @@ def test_rows_without_domains_are_no_answer() -> None:
     calibration = Calibration("platt", Platt(1.0, 0.0), {0: Platt(2.0, 0.0)})
     with pytest.raises(ValueError, match="2 logits, but the domains of 0 rows"):
         calibration(torch.zeros(2), np.empty(0, np.int64))
+
+
+@pytest.mark.parametrize("method", ["platt", "isotonic"])
+def test_candidates_are_calibrated_by_the_domain_of_either_side(folder: Path, method: Method) -> None:
+    scorer = Scorer(folder / method)
+    items = [{"item": item, "tags": [item % 5], "z": 0.1 * item, "domain": item % 3} for item in range(12)]
+    user = {"user": 3, "x": 0.5}
+    expected = scorer.score([{**user, **item} for item in items])
+    np.testing.assert_allclose(scorer.score_candidates(user, items), expected, rtol=0, atol=1e-6)
+    for domain in range(3):
+        shared = [{name: value for name, value in item.items() if name != "domain"} for item in items]
+        context = {**user, "domain": domain}
+        expected = scorer.score([{**context, **item} for item in shared])
+        np.testing.assert_allclose(scorer.score_candidates(context, shared), expected, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(
+            scorer.score_candidates(context, pa.Table.from_pylist(shared)), expected, rtol=0, atol=1e-6
+        )
+    with pytest.raises(RequestError, match="'domain' is missing"):
+        scorer.score_candidates(user, shared)
+    with pytest.raises(DataError, match="candidates: no column 'domain'"):
+        scorer.score_candidates(user, pa.Table.from_pylist(shared))
+    with pytest.raises(DataError, match=r"context.*domain"):
+        scorer.score_candidates({**user, "domain": 99}, shared)

@@ -59,6 +59,25 @@ def attach_experts(
     for name, linear in linears.items():
         if any(fnmatchcase(name, pattern) for pattern in patterns):
             attached[name] = HiLoMoELinear.from_linear(linear, num_layers, num_experts, **options)
-            parent, _, child = name.rpartition(".")
-            setattr(module.get_submodule(parent), child, attached[name])
+            _put(module, name, attached[name])
     return attached
+
+
+def merge_experts(module: nn.Module) -> list[str]:
+    """Put in the place of layers with experts the linears that compute the same in evaluation, where there are such.
+
+    Args:
+        module: changed in place.
+
+    Returns:
+        The names of the layers that were replaced.
+    """
+    merged = {name: layer.merge() for name, layer in expert_layers(module).items() if layer.merges}
+    for name, linear in merged.items():
+        _put(module, name, linear)
+    return list(merged)
+
+
+def _put(module: nn.Module, name: str, child: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(module.get_submodule(parent), last, child)

@@ -187,6 +187,11 @@ class HiLoMoELinear(nn.Linear):
         layer.load_state_dict(linear.state_dict(), strict=False)
         return layer.train(linear.training)
 
+    @property
+    def merges(self) -> bool:
+        """Whether `merge` has a linear to give: but for active layers of more than one expert."""
+        return not self.experts_active or self._num_all_experts == 0 or self.num_experts == 1
+
     def merge(self) -> nn.Linear:
         """The `nn.Linear` that computes the same in evaluation, a copy, where there is one.
 
@@ -194,7 +199,7 @@ class HiLoMoELinear(nn.Linear):
             ValueError: active layers of more than one expert: their scores, and so the weight, depend on the input.
         """
         active = self.experts_active and self._num_all_experts > 0
-        if active and self.num_experts > 1:
+        if not self.merges:
             raise ValueError(
                 f"{self.num_layers} layers of {self.num_experts} experts do not merge into one linear: the scores that "
                 "weigh them depend on each input row; only layers of a single expert merge"
@@ -323,7 +328,7 @@ def _matmul(left: Tensor, right: Tensor) -> Tensor:
 def _project(rows: Tensor, weight: Tensor, bias: Tensor | None, keys: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
     """W x + b (N, D_out) and h = V x (L K, N) of rows (N, D_in)."""
     if not fused or torch.compiler.is_compiling():
-        return F.linear(rows, weight, bias), torch.mm(keys, rows.t())
+        return F.linear(rows, weight, bias), F.linear(keys, rows)
     device = rows.device.type
     operands = [rows, weight, bias, keys]
     if torch.is_autocast_enabled(device):  # which does not reach into an autograd function
@@ -396,7 +401,7 @@ class _FusedProjections(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, keys: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(rows, weight, keys)
-        return F.linear(rows, weight, bias), torch.mm(keys, rows.t())
+        return F.linear(rows, weight, bias), F.linear(keys, rows)
 
     @staticmethod
     def backward(ctx: Any, d_base: Tensor, d_down: Tensor) -> tuple[Tensor | None, ...]:

@@ -45,6 +45,13 @@ class ExpertLayer(Protocol):
     def routing(self) -> ExpertRouting | None:
         """Of the last call that was recorded."""
 
+    @property
+    def merges(self) -> bool:
+        """Whether a linear computes the same in evaluation, which `merge` gives."""
+
+    def merge(self) -> nn.Linear:
+        """That linear, a copy; ValueError where there is none."""
+
     def forget_routing(self) -> None:
         """Drop what was recorded."""
 
