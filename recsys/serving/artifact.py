@@ -6,6 +6,7 @@
 | `config.yaml`, `kinds.json`, `vocabularies/` | from a raw value to a row of a table |
 | `dense.safetensors` | the dense arch |
 | `tables.safetensors` | the embedding tables, by the config's names |
+| `schema.json`, `schema.arrows`, `vectors.json`, `README.md` | for who asks it: rows, test vectors, and what it is |
 
 It is written beside its name and renamed when it is whole.
 """

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Set
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from recsys.data.features import build_columns
 from recsys.data.kinds import read_kinds
 from recsys.data.rows import Rows, SparseLayout
 from recsys.errors import UserError
+from recsys.files import FileError, read_regular
 from recsys.model.dense_arch import build_dense_arch
 from recsys.model.experts import expert_layers
 from recsys.serving.artifact import Artifact, ArtifactError
+from recsys.serving.schema import ARROW_SCHEMA, read_as_meant, times_and_integers
 from recsys.serving.tables import Table
 
+_MAX_SCHEMA = 16 << 20
 _ROWS = "give an Arrow table or record batch, a mapping of columns by name, or a list of mappings, one for each row"
 
 
@@ -52,6 +56,24 @@ class Scorer:
         self._features = _Features(config, self.artifact.tables)
         self._dense_arch = _dense_arch(self.artifact)
         self.columns = self._columns.feature_names
+        self._times_and_integers = times_and_integers(self._columns)
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """Arrow's schema of rows, as the artefact has it.
+
+        Raises:
+            ArtifactError: it has none.
+        """
+        path = self.artifact.directory / ARROW_SCHEMA
+        try:
+            if ARROW_SCHEMA not in self.artifact.manifest.files:
+                raise FileError(path, "no digest is told of it")
+            with pa.ipc.open_stream(read_regular(path, _MAX_SCHEMA)) as stream:
+                return stream.schema
+        except (FileError, pa.ArrowException, OSError) as error:
+            told = " ".join(str(error).split())
+            raise ArtifactError(f"{path} tells no schema ({told}); export the checkpoint again") from None
 
     def score(self, rows: Any) -> NDArray[np.float32]:
         """Probabilities (N,) of N rows of raw values.
@@ -59,7 +81,8 @@ class Scorer:
         Args:
             rows: an Arrow table or record batch, a mapping of columns by name, or mappings, one for each row. A
                 null is no id, or what the config fills a dense feature with. Columns that no feature reads are
-                refused in mappings, where they speak for a mistake, and left alone in what is Arrow's.
+                refused in mappings, where they speak for a mistake, and left alone in what is Arrow's. In mappings,
+                times may be texts with their zone, and whole numbers may be written 3.0, as JSON may have it.
 
         Raises:
             RequestError: they are none of these, or a column is missing or unknown, or its values are of several types.
@@ -110,6 +133,8 @@ class Scorer:
         lengths = {name: len(array) for name, array in arrays.items()}
         if len(set(lengths.values())) > 1:
             raise RequestError(f"columns are of different lengths: {lengths}")
+        for name, times in self._times_and_integers.items():
+            arrays[name] = read_as_meant(arrays[name], times=times)
         return pa.table(arrays)
 
     def _columns_of(self, rows: Any) -> dict[str, list[Any]]:

@@ -1,5 +1,6 @@
 """An export, held against the model that it comes from before it gets its name."""
 
+import json
 import os
 import shutil
 from functools import partial
@@ -7,11 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from recsys.checkpoint.layout import VOCABULARIES
-from recsys.config import ConfigError, load_checkpoint_config
+from recsys.config import Config, ConfigError, load_checkpoint_config
 from recsys.data.batch import Part, build_batch
+from recsys.data.features import build_columns
 from recsys.data.kinds import read_kinds
 from recsys.data.order import RowSlice
 from recsys.data.parquet import ParquetShards
@@ -20,11 +23,14 @@ from recsys.model.ranker import Ranker, build_ranker
 from recsys.prepare.synthetic import require_embedded
 from recsys.runtime import once_on_each_machine, process_group
 from recsys.serving.artifact import ArtifactError, publish, write_artifact
+from recsys.serving.schema import ARROW_SCHEMA, JSON_SCHEMA, arrow_schema, json_schema, raw_types
 from recsys.serving.scorer import Scorer
 from recsys.serving.tables import Precision
 from recsys.sharding.shard import shard
+from recsys.training.card import CARD, model_card
 from recsys.training.checkpoint import load_model
 from recsys.training.metrics import BinaryMetrics, Metrics
+from recsys.training.vectors import VECTORS, vectors
 
 BOUNDS: dict[Precision, float] = {"float32": 1e-6, "float16": 1e-3, "int8": 2e-2}
 """By precision of the tables, by how much a probability may differ at most."""
@@ -90,17 +96,48 @@ def export(
             ranker = build_ranker(config, seed=0)
             dense_arch = ranker.dense_arch
             load_model(checkpoint, shard(ranker, config, ranks, seed=0), dense_arch)
-            parity = _compare(ranker, Scorer(written), shards, split, max_rows)
+            scorer = Scorer(written)
+            parity = _compare(ranker, scorer, shards, split, max_rows)
         if not parity.max_difference <= bound:  # NaN is beyond any bound
             raise ArtifactError(
                 f"the export differs from its model by {parity.max_difference:.2e} in a probability of {parity.rows:,} "
                 f"{split} rows, by more than {bound:.0e}; keep the tables in a higher precision, or raise --bound"
             )
+        _describe(written, checkpoint, config, scorer, shards, parity)
         publish(written, output, parity.as_dict())
     finally:
         if os.path.lexists(written):
             shutil.rmtree(written, ignore_errors=True)
     return parity
+
+
+def _describe(
+    written: Path, checkpoint: Path, config: Config, scorer: Scorer, shards: ParquetShards, parity: Parity
+) -> None:
+    """Write into an artefact what those need who ask it: schemas of rows, test vectors and the model card."""
+    columns = build_columns(config, written / VOCABULARIES, raw=True)
+    types = raw_types(columns, shards.schemas, shards.kinds.as_dict(), shards.layout.lists)
+    objects = {
+        JSON_SCHEMA: json_schema(columns, types, config.name),
+        VECTORS: vectors(scorer, columns, types, shards),
+    }
+    card = model_card(
+        checkpoint,
+        config,
+        columns,
+        types,
+        tables=scorer.artifact.manifest.tables,
+        parity=parity.as_dict(),
+        split_rows=sum(shards.row_counts),
+    )
+    try:
+        for name, told in objects.items():
+            (written / name).write_text(json.dumps(told, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        with pa.ipc.new_stream(str(written / ARROW_SCHEMA), arrow_schema(columns, types)):
+            pass  # no rows
+        (written / CARD).write_text(card, encoding="utf-8")
+    except OSError as error:
+        raise ArtifactError(f"{written} cannot be written: {error.strerror or error}") from None
 
 
 @torch.no_grad()  # not inference_mode: fbgemm has kernels of this name for a CPU under autograd alone
