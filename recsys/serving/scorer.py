@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Set
 from datetime import datetime
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from recsys.serving.artifact import Artifact, ArtifactError
 from recsys.serving.schema import ARROW_SCHEMA, read_as_meant, times_and_integers
 from recsys.serving.tables import Table
 
+_NESTING = (list, tuple, set, frozenset, Mapping, np.ndarray)
 _MAX_SCHEMA = 16 << 20
 _ROWS = "give an Arrow table or record batch, a mapping of columns by name, or a list of mappings, one for each row"
 
@@ -138,9 +140,11 @@ class Scorer:
         return pa.table(arrays)
 
     def _columns_of(self, rows: Any) -> dict[str, list[Any]]:
-        if not isinstance(rows, Iterable):
-            raise RequestError(f"rows to score are of type {type(rows).__name__}; {_ROWS}")
-        rows = list(rows)  # which may be there for one look only
+        try:
+            looked_at = iter(rows)
+        except TypeError:  # also of what only looks as if it had parts, such as an array without dimensions
+            raise RequestError(f"rows to score are of type {type(rows).__name__}; {_ROWS}") from None
+        rows = list(looked_at)  # which may be there for one look only
         wanted = set(self.columns)
         for number, row in enumerate(rows):
             if not isinstance(row, Mapping):
@@ -169,6 +173,7 @@ def _array(name: str, values: Any) -> pa.Array:
 
 
 def _inferred(values: Any) -> Any:
+    _check_depth(values)
     try:
         array = pa.array(values)
     except OverflowError:  # of integers, Arrow tries those with a sign alone
@@ -176,6 +181,29 @@ def _inferred(values: Any) -> Any:
     if pa.types.is_date(array.type) and any(isinstance(value, datetime) for value in values):
         raise ValueError("after a date, Arrow would cut times to days")
     return array
+
+
+def _check_depth(values: Any) -> None:
+    """Refuse what nests deeper than lists: Arrow follows values as deep as they go, until the stack ends.
+
+    Raises:
+        ValueError: a value is a mapping, or a list within a list.
+    """
+    if isinstance(values, pa.Array | pa.ChunkedArray) or not _has_objects(values):
+        return
+    # Asked of types, which are few, since values are many.
+    nesting = {kind for kind in set(map(type, values)) if issubclass(kind, _NESTING)}
+    if not nesting:
+        return
+    lists = (value for value in values if type(value) in nesting and (type(value) is list or _has_objects(value)))
+    within = set(map(type, chain.from_iterable(lists)))
+    if any(issubclass(kind, Mapping) for kind in nesting) or any(issubclass(kind, _NESTING) for kind in within):
+        raise ValueError("values are no mappings, and lists hold no lists")
+
+
+def _has_objects(values: Any) -> bool:
+    """Whether values may be any objects, and not numbers of an array alone."""
+    return bool(getattr(getattr(values, "dtype", None), "hasobject", True))
 
 
 def _first_odd(values: Any) -> str:
