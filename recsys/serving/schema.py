@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from recsys.config import DenseFeatureConfig, ListTextConfig
 from recsys.data.arrow import is_integer, is_list, is_number, is_string, usual_type, value_type
@@ -27,7 +28,7 @@ MOMENT = pa.timestamp("us", "UTC")
 _FLOAT32 = 3.4028234663852886e38
 _INT64, _UINT64 = 2**63, 2**64
 _EXACT = 2**53
-"""Up to which Arrow takes integers beside floating numbers in one list."""
+"""Up to which float64 has every integer, and Arrow takes integers beside floating numbers in one list."""
 
 _DAY_30, _DAY_31 = "(?:0[1-9]|[12][0-9]|30)", "(?:0[1-9]|[12][0-9]|3[01])"
 _DATE = (
@@ -133,6 +134,9 @@ def times_and_integers(columns: Columns) -> dict[str, bool]:
 def read_as_meant(values: pa.Array, *, times: bool) -> pa.Array:
     """Ids that came by JSON, which has texts for times, and one kind of number, of which 3.0 is the integer 3.
 
+    Numbers from 2^53 on stay floating, and are refused: an integer may have been rounded to them, as pandas rounds
+    those of a column in which one is missing.
+
     Args:
         values: as Arrow reads them.
         times: whether texts are dates or times; a time says its zone.
@@ -144,14 +148,20 @@ def read_as_meant(values: pa.Array, *, times: bool) -> pa.Array:
     targets: tuple[pa.DataType, ...] = ()
     if times and is_string(kind):
         targets = (MOMENT, pa.date32())
-    elif pa.types.is_floating(kind):
-        targets = (pa.int64(), pa.uint64())
+    elif pa.types.is_floating(kind) and _counts_exactly(values.flatten() if is_list(values.type) else values):
+        targets = (pa.int64(),)
     for target in targets:
         try:
             return values.cast(pa.list_(target) if is_list(values.type) else target)
         except pa.ArrowInvalid:
             continue
     return values
+
+
+def _counts_exactly(numbers: pa.Array) -> bool:
+    """Whether floating numbers are so small that no integer among them was rounded on its way."""
+    extremes = pc.min_max(numbers).as_py().values()
+    return all(number is None or abs(number) < _EXACT for number in extremes)
 
 
 def _raised_to(least: float, low: float) -> float:

@@ -166,7 +166,7 @@ def _array(name: str, values: Any) -> pa.Array:
     values = values if hasattr(values, "__len__") else list(values)
     try:
         array = _inferred(values)
-    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+    except (pa.ArrowException, TypeError, ValueError, LookupError, OverflowError) as error:
         told = " ".join(str(error).split())
         raise RequestError(f"column {name!r}{_first_odd(values)}: values of one type are needed ({told})") from None
     return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array

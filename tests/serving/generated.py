@@ -54,7 +54,7 @@ def _of_kind(kind: str, schema: Json) -> st.SearchStrategy[Any]:
 def _integers(schema: Json) -> list[st.SearchStrategy[Any]]:
     """Integers, and such as are written 3.0."""
     low, high = schema["minimum"], schema["maximum"]
-    return [st.integers(low, high), st.integers(max(low, -(2**53)), min(high, 2**53)).map(float)]
+    return [st.integers(low, high), st.integers(max(low, 1 - 2**53), min(high, 2**53 - 1)).map(float)]
 
 
 def rows(schema: Json, weights: dict[str, str]) -> st.SearchStrategy[Json]:
@@ -74,7 +74,7 @@ def rows(schema: Json, weights: dict[str, str]) -> st.SearchStrategy[Json]:
     return st.fixed_dictionaries({name: accepted(of) for name, of in schema["properties"].items()}).map(even)
 
 
-NUMBERS = st.integers() | st.integers(-3, 50) | st.floats(allow_nan=False, allow_infinity=False)
+NUMBERS = st.integers() | st.integers(-3, 50) | st.floats(1 - 2.0**53, 2.0**53 - 1)
 TIMES = st.datetimes(timezones=st.just(UTC)).map(lambda moment: moment.isoformat())
 SCALARS = st.none() | st.booleans() | NUMBERS | st.text(max_size=9) | TIMES | st.dates().map(str)
 ANY_JSON = st.recursive(SCALARS, lambda of: st.lists(of, max_size=4) | st.dictionaries(st.text(max_size=4), of))
@@ -98,6 +98,19 @@ class Arrayed(Sequenced):
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
         return np.array(self.values, dtype)
+
+
+class Framed:
+    """What has columns by name and no rows by number, as data frames do."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["a"])
+
+    def __getitem__(self, name: str) -> Any:
+        return {"a": [1]}[name]
 
 
 class Exported:
@@ -191,6 +204,7 @@ ODD: list[Any] = [
     pa.NA,
     Sequenced([1, 2]),
     Arrayed([1, 2]),
+    Framed(),
     Exported(),
 ]
 """Values of no JSON, and such as come close to one."""

@@ -141,6 +141,8 @@ def test_whole_numbers_are_integers_however_they_are_written(every_kind: Path) -
     np.testing.assert_array_equal(
         scorer.score(same), scorer.score([{**same[0], "device": 7.0, "user": 3.0, "bag": [1.0, 2.0]}])
     )
+    with pytest.raises(DataError, match=r"column 'device' .* has type double"):  # which may stand for other integers
+        scorer.score([{**row, "device": 2.0**53}])
     for value in (3.5, float("nan"), float("inf")):
         with pytest.raises(DataError, match=r"column 'user' .* has type double"):
             scorer.score([{**row, "user": value}])
