@@ -232,7 +232,7 @@ _PARTS: Mapping[DatetimePart, tuple[str, int, int]] = {
 }
 """Arrow's function, the number of the first, and how many there are."""
 
-_LAST_SECOND = 2**35  # in the year 3058; the same moment in milliseconds is far beyond
+LAST_SECOND = 2**35  # in the year 3058; the same moment in milliseconds is far beyond
 _DAY = 86_400
 _MISSING = -(2**63)  # what pandas and numpy write for no moment
 
@@ -286,8 +286,8 @@ class DatetimeIds:
             return values
         if is_integer(values.type):
             seconds = filled(values, 0)
-            if seconds.min(initial=0) < -_LAST_SECOND or seconds.max(initial=0) > _LAST_SECOND:
-                wrong = (seconds < -_LAST_SECOND) | (seconds > _LAST_SECOND)
+            if seconds.min(initial=0) < -LAST_SECOND or seconds.max(initial=0) > LAST_SECOND:
+                wrong = (seconds < -LAST_SECOND) | (seconds > LAST_SECOND)
                 raise DataError(
                     f"{what} has {count(wrong)} that cannot be seconds since 1970, such as {seconds[wrong][0]}; "
                     "write timestamps, and nulls for moments that are not known"

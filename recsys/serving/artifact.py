@@ -7,6 +7,7 @@
 | `dense.safetensors` | the dense arch |
 | `tables.safetensors` | the embedding tables, by the config's names |
 | `calibration.json` | calibrators of its logits, if there are any |
+| `schema.json`, `schema.arrows`, `vectors.json`, `README.md` | for who asks it: rows, test vectors, and what it is |
 
 It is written beside its name and renamed when it is whole.
 """

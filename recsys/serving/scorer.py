@@ -4,7 +4,8 @@ import hashlib
 from collections.abc import Container, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +20,15 @@ from recsys.data.features import Columns, build_columns, check_names
 from recsys.data.kinds import Kinds, read_kinds
 from recsys.data.rows import Rows, SparseLayout
 from recsys.errors import UserError
+from recsys.files import FileError, read_regular
 from recsys.model.dense_arch import build_dense_arch
 from recsys.model.experts import expert_layers, merge_experts
 from recsys.serving.artifact import Artifact, ArtifactError
 from recsys.serving.candidates import Sharing, shared_rows
+from recsys.serving.schema import ARROW_SCHEMA, read_as_meant, times_and_integers
 
+_NESTING = (list, tuple, set, frozenset, Mapping, np.ndarray)
+_MAX_SCHEMA = 16 << 20
 _ROWS = "give an Arrow table or record batch, a mapping of columns by name, or a list of mappings, one for each row"
 
 _NO_FEATURES = SparseLayout((), frozenset())
@@ -56,6 +61,7 @@ class Scorer:
         columns: names of the columns that rows must have; among them that of the domain, where one is calibrated by
             itself.
         dense_arch: of the artefact, in evaluation.
+        domain: by which rows are calibrated; None where all are alike.
         dictionaries: as in `recsys.serving.predicting.Model`, like `batch_rows`, `reader_threads` and `origin`.
     """
 
@@ -70,12 +76,33 @@ class Scorer:
         self._division = lru_cache(_CONTEXTS)(self._divide)
         self._calibration = self.artifact.calibration
         by_domain = self._calibration is not None and self._calibration.domains
+        self.domain = config.data.domain if by_domain else None
         self._domain = self._columns.parts["data.domain"] if by_domain else None
         self.columns, self.dictionaries = self._columns.feature_names, self._columns.dictionary_names
         if self._domain is not None:
             self.columns = tuple(dict.fromkeys((*self.columns, *self._domain.names)))
         self.batch_rows, self.reader_threads = _BATCH_ROWS, config.data.reader_threads
         self.origin = f"artefact {hashlib.sha256(self.artifact.manifest.to_json().encode()).hexdigest()}"
+        self._times_and_integers = times_and_integers(self._columns)
+        if self.domain is not None:
+            self._times_and_integers.setdefault(self.domain.column, False)
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """Arrow's schema of rows, as the artefact has it.
+
+        Raises:
+            ArtifactError: it has none.
+        """
+        path = self.artifact.directory / ARROW_SCHEMA
+        try:
+            if ARROW_SCHEMA not in self.artifact.manifest.files:
+                raise FileError(path, "no digest is told of it")
+            with pa.ipc.open_stream(read_regular(path, _MAX_SCHEMA)) as stream:
+                return stream.schema
+        except (FileError, pa.ArrowException, OSError) as error:
+            told = " ".join(str(error).split())
+            raise ArtifactError(f"{path} tells no schema ({told}); export the checkpoint again") from None
 
     def score(self, rows: Any) -> NDArray[np.float32]:
         """Probabilities (N,) of N rows of raw values.
@@ -83,7 +110,8 @@ class Scorer:
         Args:
             rows: an Arrow table or record batch, a mapping of columns by name, or mappings, one for each row. A
                 null is no id, or what the config fills a dense feature with. Columns that no feature reads are
-                refused in mappings, where they speak for a mistake, and left alone in what is Arrow's.
+                refused in mappings, where they speak for a mistake, and left alone in what is Arrow's. In mappings,
+                times may be texts with their zone, and whole numbers may be written 3.0, as JSON may have it.
 
         Raises:
             RequestError: they are none of these, or a column is missing or unknown, or its values are of several types.
@@ -209,9 +237,12 @@ class Scorer:
             if twice := [name for name in rows.column_names if name in context]:
                 raise RequestError(f"column {self._odd(twice[0], context)}")
             return rows
-        if not isinstance(rows, Iterable):
-            raise RequestError(f"rows to score are of type {type(rows).__name__}; {_ROWS}")
-        rows = rows if isinstance(rows, Mapping) else list(rows)  # which may be there for one look only
+        if not isinstance(rows, Mapping):
+            try:
+                looked_at = iter(rows)
+            except TypeError:  # also of what only looks as if it had parts, such as an array without dimensions
+                raise RequestError(f"rows to score are of type {type(rows).__name__}; {_ROWS}") from None
+            rows = list(looked_at)  # which may be there for one look only
         columns = rows if isinstance(rows, Mapping) else self._columns_of(rows, names, context)
         if missing := [name for name in names if name not in columns]:
             raise RequestError(f"column {missing[0]!r} is missing; give nulls where there is nothing")
@@ -225,6 +256,8 @@ class Scorer:
         lengths = {name: len(array) for name, array in arrays.items()}
         if len(set(lengths.values())) > 1:
             raise RequestError(f"columns are of different lengths: {lengths}")
+        for name in arrays.keys() & self._times_and_integers.keys():
+            arrays[name] = read_as_meant(arrays[name], times=self._times_and_integers[name])
         return pa.table(arrays)
 
     def _columns_of(self, rows: list[Any], names: Sequence[str], context: Container[str]) -> dict[str, list[Any]]:
@@ -253,13 +286,14 @@ def _array(name: str, values: Any) -> pa.Array:
     values = values if hasattr(values, "__len__") else list(values)
     try:
         array = _inferred(values)
-    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+    except (pa.ArrowException, TypeError, ValueError, LookupError, OverflowError) as error:
         told = " ".join(str(error).split())
         raise RequestError(f"column {name!r}{_first_odd(values)}: values of one type are needed ({told})") from None
     return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
 
 
 def _inferred(values: Any) -> Any:
+    _check_depth(values)
     try:
         array = pa.array(values)
     except OverflowError:  # of integers, Arrow tries those with a sign alone
@@ -267,6 +301,29 @@ def _inferred(values: Any) -> Any:
     if pa.types.is_date(array.type) and any(isinstance(value, datetime) for value in values):
         raise ValueError("after a date, Arrow would cut times to days")
     return array
+
+
+def _check_depth(values: Any) -> None:
+    """Refuse what nests deeper than lists: Arrow follows values as deep as they go, until the stack ends.
+
+    Raises:
+        ValueError: a value is a mapping, or a list within a list.
+    """
+    if isinstance(values, pa.Array | pa.ChunkedArray) or not _has_objects(values):
+        return
+    # Asked of types, which are few, since values are many.
+    nesting = {kind for kind in set(map(type, values)) if issubclass(kind, _NESTING)}
+    if not nesting:
+        return
+    lists = (value for value in values if type(value) in nesting and (type(value) is list or _has_objects(value)))
+    within = set(map(type, chain.from_iterable(lists)))
+    if any(issubclass(kind, Mapping) for kind in nesting) or any(issubclass(kind, _NESTING) for kind in within):
+        raise ValueError("values are no mappings, and lists hold no lists")
+
+
+def _has_objects(values: Any) -> bool:
+    """Whether values may be any objects, and not numbers of an array alone."""
+    return bool(getattr(getattr(values, "dtype", None), "hasobject", True))
 
 
 def _first_odd(values: Any) -> str:

@@ -1,19 +1,23 @@
 """An export, held against the model that it comes from before it gets its name."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from recsys.checkpoint.layout import VOCABULARIES
 from recsys.config import Config, ConfigError, load_checkpoint_config
 from recsys.data.batch import Batch, Part, build_batch
+from recsys.data.features import build_columns
 from recsys.data.kinds import read_kinds
 from recsys.data.order import RowSlice
 from recsys.data.parquet import ParquetShards
@@ -25,12 +29,15 @@ from recsys.runtime import once_on_each_machine, process_group
 from recsys.serving.artifact import ArtifactError, add_calibration, publish, write_artifact
 from recsys.serving.calibration import Method
 from recsys.serving.formats import PROGRAMS, Format, Program, load_program, write_program
+from recsys.serving.schema import ARROW_SCHEMA, JSON_SCHEMA, arrow_schema, json_schema, raw_types
 from recsys.serving.scorer import Scorer
 from recsys.serving.tables import Precision
 from recsys.sharding.shard import shard
 from recsys.training.calibrating import Examples, Fitted, calibrated, effects, fit
+from recsys.training.card import CARD, model_card
 from recsys.training.checkpoint import load_model
 from recsys.training.metrics import BinaryMetrics, Metrics
+from recsys.training.vectors import VECTORS, vectors
 
 FITTED_ON = "valid"
 """The split that calibrators are fitted on."""
@@ -141,6 +148,7 @@ def export(
                     f"--format {kind}: the program differs from the model by {difference:.2e} in a probability of "
                     f"{parity.rows:,} {split} rows, by more than {bound:.0e}; leave it out, or raise --bound"
                 )
+        _describe(written, checkpoint, config, scorer, splits[split], parity)
         publish(written, output, parity.as_dict())
     finally:
         if os.path.lexists(written):
@@ -153,8 +161,45 @@ def _check_calibration(config: Config, minimum: int) -> None:
         raise ConfigError(f"data.{FITTED_ON} is not set; calibrators are fitted on it: leave --calibration out")
     if config.data.label is None:
         raise ConfigError("data.label is null, and calibrators are fitted to labels; leave --calibration out")
+    domain = config.data.domain
+    for name, feature in config.features.sparse.items():
+        if domain and (feature.column or name) == domain.column and feature.ids and feature.ids.applied:
+            raise ConfigError(
+                f"data.domain.column: {domain.column!r} is also read by features.sparse.{name}, whose ids were mapped "
+                "before training: rows to score have raw values there, which tell no domain; give the domain a column "
+                "of its own, or leave --calibration out"
+            )
     if minimum < 1:
         raise ConfigError(f"--calibration-rows: {minimum} rows fit nothing; give 1 or more")
+
+
+def _describe(
+    written: Path, checkpoint: Path, config: Config, scorer: Scorer, shards: ParquetShards, parity: Parity
+) -> None:
+    """Write into an artefact what those need who ask it: schemas of rows, test vectors and the model card."""
+    columns = replace(build_columns(config, written / VOCABULARIES, raw=True), domain=scorer.domain)
+    types = raw_types(columns, shards.schemas, shards.kinds.as_dict(), shards.layout.lists)
+    objects = {
+        JSON_SCHEMA: json_schema(columns, types, config.name),
+        VECTORS: vectors(scorer, columns, types, shards),
+    }
+    card = model_card(
+        checkpoint,
+        config,
+        columns,
+        types,
+        tables=scorer.artifact.manifest.tables,
+        parity=parity.as_dict(),
+        split_rows=sum(shards.row_counts),
+    )
+    try:
+        for name, told in objects.items():
+            (written / name).write_text(json.dumps(told, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        with pa.ipc.new_stream(str(written / ARROW_SCHEMA), arrow_schema(columns, types)):
+            pass  # no rows
+        (written / CARD).write_text(card, encoding="utf-8")
+    except OSError as error:
+        raise ArtifactError(f"{written} cannot be written: {error.strerror or error}") from None
 
 
 @torch.no_grad()  # not inference_mode: fbgemm has kernels of this name for a CPU under autograd alone
