@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from recsys.checkpoint.layout import VOCABULARIES
-from recsys.config import ConfigError, load_checkpoint_config
+from recsys.config import Config, ConfigError, load_checkpoint_config
 from recsys.data.batch import Part, build_batch
 from recsys.data.kinds import read_kinds
 from recsys.data.order import RowSlice
@@ -76,7 +76,7 @@ def export(
         DataError: as `recsys.data.parquet.ParquetShards`.
     """
     bound = BOUNDS[tables] if bound is None else bound
-    config = load_checkpoint_config(checkpoint)
+    config = _on_cpu(load_checkpoint_config(checkpoint))
     split = split or ("test" if config.data.test else "valid")
     if split not in config.data.splits:
         raise ConfigError(f"data.{split} is not set; the artefact is compared with the model on rows that are held out")
@@ -101,6 +101,18 @@ def export(
         if os.path.lexists(written):
             shutil.rmtree(written, ignore_errors=True)
     return parity
+
+
+def _on_cpu(config: Config) -> Config:
+    """The config with tables and an optimizer that any CPU has: where a model was trained is nothing that it says."""
+    anywhere = {"sharding": None, "compute_kernel": None}
+    tables = {
+        name: table if table.data_parallel else table.model_copy(update=anywhere)
+        for name, table in config.tables.items()
+    }
+    sparse = config.optimizers.sparse.model_copy(update={"type": "sgd", "weight_decay": 0.0})
+    optimizers = config.optimizers.model_copy(update={"sparse": sparse})
+    return config.model_copy(update={"tables": tables, "optimizers": optimizers})
 
 
 @torch.no_grad()  # not inference_mode: fbgemm has kernels of this name for a CPU under autograd alone
