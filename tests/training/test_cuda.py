@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from runs import train_on
 from tiny import write_tiny_config, write_tiny_log
+
+from recsys.config import load_config
+from recsys.runtime import process_group
+from recsys.training.stage import PhaseTrainer
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, or not run with -m gpu"),
 ]
 UVM = "tables.user.compute_kernel=fused_uvm_caching"
 
@@ -82,8 +89,8 @@ def test_a_gpu_and_a_cpu_agree(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kernel", ["fused", "fused_uvm_caching"])
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path: Path, kernel: str) -> None:
     write_tiny_log(tmp_path)
-    settings = ("device=cuda", "checkpoints.every_steps=50", "stages.backbone.epochs=30")
-    settings += ("optimizers.sparse.type=adam", f"tables.user.compute_kernel={kernel}")
+    stages = ("stages.backbone.epochs=30", "checkpoints.every_steps=50")
+    settings = ("device=cuda", "optimizers.sparse.type=adam", f"tables.user.compute_kernel={kernel}", *stages)
     whole = train(
         write_tiny_config(tmp_path / "whole.yaml", tmp_path, tmp_path / "whole"), tmp_path / "whole", *settings
     )
@@ -126,3 +133,35 @@ def test_a_model_trained_on_a_gpu_is_exported_on_a_cpu(tmp_path: Path) -> None:
     evaluated = pq.read_table(tmp_path / "evaluated")["probability"].to_numpy()
     predicted = pq.read_table(tmp_path / "predicted")["probability"].to_numpy()
     assert np.abs(evaluated - predicted).max() <= 1e-6
+
+
+def test_a_step_waits_for_the_device_only_where_ids_are_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TorchRec must know how many ids come, and sends them on a stream of its own; nothing waits for the model."""
+    write_tiny_log(tmp_path)
+    stage = "{trains: all, steps: 60, learning_rate: 1e-3, sparse_learning_rate: 0.02, balance_weight: 0.01}"
+    overrides = ["device=cuda", f"stages={{joint: {stage}}}", "logging.every_steps=1000"]
+    config = load_config(write_tiny_config(tmp_path / "tiny.yaml", tmp_path, tmp_path / "out"), overrides)
+    step, waits, watched = PhaseTrainer._step, [], []
+
+    def watching(self: PhaseTrainer, *arguments: Any) -> None:
+        # Not the first steps, which make state, nor the last, which have no batch to send ahead.
+        if is_watched := 20 < self._progress.phase_steps <= 40:
+            watched.append(self._progress.phase_steps)
+        torch.cuda.set_sync_debug_mode("warn" if is_watched else "default")
+        step(self, *arguments)
+        torch.cuda.set_sync_debug_mode("default")
+
+    def note(message: Warning | str, *_: object) -> None:
+        if "called a synchronizing CUDA operation" in str(message):
+            waits.append([frame.name for frame in traceback.extract_stack()])
+
+    monkeypatch.setattr(PhaseTrainer, "_step", watching)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", note)
+        with process_group("cuda") as ranks:
+            train_on(ranks, config)
+    assert len(watched) == 20
+    waits = [names for names in waits if "watching" in names]
+    assert not [names for names in waits if "wait_sparse_data_dist" not in names]
+    assert 20 <= len(waits) <= 40
