@@ -57,13 +57,6 @@ def test_a_run_on_gpus_can_be_planned_without_any() -> None:
         assert text in done.stdout
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_one_rank_has_whole_tables_and_cuts_up_no_ids(device: str) -> None:
-    done = run("--config", "configs/default.yaml", "--json", f"device={device}")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert {row["sharding"] for row in json.loads(done.stdout)["plan"]} == {"table_wise"}
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -17,8 +17,8 @@ from recsys.config import ConfigError, TableConfig
 from recsys.model.names import table_key
 from recsys.runtime import Ranks
 
-_CPU_SHARDING: tuple[str, ...] = ("table_wise", "column_wise")
-_GPU_SHARDING: tuple[str, ...] = (*_CPU_SHARDING, "row_wise", "table_row_wise", "table_column_wise")
+_CPU_SHARDING = ("table_wise", "column_wise")
+_GPU_SHARDING = (*_CPU_SHARDING, "row_wise", "table_row_wise", "table_column_wise")
 PLAN_TEXTS = ("table", "rows x dim", "sharding", "kernel", "ranks", "shards")
 """Columns of `plan_rows` that are texts; the last is a size."""
 
@@ -63,12 +63,7 @@ def make_plan(
     topology = Topology(
         world_size=ranks.world_size, local_world_size=ranks.local_world_size, compute_device=ranks.device.type
     )
-    free = _CPU_SHARDING if on_cpu else _GPU_SHARDING
-    if ranks.world_size == 1:
-        # Tables are whole under any of them, but the planner likes row_wise best on a GPU. That cuts up the ids of each
-        # step on their way to the one rank, and has the host wait until the device has counted them.
-        free = ("table_wise",)
-    constraints = {table_key(name): _constraint(table, free) for name, table in tables.items()}
+    constraints = {table_key(name): _constraint(table, on_cpu=on_cpu) for name, table in tables.items()}
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=batch_size,
@@ -103,14 +98,14 @@ class _OrderedEnumerator(EmbeddingEnumerator):
         return sorted(super().enumerate(module, sharders), key=place)
 
 
-def _constraint(table: TableConfig, free: tuple[str, ...]) -> ParameterConstraints:
-    """What binds the planner; `free` are the types of sharding among which it chooses where the config does not say."""
+def _constraint(table: TableConfig, *, on_cpu: bool) -> ParameterConstraints:
     kernel = table.compute_kernel
     if kernel is None and table.data_parallel:
         kernel = EmbeddingComputeKernel.DENSE.value
     # Data-parallel tables have an optimizer of their own, so they are never the planner's choice.
+    sharding = table.sharding or (_CPU_SHARDING if on_cpu else _GPU_SHARDING)
     return ParameterConstraints(
-        sharding_types=list(table.sharding or free),
+        sharding_types=list(sharding),
         compute_kernels=[kernel] if kernel else None,
         min_partition=table.min_partition,
     )
