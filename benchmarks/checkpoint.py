@@ -1,6 +1,6 @@
 """What checkpoints cost: the time that training waits for them, how fast they are written, how soon a run goes on.
 
-    python -m benchmarks.checkpoint [--turns N] [--steps N] [--table-mib N]
+    python -m benchmarks.checkpoint [--device cuda] [--turns N] [--steps N] [--table-mib N]
 
 Three questions, each answered in turns that take the ways one after another:
 
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5, help="of each way (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1000, help="of the stage (default: %(default)s)")
     parser.add_argument("--table-mib", type=int, default=512, help="size of the large table (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it trains (%(default)s)")
     parser.add_argument("--note", help="what a reader of the figures must know, such as what else the machine did")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go (benchmarks/results)")
     run_entry(lambda: _benchmark(parser.parse_args()))
@@ -57,15 +58,16 @@ def main() -> None:
 def _benchmark(arguments: argparse.Namespace) -> None:
     if arguments.turns < 1 or arguments.steps <= EVERY or arguments.table_mib < 1:
         raise UserError(f"--turns and --table-mib must be at least 1, --steps above {EVERY}")
+    device = f"device={arguments.device}"
     turns: dict[str, list[Measured]] = {}
     for turn in range(arguments.turns):
         ways = list(WAYS.items())[:: 1 if turn % 2 == 0 else -1]
         for way, settings in ways:
-            turns.setdefault(f"stage, {way}", []).append(_stage(arguments.steps, settings))
+            turns.setdefault(f"stage, {way}", []).append(_stage(arguments.steps, (device, *settings)))
         for way, settings in ways:
             if way != "none":
-                turns.setdefault(f"table, {way}", []).append(_table(arguments.table_mib, settings))
-        for case, figures in _restart().items():
+                turns.setdefault(f"table, {way}", []).append(_table(arguments.table_mib, (device, *settings)))
+        for case, figures in _restart(device).items():
             turns.setdefault(f"start, {case}", []).append(figures)
         print(f"turn {turn + 1} of {arguments.turns}", flush=True)
     _report(arguments, turns)
@@ -99,9 +101,9 @@ def _table(mebibytes: int, settings: tuple[str, ...]) -> Measured:
     return {"waited_ms": 1000 * first.value, "mib": size / 2**20, "copy_ms": 1000 * copied}
 
 
-def _restart() -> dict[str, Measured]:
+def _restart(device: str) -> dict[str, Measured]:
     """Seconds from the command to its first step, of a run that begins and of one that goes on."""
-    overrides = (*_stages(100_000), "checkpoints.every_minutes=null", "logging.every_steps=1")
+    overrides = (device, *_stages(100_000), "checkpoints.every_minutes=null", "logging.every_steps=1")
     shutil.rmtree(FOLDER / "run", ignore_errors=True)
     return {case: {"seconds": _first_step(overrides, case == "going on")} for case in ("beginning", "going on")}
 
@@ -138,7 +140,7 @@ def _train(*overrides: str) -> Any:
 
 def _command(*overrides: str) -> list[str]:
     command = [sys.executable, "-m", "recsys.train", "--config", "configs/default.yaml"]
-    return [*command, f"output_dir={FOLDER / 'run'}", "device=cpu", *overrides]
+    return [*command, f"output_dir={FOLDER / 'run'}", *overrides]
 
 
 def _environment() -> dict[str, str]:
@@ -180,14 +182,14 @@ def _report(arguments: argparse.Namespace, turns: Mapping[str, list[Measured]]) 
         {"a run that is": case, "command to first step, s": f"{middle(f'start, {case}', 'seconds'):.1f}"}
         for case in ("beginning", "going on")
     ]
-    title = "Checkpoints"
+    title = f"Checkpoints on {arguments.device}"
     for heading, rows in (("A stage", stages), ("A large table", tables), ("Starting", starts)):
         show(heading, rows)
     command = (
-        f"python -m benchmarks.checkpoint --turns {arguments.turns} --steps {arguments.steps} "
-        f"--table-mib {arguments.table_mib}"
+        f"python -m benchmarks.checkpoint --device {arguments.device} --turns {arguments.turns} "
+        f"--steps {arguments.steps} --table-mib {arguments.table_mib}"
     )
-    about: dict[str, Any] = {"command": command, "note": arguments.note, **environment()}
+    about: dict[str, Any] = {"command": command, "device": arguments.device, "note": arguments.note, **environment()}
     parts: list[Any] = [
         f"Medians of {arguments.turns} turns; ratios are those of each turn, with their range. A stage: "
         f"{arguments.steps:,} steps of `configs/default.yaml` on one rank; its seconds include those in which training "
@@ -204,7 +206,7 @@ def _report(arguments: argparse.Namespace, turns: Mapping[str, list[Measured]]) 
         for case, of_case in turns.items()
         for number, figures in enumerate(of_case, start=1)
     ]
-    write(arguments.output / "checkpoint_cpu", title, parts, about, lines)
+    write(arguments.output / f"checkpoint_{arguments.device}", title, parts, about, lines)
 
 
 if __name__ == "__main__":

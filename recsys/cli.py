@@ -104,6 +104,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*an autograd kernel was not registered")
     for said in ("`_get_pg_default_device` will be", "Multiple backends are registered with this ProcessGroup"):
         warnings.filterwarnings("ignore", message=said)  # by torch 2.11
+    warnings.filterwarnings("ignore", message="TBE B200 optimization")  # by fbgemm 1.6, of any GPU
     for name in ("torchrec", "torch.distributed", "torch.fx._symbolic_trace", "fbgemm_gpu"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # What TensorBoard's writing thread fails of is raised by the next call that records something.

@@ -22,6 +22,8 @@ _GPU_SHARDING = (*_CPU_SHARDING, "row_wise", "table_row_wise", "table_column_wis
 PLAN_TEXTS = ("table", "rows x dim", "sharding", "kernel", "ranks", "shards")
 """Columns of `plan_rows` that are texts; the last is a size."""
 
+_ON_CPU = {*_CPU_SHARDING, "data_parallel"}
+_GPU_KERNELS = ("fused_uvm", "fused_uvm_caching")
 _RESERVED = 0.15
 """Share of a device's memory kept from the planner, for activations, the dense arch and the allocator."""
 
@@ -50,13 +52,13 @@ def make_plan(
     """
     on_cpu = ranks.device.type == "cpu"
     for name, table in tables.items():
-        lacking = sorted(set(table.sharding or ()) - {*_CPU_SHARDING, "data_parallel"}) if on_cpu else []
+        lacking = sorted(set(table.sharding or ()) - _ON_CPU) if on_cpu else []
         if lacking:
             raise ConfigError(
                 f"tables.{name}.sharding: {', '.join(lacking)} needs GPUs; "
                 f"on a CPU there are {', '.join(_CPU_SHARDING)}, data_parallel"
             )
-        if on_cpu and table.compute_kernel in ("fused_uvm", "fused_uvm_caching"):
+        if on_cpu and table.compute_kernel in _GPU_KERNELS:
             raise ConfigError(
                 f"tables.{name}.compute_kernel: {table.compute_kernel} needs GPUs; on a CPU there are dense and fused"
             )
@@ -81,6 +83,13 @@ def make_plan(
             f"tables: the planner found no placement on {ranks.world_size} ranks ({reason.strip()}); "
             "loosen tables.*.sharding, shrink tables or add ranks"
         ) from None
+
+
+def possible_on_cpu(table: TableConfig) -> TableConfig:
+    """A table without those of its constraints that only GPUs can meet."""
+    sharding = tuple(kind for kind in table.sharding or () if kind in _ON_CPU)
+    kernel = None if table.compute_kernel in _GPU_KERNELS else table.compute_kernel
+    return table.model_copy(update={"sharding": sharding or None, "compute_kernel": kernel})
 
 
 class _OrderedEnumerator(EmbeddingEnumerator):

@@ -31,7 +31,7 @@ from recsys.config import Config, ConfigError, DataParallelOptimizerConfig, Spar
 from recsys.model.names import table_name
 from recsys.model.ranker import Ranker
 from recsys.runtime import Ranks
-from recsys.sharding.plan import make_plan
+from recsys.sharding.plan import make_plan, possible_on_cpu
 
 _FUSED = {
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
@@ -96,6 +96,23 @@ def shard(ranker: Ranker, config: Config, ranks: Ranks, *, seed: int) -> Sharded
     for module in _that_count(sharded):
         module.register_forward_hook(_uncount_without_gradient)
     return sharded
+
+
+def shard_to_read(ranker: Ranker, config: Config, ranks: Ranks) -> ShardedRanker:
+    """Place a ranker whose weights are loaded and no longer trained; a collective call.
+
+    Its tables keep no state of an optimizer. On a CPU, what their constraints have that only GPUs can do is left out:
+    where a model was trained is nothing that it says.
+
+    Raises:
+        ConfigError: tables that do not fit.
+    """
+    sgd = config.optimizers.sparse.model_copy(update={"type": "sgd", "weight_decay": 0.0})
+    optimizers = config.optimizers.model_copy(update={"sparse": sgd})
+    tables = config.tables
+    if ranks.device.type == "cpu":
+        tables = {name: possible_on_cpu(table) for name, table in tables.items()}
+    return shard(ranker, config.model_copy(update={"tables": tables, "optimizers": optimizers}), ranks, seed=0)
 
 
 def steps_counted(sharded: ShardedRanker) -> Tensor | None:

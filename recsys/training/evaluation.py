@@ -20,7 +20,7 @@ from recsys.data.splits import eval_order, open_loader, open_splits
 from recsys.model.ranker import Ranker, RankerOutput, build_ranker
 from recsys.prepare.synthetic import require_embedded
 from recsys.runtime import Ranks, once_on_each_machine, process_group
-from recsys.sharding.shard import shard
+from recsys.sharding.shard import shard_to_read
 from recsys.terminal import console, say, table
 from recsys.training.checkpoint import load_model, verified
 from recsys.training.counts import Counts, by_kind, in_words, reduce_counts
@@ -87,7 +87,7 @@ def evaluate_checkpoint(
         shards = open_splits(config, [split], path / VOCABULARIES, read_kinds(path))[split]
         ranker = build_ranker(config, seed=0)
         dense_arch = ranker.dense_arch
-        sharded = shard(ranker, config, ranks, seed=0)
+        sharded = shard_to_read(ranker, config, ranks)
         load_model(path, sharded, dense_arch)
         with (
             writing_predictions(predictions, ranks, with_label=labelled, with_domain=config.data.domain is not None)

@@ -32,7 +32,7 @@ from recsys.serving.formats import PROGRAMS, Format, Program, load_program, writ
 from recsys.serving.schema import ARROW_SCHEMA, JSON_SCHEMA, arrow_schema, json_schema, raw_types
 from recsys.serving.scorer import Scorer
 from recsys.serving.tables import Precision
-from recsys.sharding.shard import shard
+from recsys.sharding.shard import shard_to_read
 from recsys.training.calibrating import Examples, Fitted, calibrated, effects, fit
 from recsys.training.card import CARD, model_card
 from recsys.training.checkpoint import load_model
@@ -127,7 +127,7 @@ def export(
             splits = open_splits(config, list(names), checkpoint / VOCABULARIES, read_kinds(checkpoint))
             ranker = build_ranker(config, seed=0)
             dense_arch = ranker.dense_arch
-            load_model(checkpoint, shard(ranker, config, ranks, seed=0), dense_arch)
+            load_model(checkpoint, shard_to_read(ranker, config, ranks), dense_arch)
             fitted = None
             if calibration:
                 outputs = _outputs(ranker, splits[FITTED_ON])

@@ -23,7 +23,7 @@ from recsys.errors import UserError
 from recsys.model.ranker import build_ranker
 from recsys.runtime import Ranks, process_group
 from recsys.serving.predicting import predict
-from recsys.sharding.shard import shard
+from recsys.sharding.shard import shard_to_read
 from recsys.training.checkpoint import load_model, together, verified
 
 _ASKED_EVERY = 32
@@ -62,7 +62,7 @@ class ShardedScorer:
         self._ranks = ranks
         self._ranker = build_ranker(config, seed=0)
         dense_arch = self._ranker.dense_arch
-        load_model(directory, shard(self._ranker, config, ranks, seed=0), dense_arch)
+        load_model(directory, shard_to_read(self._ranker, config, ranks), dense_arch)
         self._ranker.eval()
         self._done = 0
         self._batches: int | None = None
