@@ -8,15 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from recsys.model.experts import attach_experts, expert_layers
+from recsys.model.towers.dcn import DCN
 from recsys.model.towers.dcn_v2 import DCNv2
+from recsys.model.towers.deepfm import DeepFM
+from recsys.model.towers.dlrm import DLRM
 from recsys.model.towers.final_mlp import FinalMLP
 from recsys.model.towers.mlp import MLP
+from recsys.model.towers.nfm import NFM
+from recsys.model.towers.pnn import PNN
+from recsys.model.towers.registry import Tower
 from recsys.model.towers.transformer import Transformer, TransformerBlock
+from recsys.model.towers.wdl import WDL
 
 ROWS, TOKENS = 6, [4, 8, 4]
 WIDTH = sum(TOKENS)
+WIDE_TOKENS, EQUAL_TOKENS = [5, 6, 5], [8, 8]
 
-Tower = MLP | DCNv2 | Transformer | FinalMLP
 TOWERS: dict[str, tuple[Callable[[], Tower], int, int]] = {
     "mlp": (lambda: MLP(WIDTH, [10, 5]), 5, 2),
     "mlp without hidden": (lambda: MLP(WIDTH, []), WIDTH, 0),
@@ -31,6 +38,16 @@ TOWERS: dict[str, tuple[Callable[[], Tower], int, int]] = {
     ),
     "final_mlp with learned contexts": (lambda: FinalMLP(TOKENS, [8, 6], [4], 2, gate_hidden=32), 12, 7),
     "final_mlp without gates": (lambda: FinalMLP(TOKENS, [8], [4], 1), 13, 2),
+    "wdl": (lambda: WDL(WIDE_TOKENS, [10, 5]), 6, 2),
+    "deepfm": (lambda: DeepFM(EQUAL_TOKENS, [10, 5]), 7, 2),
+    "deepfm without first-order terms": (lambda: DeepFM(EQUAL_TOKENS, [10], wide=False), 11, 1),
+    "nfm": (lambda: NFM(EQUAL_TOKENS, [10, 5]), 6, 2),
+    "nfm without hidden or first-order terms": (lambda: NFM(EQUAL_TOKENS, [], wide=False), 8, 0),
+    "pnn": (lambda: PNN(EQUAL_TOKENS, [10, 5]), 5, 2),
+    "dcn": (lambda: DCN(WIDTH, 3, [10, 5]), WIDTH + 5, 5),
+    "dcn without hidden": (lambda: DCN(WIDTH, 2, []), WIDTH, 2),
+    "dlrm": (lambda: DLRM([6, 6, 4], [7], [10, 5]), 5, 4),
+    "dlrm without dense features": (lambda: DLRM(EQUAL_TOKENS, None, [10, 5]), 5, 2),
 }
 """The dense tower, its output width, and how many linears it has."""
 
@@ -98,6 +115,12 @@ def test_rows_do_not_see_one_another(name: str, x: Tensor) -> None:
         lambda p: DCNv2(WIDTH, 1, [9], dropout=p),
         lambda p: Transformer(TOKENS, 8, 1, 2, 9, dropout=p),
         lambda p: FinalMLP(TOKENS, [9], [9], 1, dropout=p),
+        lambda p: WDL(WIDE_TOKENS, [9], dropout=p),
+        lambda p: DeepFM(EQUAL_TOKENS, [9], dropout=p),
+        lambda p: NFM(EQUAL_TOKENS, [9], dropout=p),
+        lambda p: PNN(EQUAL_TOKENS, [9], dropout=p),
+        lambda p: DCN(WIDTH, 1, [9], dropout=p),
+        lambda p: DLRM([6, 6, 4], [9], [9], dropout=p),
     ],
 )
 def test_dropout_acts_in_training_only(build: Callable[[float], nn.Module], x: Tensor) -> None:
