@@ -225,3 +225,95 @@ class DLRMTowerConfig(TowerSettings):
         """As `TowerSettings`; the bottom brings the dense features to the width of the others."""
         _, width = tokens[0]
         super().check_tokens([(path, width if path == DENSE_DIM else own) for path, own in tokens])
+
+
+class XDeepFMTowerConfig(WideSettings, TowerSettings):
+    """A compressed interaction network (CIN) beside a perceptron (arXiv 1803.05170).
+
+    `cin_hidden` are the numbers of the CIN's feature maps, layer by layer. No `hidden` layers leave the perceptron out.
+    """
+
+    expert_linears = ("tower.mlp.*",)
+    pairwise = True
+
+    type: Literal["xdeepfm"]
+    cin_hidden: Stream = (16, 16, 16)
+    hidden: Hidden = (256, 128)
+
+
+class FiBiNETTowerConfig(WideSettings, TowerSettings):
+    """Bilinear products of all pairs of tokens, plain and reweighted, into a perceptron (arXiv 1905.09433).
+
+    `bilinear` says how many matrices there are: one for `all`, one for `each` left token, one for each `interaction`.
+    The reweighting's hidden layer is as wide as there are tokens, divided by `reduction_ratio`; `excitation` is the
+    activation that makes its weights.
+    """
+
+    expert_linears = ("tower.mlp.*",)
+    pairwise = True
+
+    type: Literal["fibinet"]
+    bilinear: Literal["all", "each", "interaction"] = "interaction"
+    reduction_ratio: Width = 3
+    excitation: Literal["relu", "sigmoid"] = "relu"
+    hidden: Hidden = (256, 128)
+
+
+class AutoIntTowerConfig(WideSettings, TowerSettings):
+    """Self-attention over the tokens without positions, beside a perceptron (arXiv 1810.11921).
+
+    No `hidden` layers leave the perceptron out. `wide`, off here, is FuxiCTR's linear part.
+    """
+
+    expert_linears = ("tower.*",)
+    pairwise = True
+
+    type: Literal["autoint"]
+    num_layers: Layers = 2
+    attention_dim: Width = 32
+    num_heads: Width = 2
+    hidden: Hidden = (256, 128)
+    wide: bool = False
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.attention_dim % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide attention_dim {self.attention_dim}")
+        return self
+
+
+class MaskNetTowerConfig(TowerSettings):
+    """Blocks that each mask the embeddings by what they are, side by side, into a perceptron (arXiv 2102.07619).
+
+    The hidden layer of each mask is `reduction_ratio` times as wide as the embeddings, as the paper has it.
+    """
+
+    expert_linears = ("tower.blocks.*",)
+
+    type: Literal["masknet"]
+    num_blocks: Layers = 3
+    block_dim: Width = 64
+    reduction_ratio: Width = 1
+    hidden: Hidden = (256, 128)
+
+
+class GDCNTowerConfig(TowerSettings):
+    """Gated cross layers in front of a perceptron (`stacked`) or beside it (`parallel`) (arXiv 2311.04635)."""
+
+    expert_linears = ("tower.mlp.*",)
+
+    type: Literal["gdcn"]
+    structure: Literal["stacked", "parallel"] = "stacked"
+    num_cross_layers: Layers = 3
+    hidden: Hidden = (256, 128)
+
+
+class QNNTowerConfig(TowerSettings):
+    """Quadratic layers, x + norm(A x * B x), beside a perceptron (arXiv 2505.17999)."""
+
+    expert_linears = ("tower.mlp.*",)
+
+    type: Literal["qnn"]
+    num_layers: Layers = 3
+    norm: Literal["layer", "none"] = "layer"
+    hidden: Hidden = (256, 128)

@@ -30,7 +30,10 @@ def load(tmp_path: Path) -> Callable[..., Config]:
     return load
 
 
-TYPES = "dcn, dcn_v2, deepfm, dlrm, final_mlp, mlp, nfm, pnn, transformer, wdl"
+TYPES = (
+    "autoint, dcn, dcn_v2, deepfm, dlrm, fibinet, final_mlp, gdcn, masknet, mlp, nfm, pnn, qnn, transformer, wdl, "
+    "xdeepfm"
+)
 
 
 def load_text(tmp_path: Path, text: str | bytes) -> Config:

@@ -264,6 +264,12 @@ def test_tables_follow_the_config(config: Config) -> None:
         "{type: pnn, hidden: [4]}",
         "{type: dcn, hidden: [4]}",
         "{type: dlrm, bottom_hidden: [4], hidden: [4]}",
+        "{type: xdeepfm, cin_hidden: [4], hidden: [4]}",
+        "{type: fibinet, hidden: [4]}",
+        "{type: autoint, hidden: [4]}",
+        "{type: masknet, hidden: [4]}",
+        "{type: gdcn, hidden: [4]}",
+        "{type: qnn, hidden: [4]}",
     ],
 )
 @pytest.mark.parametrize("num_dense_features", [0, 2])

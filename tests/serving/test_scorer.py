@@ -41,6 +41,12 @@ TOWERS: dict[str, dict[str, Any]] = {
     "pnn": {"type": "pnn", "hidden": [16]},
     "dcn": {"type": "dcn", "hidden": [16], "num_cross_layers": 2},
     "dlrm": {"type": "dlrm", "bottom_hidden": [8], "hidden": [16]},
+    "xdeepfm": {"type": "xdeepfm", "cin_hidden": [4, 3], "hidden": [16]},
+    "fibinet": {"type": "fibinet", "hidden": [16]},
+    "autoint": {"type": "autoint", "attention_dim": 8, "hidden": [16], "wide": True},
+    "masknet": {"type": "masknet", "num_blocks": 2, "block_dim": 8, "hidden": [16]},
+    "gdcn": {"type": "gdcn", "structure": "parallel", "num_cross_layers": 2, "hidden": [16]},
+    "qnn": {"type": "qnn", "num_layers": 2, "hidden": [16]},
 }
 PLANS: dict[str, dict[str, Any]] = {
     "table": {"sharding": ["table_wise"]},
