@@ -19,7 +19,7 @@ from recsys.data.features import check_names
 from recsys.data.parquet import ShardTables
 from recsys.data.rows import Rows, SparseLayout
 from recsys.data.storage import DataError, Place, locate, naming, would_find
-from recsys.serving.scorer import RequestError
+from recsys.serving.scorer import RequestError, probabilities
 
 PROBABILITY, LOGIT = "probability", "logit"
 
@@ -117,11 +117,12 @@ def predict(
 
 
 class _Group(NamedTuple):
-    """A row group: the columns to keep, and the rows to score."""
+    """A row group: the columns to keep, the rows to score, and where they are, for messages."""
 
     kept: pa.Table
     rows: Rows
     layout: SparseLayout
+    where: str
 
 
 class _Source:
@@ -198,16 +199,21 @@ class _Source:
         # What is kept stands as it does in the file, of the type that it has there.
         dictionaries = [name for name in self._model.dictionaries if name not in self._keep]
         table, layout = self._shards.table(group, self._names, dictionaries), self._layouts[self._shards.file_of(group)]
-        rows = self._model.decode(table.select(self._model.columns), layout, self._shards.where(group))
-        return _Group(table.select(self._keep), rows, layout)
+        where = self._shards.where(group)
+        return _Group(
+            table.select(self._keep),
+            self._model.decode(table.select(self._model.columns), layout, where),
+            layout,
+            where,
+        )
 
 
 def _predicted(model: Model, group: _Group, schema: pa.Schema) -> pa.Table:
-    kept, rows, layout = group
+    kept, rows, layout, where = group
     starts = range(0, len(rows), model.batch_rows)
     parts = [model.logits(rows.part(start, min(start + model.batch_rows, len(rows))), layout) for start in starts]
     logits = torch.cat(parts) if parts else torch.empty(0)
-    figures = {PROBABILITY: logits.sigmoid(), LOGIT: logits}
+    figures = {PROBABILITY: probabilities(logits, where), LOGIT: logits}
     columns = [*kept.columns, *(pa.array(figures[name].numpy()) for name in schema.names[kept.num_columns :])]
     return pa.table(columns, schema=schema)
 

@@ -170,6 +170,23 @@ def test_no_prediction_becomes_an_input(
         assert predicting.predict(Scorer(artifact), [pattern], output) == rows
 
 
+def test_rows_of_which_the_model_makes_nan_have_no_answer(artifact: Path, tmp_path: Path) -> None:
+    table = tiny_table(50, 1)
+    for name in ("x", "z"):
+        huge = table[name].to_pylist()
+        huge[45] = 3e38
+        table = table.set_column(table.column_names.index(name), name, pa.array(huge))
+    row = table.select(Scorer(artifact).columns).to_pylist()[45]
+    with pytest.raises(DataError, match="rows to score: row 45 has no probability, as its numbers are too large"):
+        Scorer(artifact).score(table)
+    with pytest.raises(DataError, match="candidates: row 0 has no probability"):
+        Scorer(artifact).score_candidates({"z": row.pop("z")}, [row])
+    pq.write_table(table, tmp_path / "day.parquet", row_group_size=40)
+    with pytest.raises(DataError, match=r"day\.parquet, row group 1: row 5 has no probability"):
+        predicting.predict(Scorer(artifact), [f"{tmp_path}/day.parquet"], f"{tmp_path}/out")
+    assert not list(tmp_path.glob("out/*"))
+
+
 def test_an_hour_without_rows_has_an_empty_file(artifact: Path, tmp_path: Path) -> None:
     pq.write_table(tiny_table(0, 1), tmp_path / "hour.parquet")
     for _ in range(2):
