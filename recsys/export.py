@@ -72,8 +72,9 @@ def main() -> None:
             print(json.dumps({"artifact": str(output), **parity.as_dict()}, indent=2))
             return
         print(f"Written: {output}")
+        model = "calibrated model" if parity.calibration else "model"
         print(
-            f"Its probabilities are the model's on {parity.rows:,} {parity.split} rows within "
+            f"Its probabilities are the {model}'s on {parity.rows:,} {parity.split} rows within "
             f"{parity.max_difference:.1e}, {parity.mean_difference:.1e} on average"
         )
         for kind, difference in parity.programs.items():

@@ -70,9 +70,18 @@ def without_empty(rows: Rows) -> list[dict[str, str]]:
     return [{name: row[name] for name in columns} for row in rows]
 
 
-def markdown(rows: Rows) -> str:
-    """Rows, at least one, as a table in Markdown, numbers flush right."""
-    columns = list(rows[0])
-    aligned = " | ".join(["---", *["---:"] * (len(columns) - 1)])
-    lines = [f"| {' | '.join(columns)} |", f"| {aligned} |", *(f"| {' | '.join(row.values())} |" for row in rows)]
-    return "\n".join(lines)
+def markdown(rows: Rows, *, left: Collection[str] = ()) -> str:
+    """Rows, at least one, as a table in Markdown, whatever is in their cells; numbers flush right.
+
+    Args:
+        rows: of the table.
+        left: columns that are set flush left, as texts are, beside the first.
+    """
+    _, *others = rows[0]
+    aligned = [":---" if column in left else "---:" for column in others]
+    lines = [list(rows[0]), ["---", *aligned], *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

@@ -64,3 +64,8 @@ def test_plan_and_prepare_need_no_tensorboard() -> None:
         "recsys.sharding.plan; sys.exit('tensorboard' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_markdown_keeps_its_cells_apart_whatever_they_say() -> None:
+    rows = [{"name": "a|b", "kind": "x\ny", "rows": "5"}]
+    assert markdown(rows, left=["kind"]) == "| name | kind | rows |\n| --- | :--- | ---: |\n| a\\|b | x y | 5 |"

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from recsys.data.features import AS_THEY_STAND, Columns, RowOrder
 from recsys.data.footers import FileEnd, SplitFooter, split_footer
@@ -86,6 +87,7 @@ class ShardTables:
         found: the files, where they were looked for already.
         path_types: of columns on paths, as `partition_types` decides them, where more files than these have a say.
         on_unreadable: told why a file cannot be opened, which is then left out; without it, that is raised.
+        may_be_empty: whether there may be no row at all.
 
     Raises:
         DataError: as `find_files`; or a file is no Parquet, or has a column that is on its path as well, or there is no
@@ -93,6 +95,7 @@ class ShardTables:
 
     Attributes:
         files: sorted.
+        digests: of each file's footer, which tells the files of other rows from it.
         schemas: of each file, columns on its path included.
         row_counts: rows of every row group, over all files.
         warnings: what the user should know of the files, a line each.
@@ -107,10 +110,12 @@ class ShardTables:
         found: Found | None = None,
         path_types: Mapping[str, pa.DataType] | None = None,
         on_unreadable: Callable[[DataError], None] | None = None,
+        may_be_empty: bool = False,
     ) -> None:
         places, self.warnings = found or find(patterns, source=source)
         self.files: list[str] = []
         self.schemas: list[pa.Schema] = []
+        self.digests: list[str] = []
         self._partition_types = {**partition_types(places, names), **(path_types or {})}
         self._files: list[_File] = []
         self._row_groups: list[tuple[int, int]] = []  # file, row group within it
@@ -130,6 +135,7 @@ class ShardTables:
                 self._row_groups += [(len(self.files), group) for group in range(len(opened.counts))]
                 row_counts += opened.counts
                 self.files.append(str(place))
+                self.digests.append(opened.digest)
                 schema = next((one for one in known if opened.schema.equals(one, check_metadata=True)), None)
                 if schema is None:
                     known.append(schema := opened.schema)
@@ -139,7 +145,7 @@ class ShardTables:
                     _File(place, opened.version, opened.has_extensions, leaves, opened.footer, opened.partitions)
                 )
         self.row_counts = tuple(row_counts)
-        if not sum(row_counts):
+        if not may_be_empty and not sum(row_counts):
             raise DataError(f"{source}: the {len(places)} files matching {', '.join(patterns)} hold no rows")
 
     def where(self, row_group: int) -> str:
@@ -248,7 +254,8 @@ class ShardTables:
             is_kept = footer.serialized_size <= self._room
             self._room -= footer.serialized_size if is_kept else 0
         kept = footer if is_kept else split_footer(raw, footer) if raw else None
-        return _Opened(version, kept, schema, has_extensions, counts, _leaves(footer), partitions)
+        digest = xxhash.xxh3_128_hexdigest(raw.content) if raw else version
+        return _Opened(version, kept, schema, has_extensions, counts, _leaves(footer), partitions, digest)
 
     def _with_partitions(self, place: Place, schema: pa.Schema) -> tuple[pa.Schema, Mapping[str, str | None]]:
         """A file's schema with the columns on its path, and those."""
@@ -280,6 +287,7 @@ class _Opened(NamedTuple):
     counts: list[int]
     leaves: tuple[_Leaf, ...]
     partitions: Mapping[str, str | None]
+    digest: str
 
 
 class ParquetShards(ShardTables):

@@ -30,6 +30,9 @@ THREADS = 32
 SHOWN = 5
 """Names that are left out, in a message; the rest are counted."""
 
+_HIDDEN = re.compile(r"(^|/)[_.]")
+"""Of a path below what a pattern wrote out: what Spark and Hive leave out."""
+
 _REMEDIES = {
     "NO_SUCH_BUCKET": "there is no such bucket; correct its name, or AWS_ENDPOINT_URL or AWS_REGION",
     "ACCESS_DENIED|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|SIGNATURE|status 403|PERMISSION_DENIED|UNAUTHENTICATED": (
@@ -264,6 +267,23 @@ def find_files(
     return sorted((names[0] for names in same.values()), key=str)
 
 
+def would_find(patterns: Sequence[str], files: Sequence[Place], *, source: str) -> list[Place]:
+    """Those of some files that `find_files` would name, if they were there."""
+    by_path = {os.path.abspath(file.path) if file.is_local else file.path: file for file in files}
+    infos = [fs.FileInfo(path, fs.FileType.File) for path in by_path]
+    found = []
+    for line in (line for pattern in patterns for line in _listed(pattern, source)):
+        place = locate(line, source=source)
+        if place.is_local:
+            place = place._replace(path=os.path.abspath(place.path))
+        globbed, begun = _glob(place)
+        written = len(place.path if globbed is None else begun)
+        for info in _matching(infos, globbed or glob.escape(place.path)):
+            if by_path[info.path].filesystem.equals(place.filesystem) and not _HIDDEN.search(info.path[written:]):
+                found.append(by_path[info.path])
+    return found
+
+
 def _identity(file: Place) -> Hashable:
     """What two names of one file have in common."""
     if not file.is_local:
@@ -321,7 +341,7 @@ def _matches(pattern: str, source: str) -> list[Place]:
         files = [info.path for info in found if info.is_file or info.type == missing]
         if not files:
             _check_bucket(place)
-    files = [file for file in files if file == path or not re.search(r"(^|/)[_.]", file[len(base) :])]
+    files = [file for file in files if file == path or not _HIDDEN.search(file[len(base) :])]
     if not files:
         hint = "" if prefix else " (paths are relative to the working directory)"
         if "[" in place.path:

@@ -18,13 +18,16 @@ from recsys.config import ConfigError
 from recsys.data.features import check_names
 from recsys.data.parquet import ShardTables
 from recsys.data.rows import Rows, SparseLayout
-from recsys.data.storage import DataError, Place, locate, naming
-from recsys.serving.scorer import RequestError
+from recsys.data.storage import DataError, Place, locate, naming, would_find
+from recsys.serving.scorer import RequestError, probabilities
 
 PROBABILITY, LOGIT = "probability", "logit"
 
 _ORIGIN = b"hilorec.origin"
 """Metadata of a file of predictions: whose they are."""
+
+_INPUT = b"hilorec.input"
+"""And of which file: the digest of its footer."""
 
 
 class Model(Protocol):
@@ -68,8 +71,8 @@ def predict(
     """Write the probability of each row of each file, in the order of the rows, and tell of how many rows.
 
     Each file becomes one of the same name, below `output` as it lay below the folder that all have in common. It
-    appears whole; one that is there with as many rows of this model is left as it is, so that what was cut off can be
-    called again.
+    appears whole; one that is there with this model's predictions of that very file is left as it is, so that what was
+    cut off can be called again.
     Labels are not needed. A row group for each reading thread is in memory, beside the one that is being scored.
 
     Args:
@@ -79,7 +82,7 @@ def predict(
         keep: columns that are written as well, as they stand.
         logit: whether the logit is written too.
         share: (r, n) writes every n-th file alone, from the r-th on.
-        say: told of each file.
+        say: told of each file, and by the first share of names that are left out.
         begin: told how many batches the model will be asked for, before the first.
 
     Raises:
@@ -91,6 +94,8 @@ def predict(
     if clash := set(keep) & set(written):
         raise RequestError(f"--keep: {min(clash)} is what the predictions are called; rename the column")
     source = _Source(model, patterns, keep)
+    for warning in source.warnings if share[0] == 0 else ():
+        say(warning)
     todo = []
     for number, target in source.targets(output, share):
         schema = source.schema(number, written)
@@ -112,11 +117,12 @@ def predict(
 
 
 class _Group(NamedTuple):
-    """A row group: the columns to keep, and the rows to score."""
+    """A row group: the columns to keep, the rows to score, and where they are, for messages."""
 
     kept: pa.Table
     rows: Rows
     layout: SparseLayout
+    where: str
 
 
 class _Source:
@@ -129,12 +135,14 @@ class _Source:
 
     Attributes:
         groups: of each file, the numbers of its row groups over all files.
+        warnings: what the user should know of the files, a line each.
     """
 
     def __init__(self, model: Model, patterns: Sequence[str], keep: tuple[str, ...]) -> None:
-        self._model, self._keep = model, keep
+        self._model, self._patterns, self._keep = model, patterns, keep
         self._names = tuple(dict.fromkeys((*keep, *model.columns)))
-        self._shards = shards = ShardTables(patterns, self._names, source="--input")
+        self._shards = shards = ShardTables(patterns, self._names, source="--input", may_be_empty=True)
+        self.warnings = shards.warnings
         self._layouts: list[SparseLayout] = []
         for file, schema in zip(shards.files, shards.schemas, strict=True):
             check_names(schema, self._names, file, "file")
@@ -150,14 +158,18 @@ class _Source:
         folder = locate(output, source="--output").checked("--output")
         paths = [posixpath.abspath(file) for file in self._shards.files]  # so that none leads out of the folder
         base = posixpath.commonpath([posixpath.dirname(path) for path in paths])
+        below = [posixpath.relpath(path, base) for path in paths]
+        for name in below:
+            if kept := set(self._keep) & set(folder._replace(path=name).partitions):
+                raise RequestError(f"--keep: {min(kept)} is on the path of {folder / name} as well; leave it out")
+        if found := would_find(self._patterns, [folder / name for name in below], source="--input"):
+            raise DataError(f"--output: {found[0]} is where --input looks for files; name another folder")
         rank, world_size = share
-        return [
-            (number, folder / posixpath.relpath(paths[number], base)) for number in range(rank, len(paths), world_size)
-        ]
+        return [(number, folder / below[number]) for number in range(rank, len(below), world_size)]
 
     def schema(self, number: int, written: Sequence[str]) -> pa.Schema:
         """Of a file's predictions."""
-        origin = {_ORIGIN: self._model.origin.encode()}
+        origin = {_ORIGIN: self._model.origin.encode(), _INPUT: self._shards.digests[number].encode()}
         kept = [self._shards.schemas[number].field(name) for name in self._keep]
         return pa.schema([*kept, *(pa.field(name, pa.float32(), nullable=False) for name in written)], origin)
 
@@ -187,16 +199,21 @@ class _Source:
         # What is kept stands as it does in the file, of the type that it has there.
         dictionaries = [name for name in self._model.dictionaries if name not in self._keep]
         table, layout = self._shards.table(group, self._names, dictionaries), self._layouts[self._shards.file_of(group)]
-        rows = self._model.decode(table.select(self._model.columns), layout, self._shards.where(group))
-        return _Group(table.select(self._keep), rows, layout)
+        where = self._shards.where(group)
+        return _Group(
+            table.select(self._keep),
+            self._model.decode(table.select(self._model.columns), layout, where),
+            layout,
+            where,
+        )
 
 
 def _predicted(model: Model, group: _Group, schema: pa.Schema) -> pa.Table:
-    kept, rows, layout = group
+    kept, rows, layout, where = group
     starts = range(0, len(rows), model.batch_rows)
     parts = [model.logits(rows.part(start, min(start + model.batch_rows, len(rows))), layout) for start in starts]
     logits = torch.cat(parts) if parts else torch.empty(0)
-    figures = {PROBABILITY: logits.sigmoid(), LOGIT: logits}
+    figures = {PROBABILITY: probabilities(logits, where), LOGIT: logits}
     columns = [*kept.columns, *(pa.array(figures[name].numpy()) for name in schema.names[kept.num_columns :])]
     return pa.table(columns, schema=schema)
 
@@ -246,6 +263,8 @@ def _is_done(target: Place, rows: int, schema: pa.Schema) -> bool:
         )
     if found != rows:
         raise DataError(f"{target} is there with {found:,} rows instead of {rows:,}; {way_out}")
+    if told.metadata.get(_INPUT) != schema.metadata[_INPUT]:
+        raise DataError(f"{target} is there with predictions of what the file of that name was before; {way_out}")
     return True
 
 

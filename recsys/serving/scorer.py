@@ -19,6 +19,7 @@ from recsys.checkpoint.layout import VOCABULARIES
 from recsys.data.features import Columns, build_columns, check_names
 from recsys.data.kinds import Kinds, read_kinds
 from recsys.data.rows import Rows, SparseLayout
+from recsys.data.storage import DataError
 from recsys.errors import UserError
 from recsys.files import FileError, read_regular
 from recsys.model.dense_arch import build_dense_arch
@@ -116,10 +117,11 @@ class Scorer:
         Raises:
             RequestError: they are none of these, or a column is missing or unknown, or its values are of several types.
             DataError: a value is of another type than in training, null or not finite where the config does not fill
-                it, or an id is out of range; a domain that is asked for is null or none of the config's.
+                it, or an id is out of range; a domain that is asked for is null or none of the config's; or numbers are
+                so large that the model makes NaN of them.
         """
         with torch.inference_mode():
-            return self.logits_of(self._table(rows, self.columns)).sigmoid().numpy()
+            return probabilities(self.logits_of(self._table(rows, self.columns)), "rows to score").numpy()
 
     def score_candidates(self, context: Mapping[str, Any], candidates: Any) -> NDArray[np.float32]:
         """Probabilities (N,) of N candidates of one request: those that `score` has of rows with the context in each.
@@ -147,7 +149,7 @@ class Scorer:
             logits: Tensor = self.dense_arch(*map(shared_rows, *parts, division.sharings))[0]
             if self._calibration is not None:
                 logits = self._calibration(logits, self._domains(context, row, items))
-            return logits.sigmoid().numpy()
+            return probabilities(logits, "candidates").numpy()
 
     def _domains(self, context: Mapping[str, Any], row: pa.Table, items: pa.Table) -> NDArray[np.int64]:
         """Domains (N,) of the candidates, theirs or the context's; (0,) where they are calibrated alike."""
@@ -277,6 +279,21 @@ class Scorer:
         if name in context:
             return f"{name!r} is in the context already; give it in one of the two"
         return f"{name!r} is none of the model's columns, which are {', '.join(self.columns)}"
+
+
+def probabilities(logits: Tensor, where: str) -> Tensor:
+    """Those of logits (N,); `where` is whose, for messages.
+
+    Raises:
+        DataError: a logit is NaN.
+    """
+    found = logits.sigmoid()
+    if bool((wrong := found.isnan()).any()):
+        raise DataError(
+            f"{where}: row {int(wrong.nonzero()[0])} has no probability, as its numbers are too large for the model, "
+            "which makes NaN of them; give dense features a clip, or leave such rows out"
+        )
+    return found
 
 
 def _array(name: str, values: Any) -> pa.Array:

@@ -20,6 +20,13 @@ _NEAREST = 0.01
 """Logits between knots at least: a hundredth of the odds. Nearer blocks, of few rows, would be a cliff all the same."""
 
 
+_ALIKE = 1e-30
+"""Standard deviation of logits below which the slope that makes probabilities of them is beyond float32."""
+
+_LEVEL = 1e-6
+"""Logits that a line must rise by over a standard deviation of its inputs; less is lost in float32."""
+
+
 class CalibrationError(UserError):
     """No calibrator can be fitted; the message names the split and the way out."""
 
@@ -137,7 +144,7 @@ def _platt(rows: Examples) -> Platt | None:
     shares = weights / len(weights)
     centre = shares @ rows.logits
     spread = np.sqrt(shares @ (rows.logits - centre) ** 2)
-    if spread <= 1e-9 * np.abs(rows.logits).max():  # all alike, but for rounding
+    if spread <= max(1e-9 * np.abs(rows.logits).max(), _ALIKE):  # all alike, but for rounding
         return None
     inputs = np.stack([(rows.logits - centre) / spread, np.ones(len(shares))], 1)
 
@@ -160,8 +167,10 @@ def _platt(rows: Examples) -> Platt | None:
         raise CalibrationError(f"no line fits the logits: {found.message}; take --calibration isotonic")
     # Near its least, the loss is the same number all around; its gradient still tells where that is.
     steepness, height = found.x - np.linalg.solve(hessian(found.x), gradient(found.x))
+    if steepness <= _LEVEL:
+        return None
     slope = steepness / spread
-    return Platt(float(slope), float(height - slope * centre)) if slope > 0 else None
+    return Platt(float(slope), float(height - slope * centre))
 
 
 def _isotonic(rows: Examples) -> Isotonic | None:
@@ -180,9 +189,10 @@ def _isotonic(rows: Examples) -> Isotonic | None:
     found = isotonic_regression(np.bincount(tie, weights * labels) / held, weights=held)
     starts = found.blocks[:-1]
     means = np.add.reduceat(held * values, starts) / np.add.reduceat(held, starts)
+    means = means.clip(values[0], values[-1])  # beyond which rounding would take that of the last float32
     knots = [0]
     for block, mean in enumerate(means):
-        if mean >= means[knots[-1]] + _NEAREST:
+        if mean - means[knots[-1]] >= _NEAREST:  # a difference, as 0.01 is lost in the sum of a large logit
             knots.append(block)
     if len(knots) < 2:
         return None

@@ -3,7 +3,7 @@
 All of it is what the config, the checkpoint and the comparison with the trainer's model say.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from recsys.data.features import Columns, SparseColumn
 from recsys.data.ids import BucketizedIds, DatetimeIds, HashedIds, PlainIds, VocabularyIds
 from recsys.files import FileError, read_json
 from recsys.model.cost import cost_report, model_name
+from recsys.serving.formats import CAUTIONS, PROGRAMS
 from recsys.serving.schema import RawTypes
 from recsys.serving.tables import Precision
 from recsys.terminal import markdown
@@ -22,6 +23,7 @@ from recsys.training.calibrating import rows_of
 
 CARD = "README.md"
 _MAX_SUMMARY = 64 << 20
+_SHOWN = 60
 _FIGURES = ("examples", "positives", "auc", "log_loss", "ne", "calibration")
 
 
@@ -55,13 +57,15 @@ def model_card(
     sections = {
         f"{config.name}: model card": _identity(config, meta, tables),
         "Data": _data(config, progress, parity["split"], split_rows),
-        "Columns": markdown(_columns(columns, types)),
+        "Columns": markdown(_columns(columns, types), left=("column", "type", "becomes", "null")),
         "Figures": _figures(checkpoint, config, meta, parity),
-        "Calibration": _calibration(parity),
+        "Calibration": _calibration(config, parity),
         "Beside the trainer's model": _parity(parity),
         "Cost": _cost(config),
         "Embedding plan": _plan(config, plan, meta),
-        "Versions": markdown([{"": name, "version": str(told)} for name, told in sorted(meta.versions.items())])
+        "Versions": markdown(
+            [{"": name, "version": str(told)} for name, told in sorted(meta.versions.items())], left=["version"]
+        )
         if meta.versions
         else "The checkpoint does not say.",
         "Known limits": _limits(config, columns, tables, progress),
@@ -87,12 +91,12 @@ def _data(config: Config, progress: Mapping[str, Any], split: str, split_rows: i
         {"split": name, "files": _code(", ".join(data.patterns(name))), "rows": f"{split_rows:,}" * (name == split)}
         for name in data.splits
     ]
-    lines = [markdown([{**row, "rows": row["rows"] or "-"} for row in rows]), ""]
+    lines = [markdown([{**row, "rows": row["rows"] or "-"} for row in rows], left=["files"]), ""]
     told = {
         "Label": data.label,
         "Weight of a row in the loss": data.weight,
         "Reference": data.reference,
-        "Domains": f"{data.domain.column}: {', '.join(data.domain.labels)}" if data.domain else None,
+        "Domains": f"{data.domain.column}: {_some(data.domain.labels)}" if data.domain else None,
     }
     lines += [f"- {name}: {_code(text)}" for name, text in told.items() if text]
     if data.label_null == "skip":
@@ -108,13 +112,16 @@ def _data(config: Config, progress: Mapping[str, Any], split: str, split_rows: i
             }
             for name, of in stages.items()
         ]
-        lines += ["", "Trained in stages:", "", markdown(trained)]
+        lines += ["", "Trained in stages:", "", markdown(trained, left=["trains"])]
     return "\n".join(lines)
 
 
 def _columns(columns: Columns, types: RawTypes) -> list[dict[str, str]]:
+    domain = columns.domain and columns.domain.column
+
     def row(name: str, column: str, how: str, null: str) -> dict[str, str]:
         kinds = " or ".join(map(str, types[column]))
+        null = "refused" if column == domain else null
         return {"feature": _text(name), "column": _code(column), "type": kinds, "becomes": how, "null": null}
 
     rows = [
@@ -122,7 +129,7 @@ def _columns(columns: Columns, types: RawTypes) -> list[dict[str, str]]:
         for name, one in columns.sparse.items()
     ]
     rows += [row(name, one.column or name, _of_dense(one), _null(one)) for name, one in columns.dense.items()]
-    return rows
+    return rows + ([row("(domain)", domain, "which calibrator", "refused")] if domain else [])
 
 
 def _null(dense: DenseFeatureConfig) -> str:
@@ -155,9 +162,9 @@ def _figures(checkpoint: Path, config: Config, meta: CheckpointMeta, parity: Map
     if (summary := _summary(checkpoint, config, meta)) is not None:
         found["test, at the run's end"] = summary.get("test")
         domains = summary.get("domains") or {}
-        found |= {f"test, domain {_text(name)}": figures for name, figures in domains.items()}
+        found |= {f"test, domain {_code(name)}": figures for name, figures in domains.items()}
     rows_of = f"{parity['rows']:,} rows of {parity['split']}"
-    found[f"{rows_of}, the trainer's model"] = parity["model"]
+    found[f"{rows_of}, the trainer's model{_calibrated(parity)}"] = parity["model"]
     found[f"{rows_of}, this artefact"] = parity["artifact"]
     rows = [
         {"on": name, **{figure: _figure(told.get(figure)) for figure in _FIGURES}}
@@ -185,29 +192,44 @@ def _summary(checkpoint: Path, config: Config, meta: CheckpointMeta) -> Mapping[
     return found if is_of_it else None
 
 
-def _calibration(parity: Mapping[str, Any]) -> str:
+def _calibrated(parity: Mapping[str, Any]) -> str:
+    """What the model is beside being the trainer's, where its logits are compared as calibrators make them."""
+    return ", calibrated" if parity["calibration"] else ""
+
+
+def _calibration(config: Config, parity: Mapping[str, Any]) -> str:
     figures = parity["artifact"]
-    if not figures or figures["calibration"] is None:
-        return "Not known: the rows compared have no positive label."
-    average = (
-        f"On {parity['rows']:,} rows of {parity['split']} the probabilities add up to {figures['calibration']:.4f} "
-        "times the number of positive labels; 1 is right on average."
-    )
+    average = "Not known: the rows compared have no positive label."
+    if figures and figures["calibration"] is not None:
+        average = (
+            f"On {parity['rows']:,} rows of {parity['split']} the probabilities add up to {figures['calibration']:.4f} "
+            "times the number of positive labels; 1 is right on average."
+        )
     if not (told := parity["calibration"]):
         return f"{average} No calibrator was fitted."
-    fitted_on = told["fitted_on"]
+    split, fitted_on = parity["split"], told["fitted_on"]
+    rows = [{**row, "": _code(row[""])} if number else row for number, row in enumerate(rows_of(told))]
+    of_fit = ", the rows that it was fitted on, which tell nothing of others," if split == fitted_on["split"] else ""
+    weighted = f", each row counted by its {_code(config.data.weight)}" if config.data.weight else ""
     return (
         f"{average} It is calibrated ({told['method']}), as fitted on {fitted_on['positives']:,} positives and "
-        f"{fitted_on['negatives']:,} negatives of {fitted_on['split']}. On {parity['split']} that changed:\n\n"
-        f"{markdown(rows_of(told))}"
+        f"{fitted_on['negatives']:,} negatives of {fitted_on['split']}. On {split}{of_fit} that changed{weighted}:\n\n"
+        f"{markdown(rows, left=['calibrator'])}"
     )
 
 
 def _parity(parity: Mapping[str, Any]) -> str:
-    return (
+    lines = [
         f"On {parity['rows']:,} rows of {parity['split']} a probability differs by {parity['max_difference']:.1e} at "
-        f"most from that of the model as it was trained, by {parity['mean_difference']:.1e} on average."
-    )
+        f"most from that of the model as it was trained{_calibrated(parity)}, by {parity['mean_difference']:.1e} on "
+        "average."
+    ]
+    before = " before calibration" if parity["calibration"] else ""
+    lines += [
+        f"- {_code(PROGRAMS[kind])}: by {difference:.1e} at most; it gives logits{before}, and {CAUTIONS[kind]}"
+        for kind, difference in parity["programs"].items()
+    ]
+    return "\n".join(lines)
 
 
 def _cost(config: Config) -> str:
@@ -233,7 +255,13 @@ def _plan(config: Config, plan: Mapping[str, Any], meta: CheckpointMeta) -> str:
             }
         )
     ranks = f"{meta.world_size} rank{'s' * (meta.world_size > 1)}"
-    return f"Where the tables were in training, on {ranks}; here each of them is whole.\n\n{markdown(rows)}"
+    drawn = markdown(rows, left=("pooling", "sharding", "kernel", "ranks"))
+    return f"Where the tables were in training, on {ranks}; here each of them is whole.\n\n{drawn}"
+
+
+def _versions(meta: CheckpointMeta) -> str:
+    rows = [{"": name, "version": str(told)} for name, told in sorted(meta.versions.items())]
+    return markdown(rows, left=["version"]) if rows else "The checkpoint does not say."
 
 
 def _limits(config: Config, columns: Columns, tables: Precision, progress: Mapping[str, Any]) -> str:
@@ -243,7 +271,7 @@ def _limits(config: Config, columns: Columns, tables: Precision, progress: Mappi
     refusing = [name for name, dense in config.features.dense.items() if dense.fill is None]
     lines += [f"- A null is refused in {', '.join(map(_text, refusing))}"] if refusing else []
     if config.data.domain:
-        lines.append(f"- Figures are known of the domains {', '.join(map(_text, config.data.domain.labels))} alone")
+        lines.append(f"- No other domains than {_some(config.data.domain.labels)} are known")
     if tables != "float32":
         lines.append(f"- Embeddings are rounded to {tables}")
     for split, kinds in (progress.get("counts") or {}).items():
@@ -270,9 +298,15 @@ def _limits_of(sparse: SparseColumn) -> list[str]:
     return found
 
 
+def _some(names: Sequence[str]) -> str:
+    """Names of which there may be many."""
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(_text, names[:_SHOWN])) + more
+
+
 def _text(value: str) -> str:
-    """A text in a cell."""
-    return " ".join(value.split()).replace("|", "\\|")
+    """A text in a line."""
+    return " ".join(value.split())
 
 
 def _code(value: str) -> str:

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_module, run_ranks
 from runs import as_config, train_on
+from test_card import cells, sections
 from test_scorer import COLUMNS, export
 from tiny import tiny_config, write_tiny_log
 
@@ -192,6 +193,32 @@ def test_figures_are_shown_as_a_table(folder: Path, tmp_path: Path) -> None:
     assert "platt calibration, fitted on valid, on test" in done.stdout and "its own" in done.stdout
     before = json.loads((folder / "platt.json").read_text())["calibration"]["before"]
     assert f"{before['log_loss']:.4f} -> " in done.stdout
+
+
+def test_the_card_says_whose_figures_are_calibrated_and_weighted(folder: Path) -> None:
+    card = sections(folder / "platt")
+    (domain,) = (row for row in cells(card["Columns"]) if row[0] == "(domain)")
+    assert domain[1:] == ["`domain`", "int64", "which calibrator", "refused"]
+    assert "(domain)" not in sections(folder / "none")["Columns"]
+    test = len(rows_of(folder, "test"))
+    figures = [row[0] for row in cells(card["Figures"])]
+    assert figures[-2:] == [
+        f"{test} rows of test, the trainer's model, calibrated",
+        f"{test} rows of test, this artefact",
+    ]
+    assert "as it was trained, calibrated, by" in card["Beside the trainer's model"]
+    assert "as it was trained, by" in sections(folder / "none")["Beside the trainer's model"]
+    assert "of valid. On test that changed, each row counted by its `truth`:" in card["Calibration"]
+    assert [row[0] for row in cells(card["Calibration"])[1:]] == ["all rows", "`home`", "`search`", "`cart`"]
+
+
+def test_the_card_says_when_figures_are_of_the_rows_that_were_fitted(folder: Path, tmp_path: Path) -> None:
+    options = ("--calibration", "platt", "--calibration-rows", str(MINIMUM), "--split", "valid")
+    export(checkpoint_of(folder), tmp_path / "seen", *options, "--format", "torch-export")
+    card = sections(tmp_path / "seen")
+    assert "On valid, the rows that it was fitted on, which tell nothing of others, that changed" in card["Calibration"]
+    assert "- `dense.pt2`: by " in card["Beside the trainer's model"]
+    assert "it gives logits before calibration, and holds a pickle" in card["Beside the trainer's model"]
 
 
 def test_too_few_rows_are_refused_and_leave_nothing(folder: Path, tmp_path: Path) -> None:

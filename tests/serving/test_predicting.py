@@ -15,8 +15,10 @@ from test_scorer import export, train
 from tiny import tiny_table, write_tiny_log
 
 from recsys.config import ConfigError
-from recsys.serving import Scorer
+from recsys.data.storage import DataError
+from recsys.serving import Scorer, predicting
 from recsys.serving.predicting import share_of_this_process
+from recsys.serving.scorer import RequestError
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +107,10 @@ def test_files_that_are_no_such_predictions_are_refused(
     artifact: Path, tmp_path: Path, rows: dict[str, pa.Table]
 ) -> None:
     """Not taken for done, by their numbers of rows alone, and not waited for."""
-    (done,) = predict(artifact, tmp_path, "--output", f"{tmp_path}/in", code=2)
-    assert "in/a/one.parquet is there and holds no predictions of this artefact" in done.stderr
+    shutil.copytree(tmp_path / "in", tmp_path / "out")
+    (done,) = predict(artifact, tmp_path, code=2)
+    assert "out/a/one.parquet is there and holds no predictions of this artefact" in done.stderr
+    shutil.rmtree(tmp_path / "out")
     predict(artifact, tmp_path)
     (done,) = predict(artifact, tmp_path, "--logit", code=2)
     assert "a/one.parquet is there with probability instead of probability, logit; take it away" in done.stderr
@@ -119,6 +123,100 @@ def test_files_that_are_no_such_predictions_are_refused(
     os.mkfifo(tmp_path / "out/a/one.parquet")
     (done,) = predict(artifact, tmp_path, code=2)
     assert "a/one.parquet is there and is no file" in done.stderr
+
+
+def test_predictions_of_rows_that_were_replaced_are_not_taken_for_done(artifact: Path, tmp_path: Path) -> None:
+    """As many rows came under the same name, as of the next day; a copy of the file is the file."""
+    scorer, path = Scorer(artifact), tmp_path / "in/day.parquet"
+    path.parent.mkdir()
+    pq.write_table(tiny_table(50, 1), path)
+    assert predicting.predict(scorer, [str(path)], f"{tmp_path}/out") == 50
+    shutil.copyfile(path, tmp_path / "copy")
+    os.replace(tmp_path / "copy", path)
+    assert predicting.predict(scorer, [str(path)], f"{tmp_path}/out") == 0
+    pq.write_table(tiny_table(50, 2), path)
+    with pytest.raises(DataError, match=r"out/day\.parquet is there with predictions of what .* was before; take"):
+        predicting.predict(scorer, [str(path)], f"{tmp_path}/out")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "output", "is_among"),
+    [
+        ("in", "in/out", True),
+        ("in", "in", True),
+        ("in/one.parquet", "in/../in", True),
+        ("in/**", "in/out", True),
+        ("*/one.parquet", "out", True),
+        ("@list.txt", "in/out", True),
+        ("in/*.parquet", "in/out", False),
+        ("in", "in/_out", False),
+        ("in", "out", False),
+    ],
+)
+def test_no_prediction_becomes_an_input(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, output: str, is_among: bool
+) -> None:
+    """So that the command can be called again; however the two are written."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "list.txt").write_text("in  # all of it\n")
+    pq.write_table(tiny_table(20, 1), tmp_path / "in/one.parquet")
+    monkeypatch.chdir(tmp_path)
+    if is_among:
+        with pytest.raises(DataError, match=r"--output: .*one\.parquet is where --input looks for files"):
+            predicting.predict(Scorer(artifact), [pattern], output)
+        assert [path.name for path in tmp_path.rglob("*.parquet")] == ["one.parquet"]
+        return
+    for rows in (20, 0):
+        assert predicting.predict(Scorer(artifact), [pattern], output) == rows
+
+
+def test_rows_of_which_the_model_makes_nan_have_no_answer(artifact: Path, tmp_path: Path) -> None:
+    table = tiny_table(50, 1)
+    for name in ("x", "z"):
+        huge = table[name].to_pylist()
+        huge[45] = 3e38
+        table = table.set_column(table.column_names.index(name), name, pa.array(huge))
+    row = table.select(Scorer(artifact).columns).to_pylist()[45]
+    with pytest.raises(DataError, match="rows to score: row 45 has no probability, as its numbers are too large"):
+        Scorer(artifact).score(table)
+    with pytest.raises(DataError, match="candidates: row 0 has no probability"):
+        Scorer(artifact).score_candidates({"z": row.pop("z")}, [row])
+    pq.write_table(table, tmp_path / "day.parquet", row_group_size=40)
+    with pytest.raises(DataError, match=r"day\.parquet, row group 1: row 5 has no probability"):
+        predicting.predict(Scorer(artifact), [f"{tmp_path}/day.parquet"], f"{tmp_path}/out")
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_an_hour_without_rows_has_an_empty_file(artifact: Path, tmp_path: Path) -> None:
+    pq.write_table(tiny_table(0, 1), tmp_path / "hour.parquet")
+    for _ in range(2):
+        assert predicting.predict(Scorer(artifact), [f"{tmp_path}/hour.parquet"], f"{tmp_path}/out") == 0
+        assert pq.read_table(tmp_path / "out/hour.parquet").schema.names == ["probability"]
+
+
+def test_columns_on_paths_stay_there(artifact: Path, tmp_path: Path) -> None:
+    """In the files as well, no reader could read the predictions; where no path is left, they are columns."""
+    for day in (1, 2):
+        (tmp_path / f"in/day={day}").mkdir(parents=True)
+        pq.write_table(tiny_table(20, day), tmp_path / f"in/day={day}/one.parquet")
+    scorer = Scorer(artifact)
+    with pytest.raises(RequestError, match=r"--keep: day is on the path of .*out/day=1/one\.parquet as well; leave it"):
+        predicting.predict(scorer, [f"{tmp_path}/in/*"], f"{tmp_path}/out", keep=["day"])
+    assert predicting.predict(scorer, [f"{tmp_path}/in/*"], f"{tmp_path}/out") == 40
+    assert set(pq.read_table(tmp_path / "out")["day"].to_pylist()) == {1, 2}
+    predicting.predict(scorer, [f"{tmp_path}/in/*=1"], f"{tmp_path}/first", keep=["day"])
+    assert set(pq.read_table(tmp_path / "first")["day"].to_pylist()) == {1}
+
+
+def test_names_that_are_left_out_are_told(artifact: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    pq.write_table(tiny_table(20, 1), tmp_path / "in/one.parquet")
+    (tmp_path / "in/two.parquet").symlink_to("one.parquet")
+    told: list[Any] = []
+    predicting.predict(Scorer(artifact), [f"{tmp_path}/in"], f"{tmp_path}/out", say=told.append)
+    assert len(told) == 2 and "left out: " in told[0] and "in/two.parquet (as " in told[0]
+    predicting.predict(Scorer(artifact), [f"{tmp_path}/in"], f"{tmp_path}/out", say=told.append, share=(1, 2))
+    assert len(told) == 2
 
 
 def test_no_file_leads_out_of_the_folder(artifact: Path, tmp_path: Path, rows: dict[str, pa.Table]) -> None:

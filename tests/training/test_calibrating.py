@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -192,3 +193,38 @@ def test_logits_far_apart_are_fitted() -> None:
     overall = fit_all(rows(logits, labels), "platt").overall
     assert isinstance(overall, Platt)
     assert (overall.slope, overall.intercept) == pytest.approx((0.01, -3), rel=0.1)
+
+
+@pytest.mark.parametrize("method", ["platt", "isotonic"])
+@pytest.mark.parametrize("scale", [1e16, 1e30, float(np.finfo(np.float32).max)])
+def test_logits_of_any_size_are_fitted(method: Any, scale: float) -> None:
+    """Beyond 2^53, knots 0.01 apart are one number; at the end of float32 a rounded mean would be beyond it."""
+    random = np.random.default_rng(3)
+    logits = random.uniform(-1, 1, 500)
+    labels = random.random(500) < sigmoid(3 * logits)
+    found, expected = (
+        fit_all(rows(values, labels), method)(torch.from_numpy(values), np.empty(0, np.int64))
+        for values in (logits * scale, logits)
+    )
+    np.testing.assert_allclose(found, expected, atol=0.1 if method == "isotonic" else 1e-5)
+
+
+def test_knots_stay_within_float32() -> None:
+    most = float(np.finfo(np.float32).max)
+    for size in (3, 49):
+        weights = np.random.default_rng(size).random(2 * size)
+        overall = fit_all(rows([-most] * size + [most] * size, [0] * size + [1] * size, weights), "isotonic").overall
+        assert isinstance(overall, Isotonic) and overall.logits == pytest.approx((-most, most), rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("logits", "weights"),
+    [
+        (np.linspace(0, 1e-42, 100), np.ones(100)),
+        (np.linspace(0, 1, 100), np.where(np.arange(100) < 40, 1, 1e-30)),
+    ],
+    ids=["no slope of float32 tells them apart", "all positives together weigh nothing"],
+)
+def test_a_line_that_float32_would_flatten_is_none(logits: Any, weights: Any) -> None:
+    with pytest.raises(CalibrationError, match="logits do not rise with the labels"):
+        fit_all(rows(logits, np.arange(100) >= 40, weights), "platt")
