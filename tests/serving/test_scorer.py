@@ -17,7 +17,7 @@ import pytest
 import torch
 from ranks import run_module, run_ranks
 from runs import as_config, train_on
-from tiny import tiny_config, write_tiny_log
+from tiny import take_tower, tiny_config, write_tiny_log
 
 from recsys.config import HashIdsConfig
 from recsys.data.storage import DataError
@@ -48,6 +48,18 @@ TOWERS: dict[str, dict[str, Any]] = {
         "normalization": "layer",
         "activation": "silu",
     },
+    "wdl": {"type": "wdl", "hidden": [16]},
+    "deepfm": {"type": "deepfm", "hidden": [16]},
+    "nfm": {"type": "nfm", "hidden": [16]},
+    "pnn": {"type": "pnn", "hidden": [16]},
+    "dcn": {"type": "dcn", "hidden": [16], "num_cross_layers": 2},
+    "dlrm": {"type": "dlrm", "bottom_hidden": [8], "hidden": [16]},
+    "xdeepfm": {"type": "xdeepfm", "cin_hidden": [4, 3], "hidden": [16]},
+    "fibinet": {"type": "fibinet", "hidden": [16]},
+    "autoint": {"type": "autoint", "attention_dim": 8, "hidden": [16], "wide": True},
+    "masknet": {"type": "masknet", "num_blocks": 2, "block_dim": 8, "hidden": [16]},
+    "gdcn": {"type": "gdcn", "structure": "parallel", "num_cross_layers": 2, "hidden": [16]},
+    "qnn": {"type": "qnn", "num_layers": 2, "hidden": [16]},
 }
 PLANS: dict[str, dict[str, Any]] = {
     "table": {"sharding": ["table_wise"]},
@@ -72,7 +84,7 @@ def train(log: Path, folder: Path, world_size: int, plan: str, tower: str, *, ex
     """The last checkpoint of a short run whose experts are no longer zero."""
     raw = tiny_config(log, folder / "out")
     raw["tables"]["item"] = {"num_embeddings": 30, "embedding_dim": 8, **PLANS[plan]}
-    raw["model"]["tower"] = TOWERS[tower]
+    take_tower(raw, TOWERS[tower])
     if not experts:
         raw["model"]["hilomoe"] = None
     raw["stages"] = {"joint": {"trains": "all", "steps": 12, "learning_rate": 0.02, "sparse_learning_rate": 0.2}}
@@ -101,6 +113,7 @@ CASES = [
     (2, "column", "dcn_v2", True),
     (3, "replicated", "transformer", True),
     (2, "table", "final_mlp", True),
+    (2, "column", "deepfm", True),  # first-order weights in other shards than their embeddings
     (1, "column", "transformer", False),
     (2, "replicated", "mlp", False),
     (3, "column", "final_mlp", False),
@@ -110,7 +123,7 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("world_size", "plan", "tower", "experts"),
-    [*CASES[:4], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[4:])],
+    [*CASES[:5], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[5:])],
 )
 def test_raw_rows_have_the_probabilities_of_the_model(
     log: Path, tmp_path: Path, world_size: int, plan: str, tower: str, experts: bool
