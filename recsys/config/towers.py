@@ -16,12 +16,29 @@ Hidden = Annotated[tuple[Width, ...], Field(max_length=_MAX_LAYERS)]
 Stream = Annotated[tuple[Width, ...], Field(min_length=1, max_length=_MAX_LAYERS)]
 
 
-class TowerSettings(Section):
-    """What all towers have.
+Activation = Literal["relu", "gelu", "silu", "leaky_relu", "prelu", "none"]
+Normalization = Literal["none", "batch", "layer"]
+
+
+class PerceptronSettings(Section):
+    """What each hidden layer of a perceptron is: a linear, normalisation, activation and dropout, one after another.
+
+    Attributes:
+        activation: `prelu` learns a slope for each unit; `none` leaves the layers linear.
+        dropout: probability, after activations.
+        normalization: between linears and activations; `batch` by the statistics of a step's rows on all ranks.
+    """
+
+    activation: Activation = "relu"
+    dropout: Probability = 0.0
+    normalization: Normalization = "none"
+
+
+class TowerSettings(PerceptronSettings):
+    """What all towers have: those of their perceptrons.
 
     Attributes:
         type: names the tower.
-        dropout: probability, after activations.
         expert_linears: patterns of the linears that carry experts unless the config says which.
         pairwise: whether it multiplies tokens with one another, which then are two at least, of one width.
     """
@@ -30,7 +47,6 @@ class TowerSettings(Section):
     pairwise: ClassVar[bool] = False
 
     type: str
-    dropout: Probability = 0.0
 
     def check_features(self, sparse: Sequence[str]) -> None:
         """Refuse settings that name features which are not among the sparse ones.
@@ -109,11 +125,15 @@ class DCNv2TowerConfig(TowerSettings):
 
 
 class TransformerTowerConfig(TowerSettings):
-    """Pre-norm encoder blocks over one token per feature (plus one for the dense features)."""
+    """Pre-norm encoder blocks over one token per feature (plus one for the dense features).
+
+    `normalization` is what stands before attention and perceptrons, and at the end; `batch` counts each token as a row.
+    """
 
     expert_linears = ("tower.blocks.*",)
 
     type: Literal["transformer"]
+    normalization: Normalization = "layer"
     model_dim: Width = 32
     num_blocks: Layers = 2
     num_heads: Width = 4

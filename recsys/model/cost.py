@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from recsys.config import Config, ConfigError, HiLoMoEConfig, ModelConfig, TowerConfig
+from recsys.config.towers import PerceptronSettings
 from recsys.model.dense_arch import DenseArch, build_dense_arch
 from recsys.model.experts import expert_layers
 
@@ -261,7 +262,10 @@ def count_parameters(dense_arch: DenseArch) -> Counter[str]:
 
 
 def model_name(tower: TowerConfig, hilomoe: HiLoMoEConfig | None) -> str:
-    """A tower by its sizes, such as `mlp 400x400`, with experts `hilomoe mlp 400x400 L3 K8`; rates are left out."""
+    """A tower by its sizes, such as `mlp 400x400`, with experts `hilomoe mlp 400x400 L3 K8`.
+
+    Rates are left out, and choices such as the activation where they are the default.
+    """
 
     def shown(value: Any) -> str:
         if not isinstance(value, tuple):
@@ -269,9 +273,11 @@ def model_name(tower: TowerConfig, hilomoe: HiLoMoEConfig | None) -> str:
         return ("x" if all(isinstance(part, int) for part in value) else ",").join(map(str, value))
 
     words: list[str] = ["hilomoe", tower.type] if hilomoe else [tower.type]
-    for field, value in tower:
+    for field, value in sorted(tower, key=lambda one: one[0] in PerceptronSettings.model_fields):  # sizes first
         if field == "hidden":
             words.append(shown(value) or "without hidden layers")
+        elif isinstance(value, str) and value == type(tower).model_fields[field].default:
+            continue
         elif field != "type" and value not in (None, ()) and not isinstance(value, float):
             words.append(f"{field}={shown(value)}")
     if hilomoe is not None:

@@ -122,6 +122,8 @@ def begin_phase(
     ranker.embeddings_frozen = TABLES not in phase.trains
     ranker.loss_weights = settings.loss_weights
     ranker.dense_arch = DistributedDataParallel(dense_arch, gradient_as_bucket_view=True)
+    # They are statistics that all ranks work out alike. As an argument, torch 2.13 warns of it; 2.11 has no other.
+    ranker.dense_arch.broadcast_buffers = False
     _settle_buckets(ranker.dense_arch, config, settings)
     return _optimizers(sharded, dense_arch, config, settings, num_steps)
 
@@ -134,10 +136,13 @@ def _settle_buckets(dense_arch: DistributedDataParallel, config: Config, stage: 
     """
     device = next(dense_arch.parameters()).device
     width = sum(config.tables[feature.table].embedding_dim for feature in config.features.sparse.values())
+    buffers = [(buffer, buffer.clone()) for buffer in dense_arch.buffers()]  # which zeros must not move
     inputs = (torch.zeros(2, width, device=device), torch.zeros(2, len(config.features.dense), device=device))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # of which dropout draws
         logits, losses = dense_arch(*inputs, stage.loss_weights)
         (logits.sum() + sum(losses.values())).backward()
+    for buffer, before in buffers:
+        buffer.copy_(before)
     for parameter in dense_arch.parameters():
         parameter.grad = None
     for layer in expert_layers(dense_arch.module).values():

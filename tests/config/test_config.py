@@ -54,7 +54,11 @@ def load_text(tmp_path: Path, text: str | bytes) -> Config:
         ("optimizers.dense.weight_decai=0.1", "optimizers.dense.weight_decai", "did you mean 'weight_decay'"),
         ("data.zzz=1", "data.zzz", "data takes batch_size, "),
         ("zzz=1", "zzz", "the top level takes checkpoints, data, device, "),
-        ("model.tower.num_heads=2", "model.tower.num_heads", "model.tower takes dropout, hidden, type"),
+        (
+            "model.tower.num_heads=2",
+            "model.tower.num_heads",
+            "model.tower takes activation, dropout, hidden, normalization, type",
+        ),
     ],
 )
 def test_unknown_key_names_its_path_and_the_keys_that_exist(
@@ -120,6 +124,8 @@ def test_wrong_type_names_its_path_and_the_type_wanted(
         ("data.domain.names=[home, cart, cart]", "data.domain", "names must be 3 different ones"),
         ("stages.joint.diversity_weight=-1", "stages.joint.diversity_weight", "greater than or equal to 0"),
         ("model.tower.dropout=1.0", "model.tower.dropout", "less than 1, found 1.0"),
+        ("model.tower.activation=swish", "model.tower.activation", "'prelu' or 'none', found"),
+        ("model.tower.normalization=null", "model.tower.normalization", "'batch' or 'layer', found null"),
         ("model.tower.hidden=[8, 0]", "model.tower.hidden.1", "greater than 0, found 0"),
         ("model.tower={type: transformer, model_dim: 10}", "model.tower", "num_heads 4 does not divide model_dim 10"),
         ("model.hilomoe.top_k=4", "model.hilomoe", "top_k 4 exceeds num_experts 3"),

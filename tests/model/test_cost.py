@@ -323,6 +323,11 @@ def test_rows_are_the_parts_that_there_are_and_their_sums(load: Any) -> None:
         ("{type: mlp, hidden: [400], dropout: 0.2}", "{num_layers: 3, num_experts: 8}", "hilomoe mlp 400 L3 K8"),
         ("{type: mlp, hidden: []}", "null", "mlp without hidden layers"),
         (
+            "{type: mlp, activation: relu, normalization: batch, hidden: [8]}",
+            "{num_layers: 3, num_experts: 8}",
+            "hilomoe mlp 8 normalization=batch L3 K8",
+        ),
+        (
             TOWERS["dcn_v2"],
             "{num_layers: 1, num_experts: 4, top_k: 2, experts_in: [tower.cross.*, head]}",
             "hilomoe dcn_v2 num_cross_layers=2 10 L1 K4 top_k=2 experts_in=tower.cross.*,head",

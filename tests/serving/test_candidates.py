@@ -22,6 +22,7 @@ from recsys.data.ids import HashedIds
 from recsys.data.storage import DataError
 from recsys.model.dense_arch import build_dense_arch
 from recsys.model.experts import expert_layers
+from recsys.model.towers.normalization import BatchNorm
 from recsys.serving import Artifact, Scorer
 from recsys.serving.artifact import Manifest
 from recsys.serving.candidates import SharedRows, Sharing
@@ -29,6 +30,10 @@ from recsys.serving.scorer import RequestError
 from recsys.serving.tables import Table
 
 COLUMNS = ("user", "item", "tags", "x", "z")
+
+
+def norms(module: torch.nn.Module) -> list[BatchNorm]:
+    return [child for child in module.modules() if isinstance(child, BatchNorm)]
 
 
 def make(folder: Path, tower: dict[str, Any], experts: int = 3, *, dense: bool = True, **sparse: Any) -> Artifact:
@@ -48,6 +53,9 @@ def make(folder: Path, tower: dict[str, Any], experts: int = 3, *, dense: bool =
     arch = build_dense_arch(config.model, dims, num_dense_features=len(config.features.dense))
     for layer in expert_layers(arch).values():
         torch.nn.init.normal_(layer.lora_B, std=0.3)  # type: ignore[attr-defined]
+    for norm in norms(arch):
+        torch.nn.init.normal_(norm.running_mean)
+        torch.nn.init.uniform_(norm.running_var, 0.1, 1)
     tables = {
         name: Table(torch.randn(table.num_embeddings, table.embedding_dim), "float32")
         for name, table in config.tables.items()
@@ -245,16 +253,17 @@ def test_shared_rows_are_a_tensor_to_any_function(name: str, shared: str) -> Non
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_single_experts_are_merged_and_answer_as_before(
+def test_single_experts_and_batch_norms_are_merged_and_answer_as_before(
     tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact, table = make(tmp_path, TOWERS[tower], experts=1), tiny_table(200, 5)
     merged = Scorer(artifact)
-    assert not expert_layers(merged.dense_arch)
+    assert not expert_layers(merged.dense_arch) and not norms(merged.dense_arch)
     assert expert_layers(Scorer(make(tmp_path, TOWERS[tower], experts=2)).dense_arch)
     monkeypatch.setattr("recsys.serving.scorer.merge_experts", lambda module: [])
     apart = Scorer(artifact)
     assert expert_layers(apart.dense_arch)
+    assert len(norms(apart.dense_arch)) == {"mlp": 2, "dcn_v2": 1}.get(tower, 0)
     np.testing.assert_allclose(merged.score(table), apart.score(table), rtol=0, atol=1e-6)
 
 

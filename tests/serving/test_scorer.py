@@ -31,10 +31,23 @@ from recsys.training.parity import BOUNDS
 
 COLUMNS = ("user", "item", "tags", "x", "z")
 TOWERS: dict[str, dict[str, Any]] = {
-    "mlp": {"type": "mlp", "hidden": [16, 8]},
-    "dcn_v2": {"type": "dcn_v2", "hidden": [16], "num_cross_layers": 2},
+    "mlp": {"type": "mlp", "hidden": [16, 8], "normalization": "batch"},
+    "dcn_v2": {
+        "type": "dcn_v2",
+        "hidden": [16],
+        "num_cross_layers": 2,
+        "normalization": "batch",
+        "activation": "prelu",
+    },
     "transformer": {"type": "transformer", "model_dim": 8, "num_blocks": 1, "num_heads": 2, "feedforward_dim": 16},
-    "final_mlp": {"type": "final_mlp", "first_hidden": [16], "second_hidden": [16], "num_heads": 2},
+    "final_mlp": {
+        "type": "final_mlp",
+        "first_hidden": [16],
+        "second_hidden": [16],
+        "num_heads": 2,
+        "normalization": "layer",
+        "activation": "silu",
+    },
     "wdl": {"type": "wdl", "hidden": [16]},
     "deepfm": {"type": "deepfm", "hidden": [16]},
     "nfm": {"type": "nfm", "hidden": [16]},

@@ -103,7 +103,7 @@ def config_of(log: Path, output_dir: Path, scratch: Path, **changes: Any) -> Con
     raw["features"]["sparse"]["tags"]["max_length"] = 2  # so that something is counted
     raw["data"]["reader_threads"] = 1
     # Gradients of several tens of KiB: how three ranks add up depends on where in a bucket they are.
-    raw["model"]["tower"]["hidden"] = [160, 64]
+    raw["model"]["tower"] |= {"hidden": [160, 64], "normalization": "batch"}
     raw["stages"]["backbone"] |= {"patience": 1, "epochs": 3}
     raw["stages"]["experts"] |= {"patience": 1, "monitor": "auc"}
     raw["logging"] = {"every_steps": 4, "eval_every_steps": 9}

@@ -40,11 +40,18 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def normalized(log: Path, output_dir: Path) -> dict[str, Any]:
+    """The tiny config, its perceptron with batch norms."""
+    raw = tiny_config(log, output_dir)
+    raw["model"]["tower"] |= {"normalization": "batch", "activation": "prelu"}
+    return raw
+
+
 @pytest.fixture(scope="module")
 def run(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Outputs of the tiny config on two ranks."""
+    """Outputs of that on two ranks."""
     output_dir = tmp_path_factory.mktemp("run")
-    run_ranks(2, train_on, as_config(tiny_config(log, output_dir), output_dir))
+    run_ranks(2, train_on, as_config(normalized(log, output_dir), output_dir))
     return output_dir
 
 
@@ -71,6 +78,7 @@ def test_the_expert_stage_leaves_backbone_and_tables_bit_identical(run: Path, tm
     names = {name for name in before if not name.startswith("optimizer.dense.")}
     assert any(name.startswith("optimizer.sparse.") for name in names)
     assert any(name.startswith("optimizer.data_parallel.") for name in names)
+    assert "model.dense_arch.tower.norms.1.running_var" in names
     changed = {name for name in names if not torch.equal(before[name], after[name])}
     assert changed == {name for name in names if name.endswith(("lora_A", "lora_B"))}
 
@@ -83,7 +91,7 @@ def test_the_joint_stage_changes_every_table_and_weight(run: Path, tmp_path: Pat
 
 
 def test_the_same_seed_gives_the_same_bits(run: Path, log: Path, tmp_path: Path) -> None:
-    run_ranks(2, train_on, as_config(tiny_config(log, tmp_path / "again"), tmp_path))
+    run_ranks(2, train_on, as_config(normalized(log, tmp_path / "again"), tmp_path))
     first = checkpoint_tensors(run / "checkpoints" / "step-65", tmp_path)
     second = checkpoint_tensors(tmp_path / "again" / "checkpoints" / "step-65", tmp_path)
     assert first.keys() == second.keys()
@@ -171,7 +179,7 @@ def test_tensorboard_holds_the_cost_by_part(run: Path) -> None:
             assert [point.value for point in events.Scalars(f"cost/{tag}/{part}")] == [value]
     (text,) = events.Tensors("cost/text_summary")[0].tensor_proto.string_val
     for expected in (
-        "Cost of hilomoe mlp 16x8 L2 K3 against mlp 16x8",
+        "Cost of hilomoe mlp 16x8 activation=prelu normalization=batch L2 K3 against mlp 16x8 activation=prelu ",
         "| experts | ",
         "- 1 id for each sparse feature",
     ):
@@ -365,7 +373,7 @@ def test_evaluating_before_a_batch_that_is_shorter_on_one_rank_does_not_disturb_
 
 
 def test_evaluating_in_mid_epoch_does_not_disturb_training(run: Path, log: Path, tmp_path: Path) -> None:
-    raw = tiny_config(log, tmp_path / "out")
+    raw = normalized(log, tmp_path / "out")
     raw["logging"]["eval_every_steps"] = 4
     run_ranks(2, train_on, as_config(raw, tmp_path))
     first = checkpoint_tensors(run / "checkpoints" / "step-65", tmp_path)

@@ -58,6 +58,7 @@ def raw_config(log: Path, folder: Path, kind: str, vocabulary: str = "old", rows
     raw["tables"]["item"] = {"num_embeddings": rows, "embedding_dim": 8, **KINDS[kind]}
     raw["features"]["sparse"]["item"]["ids"] = ids_of(log, vocabulary)
     raw["features"]["sparse"]["tags"]["ids"] = {"type": "hash"}
+    raw["model"]["tower"]["normalization"] = "batch"  # whose statistics go with the weights
     raw["stages"] = {"joint": {**raw["stages"]["joint"], "steps": 6}}
     return raw
 
@@ -268,14 +269,14 @@ def test_what_does_not_fit_stays_as_it_was_and_is_said(source: Path, log: Path, 
     told, initial, found = begun(raw, tmp_path)
     same = [name for name in found if name in saved and saved[name].shape == found[name].shape]
     dense = [name for name in same if name.startswith("model.dense_arch.")]
-    assert len(dense) == 4  # the projection, and two biases whose widths are still the same
+    assert len(dense) == 8  # the projection, a norm, and two biases whose widths are still the same
     for name, value in found.items():
         assert torch.equal(value, saved[name] if name in dense else initial[name]), name
     assert line_of(told, "user") == "50 rows instead of 40, and no vocabulary; left as initialised"
     assert line_of(told, "tag") == "its features' ids become rows in another way; left as initialised"
     assert line_of(told, "more") == "the checkpoint has none; left as initialised"
     assert line_of(told, "item of the checkpoint") == "there is none here"
-    assert "  dense: 4 of 8 tensors" in told
+    assert "  dense: 8 of 16 tensors" in told
     assert (
         "  tensor head.weight: has another shape, (1, 12) here, (1, 8) in the checkpoint; left as initialised" in told
     )

@@ -1,13 +1,14 @@
 """AutoInt: self-attention over the tokens beside a perceptron (arXiv 1810.11921)."""
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.config.towers import AutoIntTowerConfig
-from recsys.model.towers.mlp import MLP
+from recsys.model.towers.mlp import MLP, PerceptronOptions, perceptron
 from recsys.model.towers.registry import Tokens, Tower, builds
 from recsys.model.towers.wide import FirstOrder
 
@@ -55,7 +56,7 @@ class AutoInt(Tower):
         num_heads: must divide `dim`.
         hidden: widths of the perceptron's layers; none leaves the perceptron out.
         wide: whether tokens end in a first-order weight and padding.
-        dropout: of attention weights and in the perceptron.
+        options: of the perceptron; its dropout also of attention weights.
     """
 
     def __init__(
@@ -67,14 +68,16 @@ class AutoInt(Tower):
         hidden: Sequence[int],
         *,
         wide: bool = False,
-        dropout: float = 0.0,
+        **options: Unpack[PerceptronOptions],
     ) -> None:
         super().__init__()
         self.num_tokens, self.first_order = len(token_dims), FirstOrder(token_dims, wide)
         token_dim = self.first_order.dims[0]
         widths = [token_dim, *[dim] * (num_layers - 1)]
-        self.layers = nn.ModuleList(InteractingLayer(width, dim, num_heads, dropout=dropout) for width in widths)
-        self.mlp = MLP(token_dim * self.num_tokens, hidden, dropout=dropout) if hidden else None
+        self.layers = nn.ModuleList(
+            InteractingLayer(width, dim, num_heads, dropout=options.get("dropout", 0.0)) for width in widths
+        )
+        self.mlp = MLP(token_dim * self.num_tokens, hidden, **options) if hidden else None
         self.num_logits = self.first_order.out_features
         self.out_features = (self.mlp.out_features if self.mlp else 0) + dim * self.num_tokens + self.num_logits
 
@@ -99,5 +102,5 @@ def build_autoint(settings: AutoIntTowerConfig, tokens: Tokens) -> AutoInt:
         settings.num_heads,
         settings.hidden,
         wide=settings.wide,
-        dropout=settings.dropout,
+        **perceptron(settings),
     )

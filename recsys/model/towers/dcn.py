@@ -1,12 +1,13 @@
 """DCN: cross layers of one vector each beside a perceptron (arXiv 1708.05123)."""
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from recsys.config.towers import DCNTowerConfig
-from recsys.model.towers.mlp import MLP
+from recsys.model.towers.mlp import MLP, PerceptronOptions, perceptron
 from recsys.model.towers.registry import Tokens, Tower, builds
 
 
@@ -16,11 +17,13 @@ class DCN(Tower):
     The tower gives both outputs side by side, as the paper does; no widths leave the perceptron out.
     """
 
-    def __init__(self, in_features: int, num_cross_layers: int, hidden: Sequence[int], *, dropout: float = 0.0) -> None:
+    def __init__(
+        self, in_features: int, num_cross_layers: int, hidden: Sequence[int], **options: Unpack[PerceptronOptions]
+    ) -> None:
         super().__init__()
         self.cross = nn.ModuleList(nn.Linear(in_features, 1, bias=False) for _ in range(num_cross_layers))
         self.cross_biases = nn.ParameterList(torch.zeros(in_features) for _ in range(num_cross_layers))
-        self.mlp = MLP(in_features, hidden, dropout=dropout) if hidden else None
+        self.mlp = MLP(in_features, hidden, **options) if hidden else None
         self.out_features = in_features + sum(hidden[-1:])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,4 +39,4 @@ class DCN(Tower):
 @builds(DCNTowerConfig)
 def build_dcn(settings: DCNTowerConfig, tokens: Tokens) -> DCN:
     """The DCN that the settings describe."""
-    return DCN(tokens.width, settings.num_cross_layers, settings.hidden, dropout=settings.dropout)
+    return DCN(tokens.width, settings.num_cross_layers, settings.hidden, **perceptron(settings))

@@ -1,12 +1,13 @@
 """DeepFM: a factorization machine and a perceptron on the same embeddings (arXiv 1703.04247)."""
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from recsys.config.towers import DeepFMTowerConfig
-from recsys.model.towers.mlp import MLP
+from recsys.model.towers.mlp import MLP, PerceptronOptions, perceptron
 from recsys.model.towers.products import pooled_products
 from recsys.model.towers.registry import Tokens, Tower, builds
 from recsys.model.towers.wide import FirstOrder
@@ -23,15 +24,20 @@ class DeepFM(Tower):
         token_dims: width of each token within the concatenation, all the same.
         hidden: widths of the perceptron.
         wide: whether tokens end in first-order weights; False leaves w_i out.
-        dropout: in the perceptron.
+        options: of the perceptron.
     """
 
     def __init__(
-        self, token_dims: Sequence[int], hidden: Sequence[int], *, wide: bool = True, dropout: float = 0.0
+        self,
+        token_dims: Sequence[int],
+        hidden: Sequence[int],
+        *,
+        wide: bool = True,
+        **options: Unpack[PerceptronOptions],
     ) -> None:
         super().__init__()
         self.first_order = FirstOrder(token_dims, wide)
-        self.mlp = MLP(sum(self.first_order.dims), hidden, dropout=dropout)
+        self.mlp = MLP(sum(self.first_order.dims), hidden, **options)
         self.num_logits = 1 + self.first_order.out_features
         self.out_features = self.mlp.out_features + self.num_logits
 
@@ -47,4 +53,4 @@ class DeepFM(Tower):
 @builds(DeepFMTowerConfig)
 def build_deepfm(settings: DeepFMTowerConfig, tokens: Tokens) -> DeepFM:
     """The DeepFM that the settings describe."""
-    return DeepFM(tokens.dims, settings.hidden, wide=settings.wide, dropout=settings.dropout)
+    return DeepFM(tokens.dims, settings.hidden, wide=settings.wide, **perceptron(settings))

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from math import comb
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from recsys.config.towers import DLRMTowerConfig
-from recsys.model.towers.mlp import MLP
+from recsys.model.towers.mlp import MLP, PerceptronOptions, perceptron
 from recsys.model.towers.products import inner_products
 from recsys.model.towers.registry import Tokens, Tower, builds
 
@@ -23,7 +24,7 @@ class DLRM(Tower):
         token_dims: width of each token within the concatenation, D but for the dense one.
         bottom_hidden: widths of the bottom before its last; None where there are no dense features.
         hidden: widths of the top.
-        dropout: in both.
+        options: of both.
     """
 
     def __init__(
@@ -31,15 +32,14 @@ class DLRM(Tower):
         token_dims: Sequence[int],
         bottom_hidden: Sequence[int] | None,
         hidden: Sequence[int],
-        *,
-        dropout: float = 0.0,
+        **options: Unpack[PerceptronOptions],
     ) -> None:
         super().__init__()
         dim, self.num_tokens = token_dims[0], len(token_dims)
-        self.bottom = None if bottom_hidden is None else MLP(token_dims[-1], [*bottom_hidden, dim], dropout=dropout)
+        self.bottom = None if bottom_hidden is None else MLP(token_dims[-1], [*bottom_hidden, dim], **options)
         self.split = [sum(token_dims[:-1]), token_dims[-1]]
         width = comb(self.num_tokens, 2) + (0 if self.bottom is None else dim)
-        self.top = MLP(width, hidden, dropout=dropout)
+        self.top = MLP(width, hidden, **options)
         self.out_features = self.top.out_features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,4 +58,4 @@ class DLRM(Tower):
 def build_dlrm(settings: DLRMTowerConfig, tokens: Tokens) -> DLRM:
     """The DLRM that the settings describe."""
     bottom_hidden = settings.bottom_hidden if len(tokens.dims) > len(tokens.features) else None
-    return DLRM(tokens.dims, bottom_hidden, settings.hidden, dropout=settings.dropout)
+    return DLRM(tokens.dims, bottom_hidden, settings.hidden, **perceptron(settings))

@@ -1,14 +1,14 @@
 """FiBiNET: bilinear products of pairs of tokens, plain and reweighted, into a perceptron (arXiv 1905.09433)."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.config.towers import FiBiNETTowerConfig
-from recsys.model.towers.mlp import MLP
+from recsys.model.towers.mlp import MLP, PerceptronOptions, perceptron
 from recsys.model.towers.registry import Tokens, Tower, builds
 from recsys.model.towers.wide import FirstOrder
 
@@ -88,7 +88,7 @@ class FiBiNET(Tower):
         hidden: widths of the perceptron's layers; none gives all products to the head.
         sigmoid: whether SENET's outer activation is a sigmoid.
         wide: whether tokens end in a first-order weight and padding.
-        dropout: in the perceptron.
+        options: of the perceptron.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class FiBiNET(Tower):
         *,
         sigmoid: bool = False,
         wide: bool = False,
-        dropout: float = 0.0,
+        **options: Unpack[PerceptronOptions],
     ) -> None:
         super().__init__()
         self.num_tokens, self.first_order = len(token_dims), FirstOrder(token_dims, wide)
@@ -108,7 +108,7 @@ class FiBiNET(Tower):
         self.senet = SqueezeExcitation(self.num_tokens, reduction_ratio, sigmoid=sigmoid)
         self.plain = BilinearInteraction(self.num_tokens, dim, bilinear)
         self.reweighted = BilinearInteraction(self.num_tokens, dim, bilinear)
-        self.mlp = MLP(2 * self.plain.out_features, hidden, dropout=dropout)
+        self.mlp = MLP(2 * self.plain.out_features, hidden, **options)
         self.num_logits = self.first_order.out_features
         self.out_features = self.mlp.out_features + self.num_logits
 
@@ -130,5 +130,5 @@ def build_fibinet(settings: FiBiNETTowerConfig, tokens: Tokens) -> FiBiNET:
         settings.hidden,
         sigmoid=settings.excitation == "sigmoid",
         wide=settings.wide,
-        dropout=settings.dropout,
+        **perceptron(settings),
     )

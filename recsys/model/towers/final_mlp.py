@@ -1,13 +1,14 @@
 """FinalMLP: two gated perceptrons and their bilinear fusion (arXiv 2304.00902)."""
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.config.towers import FinalMLPTowerConfig
-from recsys.model.towers.mlp import MLP
+from recsys.model.towers.mlp import MLP, PerceptronOptions, perceptron
 from recsys.model.towers.registry import Tokens, Tower, builds
 
 
@@ -51,7 +52,7 @@ class FinalMLP(Tower):
         first_context: tokens by number that gate the first stream's features; none gates by a learned vector.
         second_context: the same of the second.
         gate_hidden: width of the gates' hidden layers; None leaves the gates out.
-        dropout: in both streams.
+        options: of both streams.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class FinalMLP(Tower):
         first_context: Sequence[int] = (),
         second_context: Sequence[int] = (),
         gate_hidden: int | None = None,
-        dropout: float = 0.0,
+        **options: Unpack[PerceptronOptions],
     ) -> None:
         super().__init__()
         self.token_dims, self.num_heads = list(token_dims), num_heads
@@ -78,8 +79,8 @@ class FinalMLP(Tower):
             if gate_hidden
             else None
         )
-        self.first = MLP(width, first_hidden, dropout=dropout)
-        self.second = MLP(width, second_hidden, dropout=dropout)
+        self.first = MLP(width, first_hidden, **options)
+        self.second = MLP(width, second_hidden, **options)
         heads = [stream.out_features // num_heads for stream in (self.first, self.second)]
         self.interaction = nn.Parameter(torch.empty(num_heads, *heads))
         for weight in self.interaction.detach():
@@ -114,5 +115,5 @@ def build_final_mlp(settings: FinalMLPTowerConfig, tokens: Tokens) -> FinalMLP:
         first_context=[features.index(name) for name in settings.first_context],
         second_context=[features.index(name) for name in settings.second_context],
         gate_hidden=settings.gate_hidden,
-        dropout=settings.dropout,
+        **perceptron(settings),
     )

@@ -1,12 +1,13 @@
 """GDCN: gated cross layers in front of a perceptron or beside it (arXiv 2311.04635)."""
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from recsys.config.towers import GDCNTowerConfig
-from recsys.model.towers.mlp import MLP
+from recsys.model.towers.mlp import MLP, PerceptronOptions, perceptron
 from recsys.model.towers.registry import Tokens, Tower, builds
 
 
@@ -36,7 +37,7 @@ class GDCN(Tower):
         num_cross_layers: number of gated cross layers.
         hidden: widths of the perceptron's layers; none leaves the perceptron out.
         parallel: whether the perceptron stands beside the cross layers.
-        dropout: in the perceptron.
+        options: of the perceptron.
     """
 
     def __init__(
@@ -46,12 +47,12 @@ class GDCN(Tower):
         hidden: Sequence[int],
         *,
         parallel: bool = False,
-        dropout: float = 0.0,
+        **options: Unpack[PerceptronOptions],
     ) -> None:
         super().__init__()
         self.parallel = parallel
         self.layers = nn.ModuleList(GatedCross(in_features) for _ in range(num_cross_layers))
-        self.mlp = MLP(in_features, hidden, dropout=dropout) if hidden else None
+        self.mlp = MLP(in_features, hidden, **options) if hidden else None
         outputs = [in_features] if parallel or self.mlp is None else []
         self.out_features = sum(outputs) + (self.mlp.out_features if self.mlp else 0)
 
@@ -75,5 +76,5 @@ def build_gdcn(settings: GDCNTowerConfig, tokens: Tokens) -> GDCN:
         settings.num_cross_layers,
         settings.hidden,
         parallel=settings.structure == "parallel",
-        dropout=settings.dropout,
+        **perceptron(settings),
     )

@@ -1,13 +1,14 @@
 """MaskNet, parallel: blocks that mask the embeddings by what they are, into a perceptron (arXiv 2102.07619)."""
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.config.towers import MaskNetTowerConfig
-from recsys.model.towers.mlp import MLP
+from recsys.model.towers.mlp import MLP, PerceptronOptions, perceptron
 from recsys.model.towers.registry import Tokens, Tower, builds
 
 
@@ -47,7 +48,7 @@ class MaskNet(Tower):
         block_dim: width of each.
         reduction_ratio: width of the masks' hidden layers over that of the embeddings.
         hidden: widths of the perceptron's layers; none gives the blocks to the head.
-        dropout: in blocks and perceptron.
+        options: of the perceptron; its dropout also of blocks.
     """
 
     def __init__(
@@ -57,16 +58,16 @@ class MaskNet(Tower):
         block_dim: int,
         reduction_ratio: int,
         hidden: Sequence[int],
-        *,
-        dropout: float = 0.0,
+        **options: Unpack[PerceptronOptions],
     ) -> None:
         super().__init__()
         self.token_dims = list(token_dims)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in token_dims)
         self.blocks = nn.ModuleList(
-            MaskBlock(sum(token_dims), block_dim, reduction_ratio, dropout=dropout) for _ in range(num_blocks)
+            MaskBlock(sum(token_dims), block_dim, reduction_ratio, dropout=options.get("dropout", 0.0))
+            for _ in range(num_blocks)
         )
-        self.mlp = MLP(num_blocks * block_dim, hidden, dropout=dropout)
+        self.mlp = MLP(num_blocks * block_dim, hidden, **options)
         self.out_features = self.mlp.out_features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,5 +87,5 @@ def build_masknet(settings: MaskNetTowerConfig, tokens: Tokens) -> MaskNet:
         settings.block_dim,
         settings.reduction_ratio,
         settings.hidden,
-        dropout=settings.dropout,
+        **perceptron(settings),
     )

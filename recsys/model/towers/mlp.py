@@ -2,32 +2,82 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TypedDict
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from recsys.config.towers import MLPTowerConfig
+from recsys.config.towers import Activation, MLPTowerConfig, Normalization, PerceptronSettings
+from recsys.model.towers.normalization import BatchNorm, build_normalization
 from recsys.model.towers.registry import Tokens, Tower, builds
 
 
-class MLP(Tower):
-    """Linear, ReLU, dropout for each hidden width; no widths give the identity."""
+class PerceptronOptions(TypedDict, total=False):
+    """What the layers of a perceptron are; see `recsys.config.towers.PerceptronSettings`."""
 
-    def __init__(self, in_features: int, hidden: Sequence[int], *, dropout: float = 0.0) -> None:
+    activation: Activation
+    dropout: float
+    normalization: Normalization
+
+
+def perceptron(settings: PerceptronSettings) -> PerceptronOptions:
+    """What a tower's settings say of its perceptrons, as arguments of `MLP`."""
+    return {
+        "activation": settings.activation,
+        "dropout": settings.dropout,
+        "normalization": settings.normalization,
+    }
+
+
+class MLP(Tower):
+    """Linear, normalisation, activation, dropout for each hidden width; no widths give the identity."""
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden: Sequence[int],
+        *,
+        activation: Activation = "relu",
+        dropout: float = 0.0,
+        normalization: Normalization = "none",
+    ) -> None:
         super().__init__()
         widths = [in_features, *hidden]
         self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.norms = nn.ModuleList(build_normalization(normalization, width) for width in hidden)
+        self.activations = nn.ModuleList(build_activation(activation, width) for width in hidden)
         self.dropout = nn.Dropout(dropout)
         self.out_features = widths[-1]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, W) -> (B, hidden[-1])."""
-        for linear in self.linears:
-            x = self.dropout(F.relu(linear(x)))
+        for linear, norm, activate in zip(self.linears, self.norms, self.activations, strict=True):
+            x = self.dropout(activate(norm(linear(x))))
         return x
+
+    def fold_norms(self) -> None:
+        """Leave batch norms to the linears before them, where these are plain: the same in evaluation, in one pass."""
+        for layer, (linear, norm) in enumerate(zip(self.linears, self.norms, strict=True)):
+            if isinstance(norm, BatchNorm) and type(linear) is nn.Linear:
+                self.linears[layer], self.norms[layer] = norm.folded_into(linear), nn.Identity()
+
+
+def build_activation(kind: Activation, width: int) -> nn.Module:
+    """The module from (..., width) to (..., width) that a config's `activation` names."""
+    match kind:
+        case "relu":
+            return nn.ReLU()
+        case "gelu":
+            return nn.GELU()
+        case "silu":
+            return nn.SiLU()
+        case "leaky_relu":
+            return nn.LeakyReLU()
+        case "prelu":
+            return nn.PReLU(width)
+    return nn.Identity()
 
 
 @builds(MLPTowerConfig)
 def build_mlp(settings: MLPTowerConfig, tokens: Tokens) -> MLP:
     """The perceptron that the settings describe."""
-    return MLP(tokens.width, settings.hidden, dropout=settings.dropout)
+    return MLP(tokens.width, settings.hidden, **perceptron(settings))

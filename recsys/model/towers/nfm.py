@@ -1,12 +1,13 @@
 """NFM: a perceptron on pooled products of embeddings (arXiv 1708.05027)."""
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from recsys.config.towers import NFMTowerConfig
-from recsys.model.towers.mlp import MLP
+from recsys.model.towers.mlp import MLP, PerceptronOptions, perceptron
 from recsys.model.towers.products import pooled_products
 from recsys.model.towers.registry import Tokens, Tower, builds
 from recsys.model.towers.wide import FirstOrder
@@ -23,15 +24,20 @@ class NFM(Tower):
         token_dims: width of each token within the concatenation, all the same.
         hidden: widths of the perceptron.
         wide: whether tokens end in first-order weights; False leaves w_i out.
-        dropout: in the perceptron.
+        options: of the perceptron.
     """
 
     def __init__(
-        self, token_dims: Sequence[int], hidden: Sequence[int], *, wide: bool = True, dropout: float = 0.0
+        self,
+        token_dims: Sequence[int],
+        hidden: Sequence[int],
+        *,
+        wide: bool = True,
+        **options: Unpack[PerceptronOptions],
     ) -> None:
         super().__init__()
         self.first_order = FirstOrder(token_dims, wide)
-        self.mlp = MLP(self.first_order.dims[0], hidden, dropout=dropout)
+        self.mlp = MLP(self.first_order.dims[0], hidden, **options)
         self.num_logits = self.first_order.out_features
         self.out_features = self.mlp.out_features + self.num_logits
 
@@ -45,4 +51,4 @@ class NFM(Tower):
 @builds(NFMTowerConfig)
 def build_nfm(settings: NFMTowerConfig, tokens: Tokens) -> NFM:
     """The NFM that the settings describe."""
-    return NFM(tokens.dims, settings.hidden, wide=settings.wide, dropout=settings.dropout)
+    return NFM(tokens.dims, settings.hidden, wide=settings.wide, **perceptron(settings))

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from math import comb
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from recsys.config.towers import PNNTowerConfig
-from recsys.model.towers.mlp import MLP
+from recsys.model.towers.mlp import MLP, PerceptronOptions, perceptron
 from recsys.model.towers.products import inner_products
 from recsys.model.towers.registry import Tokens, Tower, builds
 
@@ -21,13 +22,13 @@ class PNN(Tower):
     Args:
         token_dims: width of each token within the concatenation, all the same.
         hidden: widths of the perceptron.
-        dropout: in the perceptron.
+        options: of the perceptron.
     """
 
-    def __init__(self, token_dims: Sequence[int], hidden: Sequence[int], *, dropout: float = 0.0) -> None:
+    def __init__(self, token_dims: Sequence[int], hidden: Sequence[int], **options: Unpack[PerceptronOptions]) -> None:
         super().__init__()
         self.num_tokens = len(token_dims)
-        self.mlp = MLP(sum(token_dims) + comb(self.num_tokens, 2), hidden, dropout=dropout)
+        self.mlp = MLP(sum(token_dims) + comb(self.num_tokens, 2), hidden, **options)
         self.out_features = self.mlp.out_features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,4 +41,4 @@ class PNN(Tower):
 @builds(PNNTowerConfig)
 def build_pnn(settings: PNNTowerConfig, tokens: Tokens) -> PNN:
     """The PNN that the settings describe."""
-    return PNN(tokens.dims, settings.hidden, dropout=settings.dropout)
+    return PNN(tokens.dims, settings.hidden, **perceptron(settings))

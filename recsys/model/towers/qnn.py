@@ -1,12 +1,13 @@
 """QNN: quadratic layers beside a perceptron (arXiv 2505.17999)."""
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from recsys.config.towers import QNNTowerConfig
-from recsys.model.towers.mlp import MLP
+from recsys.model.towers.mlp import MLP, PerceptronOptions, perceptron
 from recsys.model.towers.registry import Tokens, Tower, builds
 
 
@@ -40,15 +41,23 @@ class QNN(Tower):
         num_layers: number of quadratic layers.
         hidden: widths of the perceptron's layers; none leaves the perceptron out.
         norm: whether products go through a LayerNorm.
-        dropout: after each quadratic layer and in the perceptron.
+        options: of the perceptron; its dropout also after each quadratic layer.
     """
 
     def __init__(
-        self, in_features: int, num_layers: int, hidden: Sequence[int], *, norm: bool = True, dropout: float = 0.0
+        self,
+        in_features: int,
+        num_layers: int,
+        hidden: Sequence[int],
+        *,
+        norm: bool = True,
+        **options: Unpack[PerceptronOptions],
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(QuadraticLayer(in_features, norm=norm, dropout=dropout) for _ in range(num_layers))
-        self.mlp = MLP(in_features, hidden, dropout=dropout) if hidden else None
+        self.layers = nn.ModuleList(
+            QuadraticLayer(in_features, norm=norm, dropout=options.get("dropout", 0.0)) for _ in range(num_layers)
+        )
+        self.mlp = MLP(in_features, hidden, **options) if hidden else None
         self.out_features = in_features + (self.mlp.out_features if self.mlp else 0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,5 +78,5 @@ def build_qnn(settings: QNNTowerConfig, tokens: Tokens) -> QNN:
         settings.num_layers,
         settings.hidden,
         norm=settings.norm == "layer",
-        dropout=settings.dropout,
+        **perceptron(settings),
     )

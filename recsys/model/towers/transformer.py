@@ -6,21 +6,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys.config.towers import TransformerTowerConfig
+from recsys.config.towers import Activation, Normalization, TransformerTowerConfig
+from recsys.model.towers.mlp import build_activation, perceptron
+from recsys.model.towers.normalization import build_normalization
 from recsys.model.towers.registry import Tokens, Tower, builds
 
 
 class TransformerBlock(nn.Module):
     """Pre-norm multi-head self-attention over the tokens, then a position-wise perceptron, each with a residual."""
 
-    def __init__(self, dim: int, num_heads: int, feedforward_dim: int, *, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        feedforward_dim: int,
+        *,
+        activation: Activation = "relu",
+        dropout: float = 0.0,
+        normalization: Normalization = "layer",
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.attention_norm = nn.LayerNorm(dim)
+        self.attention_norm = build_normalization(normalization, dim)
         self.query, self.key, self.value = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.output = nn.Linear(dim, dim)
-        self.feedforward_norm = nn.LayerNorm(dim)
+        self.feedforward_norm = build_normalization(normalization, dim)
         self.up, self.down = nn.Linear(dim, feedforward_dim), nn.Linear(feedforward_dim, dim)
+        self.activation = build_activation(activation, feedforward_dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,7 +45,7 @@ class TransformerBlock(nn.Module):
         )
         attended = F.scaled_dot_product_attention(query, key, value)
         x = x + self.dropout(self.output(attended.transpose(1, 2).flatten(2)))
-        out: Tensor = x + self.dropout(self.down(F.relu(self.up(self.feedforward_norm(x)))))
+        out: Tensor = x + self.dropout(self.down(self.activation(self.up(self.feedforward_norm(x)))))
         return out
 
 
@@ -46,7 +58,9 @@ class Transformer(Tower):
         num_blocks: number of encoder blocks.
         num_heads: must divide D.
         feedforward_dim: width inside a block's perceptron.
+        activation: within the perceptrons.
         dropout: after attention and perceptron.
+        normalization: before each, and at the end.
     """
 
     def __init__(
@@ -57,15 +71,20 @@ class Transformer(Tower):
         num_heads: int,
         feedforward_dim: int,
         *,
+        activation: Activation = "relu",
         dropout: float = 0.0,
+        normalization: Normalization = "layer",
     ) -> None:
         super().__init__()
         self.token_dims = list(token_dims)
         self.tokens = nn.ModuleList(nn.Linear(width, dim) for width in token_dims)
         self.blocks = nn.ModuleList(
-            TransformerBlock(dim, num_heads, feedforward_dim, dropout=dropout) for _ in range(num_blocks)
+            TransformerBlock(
+                dim, num_heads, feedforward_dim, activation=activation, dropout=dropout, normalization=normalization
+            )
+            for _ in range(num_blocks)
         )
-        self.norm = nn.LayerNorm(dim)
+        self.norm = build_normalization(normalization, dim)
         self.out_features = dim * len(self.token_dims)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,5 +106,5 @@ def build_transformer(settings: TransformerTowerConfig, tokens: Tokens) -> Trans
         settings.num_blocks,
         settings.num_heads,
         settings.feedforward_dim,
-        dropout=settings.dropout,
+        **perceptron(settings),
     )

@@ -1,12 +1,13 @@
 """Wide & Deep: a linear model beside a perceptron (arXiv 1606.07792)."""
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from recsys.config.towers import WDLTowerConfig
-from recsys.model.towers.mlp import MLP
+from recsys.model.towers.mlp import MLP, PerceptronOptions, perceptron
 from recsys.model.towers.registry import Tokens, Tower, builds
 from recsys.model.towers.wide import FirstOrder
 
@@ -19,10 +20,10 @@ class WDL(Tower):
     feature; the paper's crossed features are columns of the log like any other. Here the dense features, too, have one.
     """
 
-    def __init__(self, token_dims: Sequence[int], hidden: Sequence[int], *, dropout: float = 0.0) -> None:
+    def __init__(self, token_dims: Sequence[int], hidden: Sequence[int], **options: Unpack[PerceptronOptions]) -> None:
         super().__init__()
         self.first_order = FirstOrder(token_dims, True)
-        self.mlp = MLP(sum(self.first_order.dims), hidden, dropout=dropout)
+        self.mlp = MLP(sum(self.first_order.dims), hidden, **options)
         self.num_logits = 1
         self.out_features = self.mlp.out_features + 1
 
@@ -35,4 +36,4 @@ class WDL(Tower):
 @builds(WDLTowerConfig)
 def build_wdl(settings: WDLTowerConfig, tokens: Tokens) -> WDL:
     """The Wide & Deep that the settings describe."""
-    return WDL(tokens.dims, settings.hidden, dropout=settings.dropout)
+    return WDL(tokens.dims, settings.hidden, **perceptron(settings))

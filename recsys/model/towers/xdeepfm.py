@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from recsys.config.towers import XDeepFMTowerConfig
-from recsys.model.towers.mlp import MLP
+from recsys.model.towers.mlp import MLP, PerceptronOptions, perceptron
 from recsys.model.towers.registry import Tokens, Tower, builds
 from recsys.model.towers.wide import FirstOrder
 
@@ -50,7 +51,7 @@ class XDeepFM(Tower):
         cin_hidden: number of the CIN's feature maps, layer by layer.
         hidden: widths of the perceptron's layers; none leaves the perceptron out.
         wide: whether tokens end in a first-order weight and padding.
-        dropout: in the perceptron.
+        options: of the perceptron.
     """
 
     def __init__(
@@ -60,12 +61,12 @@ class XDeepFM(Tower):
         hidden: Sequence[int],
         *,
         wide: bool = False,
-        dropout: float = 0.0,
+        **options: Unpack[PerceptronOptions],
     ) -> None:
         super().__init__()
         self.num_tokens, self.first_order = len(token_dims), FirstOrder(token_dims, wide)
         self.cin = CompressedInteractionNetwork(self.num_tokens, cin_hidden)
-        self.mlp = MLP(sum(self.first_order.dims), hidden, dropout=dropout) if hidden else None
+        self.mlp = MLP(sum(self.first_order.dims), hidden, **options) if hidden else None
         self.num_logits = self.first_order.out_features
         self.out_features = (self.mlp.out_features if self.mlp else 0) + self.cin.out_features + self.num_logits
 
@@ -81,4 +82,4 @@ class XDeepFM(Tower):
 @builds(XDeepFMTowerConfig)
 def build_xdeepfm(settings: XDeepFMTowerConfig, tokens: Tokens) -> XDeepFM:
     """The xDeepFM that the settings describe."""
-    return XDeepFM(tokens.dims, settings.cin_hidden, settings.hidden, wide=settings.wide, dropout=settings.dropout)
+    return XDeepFM(tokens.dims, settings.cin_hidden, settings.hidden, wide=settings.wide, **perceptron(settings))

@@ -4,13 +4,17 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from tiny import write_tiny_config, write_tiny_log
+from torch import nn
 
 from recsys.config import TowerSettings
 from recsys.model.towers import registry
+from recsys.model.towers.normalization import BatchNorm
 
 ROOT = Path(__file__).parents[3]
 
@@ -85,6 +89,22 @@ def test_its_settings_are_checked_as_those_of_others(extended: Path, tmp_path: P
 
 def test_every_settings_class_has_a_builder_and_every_builder_one() -> None:
     assert set(registry._BUILDERS) == set(TowerSettings.__subclasses__())
+
+
+@pytest.mark.parametrize("settings", registry._BUILDERS, ids=lambda settings: settings.__name__)
+def test_every_tower_has_the_options_of_perceptrons(settings: type[TowerSettings]) -> None:
+    (name,) = get_args(settings.model_fields["type"].annotation)
+
+    def kinds(**options: object) -> Counter[type]:
+        tower = registry.build_tower(settings(type=name, **options), registry.Tokens(["one", "other"], [20, 20, 20]))
+        assert {module.p for module in tower.modules() if isinstance(module, nn.Dropout)} == {options.get("dropout", 0)}
+        return Counter(map(type, tower.modules()))
+
+    plain = kinds(activation="none", normalization="none")  # but for norms that belong to the family
+    batch, layer = kinds(activation="prelu", dropout=0.5, normalization="batch"), kinds(normalization="layer")
+    assert batch[BatchNorm] == layer[nn.LayerNorm] - plain[nn.LayerNorm] > plain[BatchNorm] == 0
+    assert batch[nn.LayerNorm] == plain[nn.LayerNorm]
+    assert batch[nn.PReLU] == layer[nn.ReLU] - plain[nn.ReLU] > plain[nn.PReLU] == 0
 
 
 def test_no_other_file_names_a_tower() -> None:

@@ -1,12 +1,15 @@
 """Every tower is the same function with dense linears and with HiLoMoE linears whose experts are still zero."""
 
+import math
 from collections.abc import Callable
 from copy import deepcopy
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from recsys.config.towers import Activation, Normalization
 from recsys.model.experts import attach_experts, expert_layers
 from recsys.model.towers.autoint import AutoInt
 from recsys.model.towers.dcn import DCN
@@ -156,6 +159,37 @@ def test_dropout_acts_in_training_only(build: Callable[[float], nn.Module], x: T
 
 def test_mlp_without_hidden_layers_is_the_identity(x: Tensor) -> None:
     assert torch.equal(MLP(WIDTH, [])(x), x)
+
+
+ACTIVATIONS: dict[str, Callable[[float], float]] = {
+    "relu": lambda z: max(z, 0.0),
+    "gelu": lambda z: z * (1 + math.erf(z / math.sqrt(2))) / 2,
+    "silu": lambda z: z / (1 + math.exp(-z)),
+    "leaky_relu": lambda z: z if z > 0 else 0.01 * z,
+    "prelu": lambda z: z if z > 0 else 0.25 * z,
+    "none": lambda z: z,
+}
+NORMALIZATIONS: dict[str, int | None] = {"none": None, "batch": 0, "layer": 1}
+"""The dimension along which each takes mean and variance."""
+
+
+@pytest.mark.parametrize("activation", get_args(Activation))
+@pytest.mark.parametrize("normalization", get_args(Normalization))
+def test_perceptrons_follow_their_formula(activation: Activation, normalization: Normalization, x: Tensor) -> None:
+    tower, x = MLP(WIDTH, [9, 5], activation=activation, normalization=normalization).double(), x.double()
+    for parameter in tower.norms.parameters():
+        nn.init.normal_(parameter)
+    expected = x
+    for linear, norm in zip(tower.linears, tower.norms, strict=True):
+        z = torch.stack([linear.weight @ row + linear.bias for row in expected])
+        if (along := NORMALIZATIONS[normalization]) is not None:
+            mean = z.mean(along, keepdim=True)
+            variance = ((z - mean) ** 2).mean(along, keepdim=True)
+            z = (z - mean) / (variance + 1e-5).sqrt() * norm.weight + norm.bias
+        expected = torch.tensor(
+            [[ACTIVATIONS[activation](value) for value in row] for row in z.tolist()], dtype=z.dtype
+        )
+    torch.testing.assert_close(tower(x), expected)
 
 
 def test_cross_layers_follow_their_formula(x: Tensor) -> None:
