@@ -19,7 +19,7 @@ from recsys.data.features import check_names
 from recsys.data.parquet import ShardTables
 from recsys.data.rows import Rows, SparseLayout
 from recsys.data.storage import DataError, Place, locate, naming
-from recsys.serving.scorer import RequestError
+from recsys.serving.scorer import RequestError, naming_row
 
 PROBABILITY, LOGIT = "probability", "logit"
 
@@ -187,7 +187,8 @@ class _Source:
         # What is kept stands as it does in the file, of the type that it has there.
         dictionaries = [name for name in self._model.dictionaries if name not in self._keep]
         table, layout = self._shards.table(group, self._names, dictionaries), self._layouts[self._shards.file_of(group)]
-        rows = self._model.decode(table.select(self._model.columns), layout, self._shards.where(group))
+        raw, where = table.select(self._model.columns), self._shards.where(group)
+        rows = naming_row(lambda part, of: self._model.decode(part, layout, of), raw, where)
         return _Group(table.select(self._keep), rows, layout)
 
 

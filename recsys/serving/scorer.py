@@ -1,13 +1,14 @@
 """Raw values in, probabilities out, by the code that decoded them in training."""
 
 import hashlib
-from collections.abc import Container, Iterable, Mapping, Sequence, Set
+from bisect import bisect_left
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recsys.checkpoint.layout import VOCABULARIES
+from recsys.config.faults import shortened
+from recsys.data.arrow import is_string, value_type
 from recsys.data.features import Columns, build_columns, check_names
 from recsys.data.kinds import Kinds, read_kinds
 from recsys.data.rows import Rows, SparseLayout
+from recsys.data.storage import DataError
 from recsys.errors import UserError
 from recsys.files import FileError, read_regular
 from recsys.model.dense_arch import build_dense_arch
@@ -27,11 +31,14 @@ from recsys.serving.artifact import Artifact, ArtifactError
 from recsys.serving.candidates import Sharing, shared_rows
 from recsys.serving.schema import ARROW_SCHEMA, read_as_meant, times_and_integers
 
+_NO_ARRAY = (pa.ArrowException, TypeError, ValueError, LookupError, OverflowError)
 _NESTING = (list, tuple, set, frozenset, Mapping, np.ndarray)
 _MAX_SCHEMA = 16 << 20
 _ROWS = "give an Arrow table or record batch, a mapping of columns by name, or a list of mappings, one for each row"
 
 _NO_FEATURES = SparseLayout((), frozenset())
+
+_Decoded = TypeVar("_Decoded")
 
 _BATCH_ROWS = 2048
 """Of files that are predicted; what they become on the way is then a few MB for most models, and fits a cache."""
@@ -114,9 +121,10 @@ class Scorer:
                 times may be texts with their zone, and whole numbers may be written 3.0, as JSON may have it.
 
         Raises:
-            RequestError: they are none of these, or a column is missing or unknown, or its values are of several types.
-            DataError: a value is of another type than in training, null or not finite where the config does not fill
-                it, or an id is out of range; a domain that is asked for is null or none of the config's.
+            RequestError: they are none of these, or a column is missing or unknown, or its values are of several types
+                or ids that are neither integers nor, where they are wanted, times.
+            DataError: a column is of another type than in training, a value null or not finite where the config does
+                not fill it, or an id out of range; a domain that is asked for is null or none of the config's.
         """
         with torch.inference_mode():
             return self.logits_of(self._table(rows, self.columns)).sigmoid().numpy()
@@ -143,7 +151,7 @@ class Scorer:
         with torch.inference_mode():
             row = self._table({name: [context[name]] for name in context}, tuple(context)) if context else pa.table({})
             items = self._table(candidates, [name for name in self.columns if name not in context], context)
-            parts = division.context.read(row, "context"), division.items.read(items, "candidates")
+            parts = division.context.read(row, "context", one=True), division.items.read(items, "candidates")
             logits: Tensor = self.dense_arch(*map(shared_rows, *parts, division.sharings))[0]
             if self._calibration is not None:
                 logits = self._calibration(logits, self._domains(context, row, items))
@@ -157,8 +165,11 @@ class Scorer:
         table, where = (row, "context") if shared else (items, "candidates")
         check_names(table.schema, self._domain.names, where, "table")
         self._domain.check_schema(table.schema, where)
-        found = self._domain.decode(table.select(self._domain.names), _NO_FEATURES, where).domain
-        return found.repeat(len(items)) if shared else found
+        domains = table.select(self._domain.names)
+        if shared:
+            return self._domain.decode(domains, _NO_FEATURES, where).domain.repeat(len(items))
+        decode = self._domain.decode
+        return naming_row(lambda part, of: decode(part, _NO_FEATURES, of), domains, where).domain
 
     def logits_of(self, table: pa.Table, where: str = "rows to score") -> Tensor:
         """Logits (N,) of a table of raw values, calibrated if the artefact is; `where` is what it is, for messages.
@@ -167,7 +178,7 @@ class Scorer:
             DataError: as `score`.
         """
         layout = self.check_schema(table.schema, where)
-        return self.logits(self.decode(table, layout, where), layout)
+        return self.logits(naming_row(lambda part, of: self.decode(part, layout, of), table, where), layout)
 
     def check_schema(self, schema: pa.Schema, where: str) -> SparseLayout:
         """Refuse a table whose columns cannot be scored, and tell which features have lists.
@@ -257,7 +268,7 @@ class Scorer:
         if len(set(lengths.values())) > 1:
             raise RequestError(f"columns are of different lengths: {lengths}")
         for name in arrays.keys() & self._times_and_integers.keys():
-            arrays[name] = read_as_meant(arrays[name], times=self._times_and_integers[name])
+            arrays[name] = _as_meant(name, arrays[name], times=self._times_and_integers[name])
         return pa.table(arrays)
 
     def _columns_of(self, rows: list[Any], names: Sequence[str], context: Container[str]) -> dict[str, list[Any]]:
@@ -279,6 +290,38 @@ class Scorer:
         return f"{name!r} is none of the model's columns, which are {', '.join(self.columns)}"
 
 
+def naming_row(decode: Callable[[pa.Table, str], _Decoded], table: pa.Table, where: str) -> _Decoded:
+    """What `decode` makes of a table, and where that is an error, the error of the first row that is refused.
+
+    Args:
+        decode: given some of the rows, and what they are, for messages. Its errors are of rows, each by itself.
+        table: the rows.
+        where: what they are.
+
+    Raises:
+        DataError: as `decode`.
+    """
+    try:
+        return decode(table, where)
+    except DataError:
+        row = _first_refused(len(table), lambda count: decode(table.slice(0, count), where), DataError)
+        decode(table.slice(row, 1), f"{where}, row {row}")
+        raise
+
+
+def _first_refused(count: int, check: Callable[[int], object], *refusals: type[Exception]) -> int:
+    """The first row for which a check of the first n of `count` rows fails; found by halves, as checks cost."""
+
+    def fails(last: int) -> bool:
+        try:
+            check(last + 1)
+        except refusals:
+            return True
+        return False
+
+    return bisect_left(range(count), True, key=fails)
+
+
 def _array(name: str, values: Any) -> pa.Array:
     """A column as an Arrow array of the type that its values speak for."""
     if not isinstance(values, Iterable) or isinstance(values, str | bytes | bytearray | Set | Mapping):
@@ -286,7 +329,7 @@ def _array(name: str, values: Any) -> pa.Array:
     values = values if hasattr(values, "__len__") else list(values)
     try:
         array = _inferred(values)
-    except (pa.ArrowException, TypeError, ValueError, LookupError, OverflowError) as error:
+    except _NO_ARRAY as error:
         told = " ".join(str(error).split())
         raise RequestError(f"column {name!r}{_first_odd(values)}: values of one type are needed ({told})") from None
     return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
@@ -327,14 +370,38 @@ def _has_objects(values: Any) -> bool:
 
 
 def _first_odd(values: Any) -> str:
-    """Which value is of another type than those before it, in words."""
-    kinds: set[type] = set()
-    for number, value in enumerate(values if getattr(values, "ndim", 1) else ()):
-        if value is not None:
-            kinds.add(type(value))
-        if len(kinds) > 1:
-            return f": row {number} is of type {type(value).__name__}"
-    return ""
+    """Which value Arrow does not take beside those before it, in words."""
+    if not getattr(values, "ndim", 1):
+        return ""
+    listed = list(values)
+    row = _first_refused(len(listed), lambda count: _inferred(listed[:count]), *_NO_ARRAY)
+    return f": row {row} is of type {type(listed[row]).__name__}" if row < len(listed) else ""
+
+
+def _as_meant(name: str, values: pa.Array, *, times: bool) -> pa.Array:
+    """Ids as `read_as_meant` gives them.
+
+    Raises:
+        RequestError: they are floating numbers that are no integers, or texts that are no times where times are.
+    """
+    meant = read_as_meant(values, times=times)
+    if not _is_odd(meant, times=times):
+        return meant
+
+    def check(count: int) -> None:
+        first = values.take(pa.array(range(count)))  # of a slice, Arrow would cast what is behind it in lists too
+        if _is_odd(read_as_meant(first, times=times), times=times):
+            raise ValueError
+
+    row = _first_refused(len(values), check, ValueError)
+    wanted = "times with their zone, or all dates," if is_string(value_type(meant.type)) else "integers (below 2^53)"
+    raise RequestError(f"column {name!r}: row {row} is {shortened(repr(values[row].as_py()), 60)}; {wanted} are needed")
+
+
+def _is_odd(ids: pa.Array, *, times: bool) -> bool:
+    """Whether ids that were read as they are meant are still what no mapping takes."""
+    kind = value_type(ids.type)
+    return bool(pa.types.is_floating(kind) or (times and is_string(kind)))
 
 
 class _Features:
@@ -369,10 +436,14 @@ class _Features:
         self._checked = schema, layout
         return layout
 
-    def read(self, table: pa.Table, where: str) -> tuple[Tensor, Tensor]:
-        """Pooled embeddings (N, W) and dense features (N, F_d) of a table of raw values."""
+    def read(self, table: pa.Table, where: str, *, one: bool = False) -> tuple[Tensor, Tensor]:
+        """Pooled embeddings (N, W) and dense features (N, F_d) of a table of raw values, or of its one row."""
         layout = self.check_schema(table.schema, where)
-        return self.inputs(self.columns.decode_features(table, layout, where), layout)
+
+        def decode(part: pa.Table, where: str) -> Rows:
+            return self.columns.decode_features(part, layout, where)
+
+        return self.inputs(decode(table, where) if one else naming_row(decode, table, where), layout)
 
     def inputs(self, rows: Rows, layout: SparseLayout) -> tuple[Tensor, Tensor]:
         """The same of decoded rows."""

@@ -88,7 +88,10 @@ def test_a_value_that_cannot_be_scored_is_named_and_leaves_no_file(
     spoilt = table.set_column(table.column_names.index("user"), "user", pa.array(users))
     pq.write_table(spoilt, tmp_path / "in/a/one.parquet", row_group_size=40)
     (done,) = predict(artifact, tmp_path, code=2)
-    assert f"{tmp_path}/in/a/one.parquet, row group 2: sparse feature user" in done.stderr and "4000" in done.stderr
+    assert (
+        f"{tmp_path}/in/a/one.parquet, row group 2, row 20: sparse feature user" in done.stderr
+        and "4000" in done.stderr
+    )
     assert not (tmp_path / "out/a/one.parquet").exists()
 
 

@@ -139,7 +139,10 @@ ROW = {"user": 3, "item": 5, "tags": [1, 2], "x": 0.5, "z": 0.1}
         ([ROW, {**ROW, "user": "seven"}], "column 'user': row 1 is of type str: values of one type are needed"),
         ({key: [value] for key, value in ROW.items() if key != "tags"}, "column 'tags' is missing"),
         ({**{key: [value] for key, value in ROW.items()}, "x": [1.0, 2.0]}, "columns are of different lengths"),
-        ([{**ROW, "user": 2**70}], "column 'user'"),
+        ([ROW, {**ROW, "user": 2**70}], "column 'user': row 1 is of type int"),
+        ([ROW, ROW, {**ROW, "user": 2.5}], "column 'user': row 2 is 2.5; integers .below 2.53. are needed"),
+        ([ROW, {**ROW, "tags": [1, 2.5]}], "column 'tags': row 1 is .1.0, 2.5.; integers"),
+        ([ROW, {**ROW, "tags": [[1]]}], "column 'tags': row 1 is of type list: .* lists hold no lists"),
     ],
 )
 def test_requests_of_another_shape_are_refused_by_row_and_column(
@@ -152,20 +155,39 @@ def test_requests_of_another_shape_are_refused_by_row_and_column(
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"user": 40}, "sparse feature user .column 'user'. has 1 value out of range, such as 40"),
-        ({"user": -1}, "value out of range, such as -1"),
         ({"user": "seven"}, "'user' .sparse feature user. has type string"),
-        ({"tags": [None]}, "nulls inside lists"),
         ({"x": "high"}, "'x' .dense feature x. has type string"),
-        ({"z": None}, "column 'z' has 1 nulls; give a dense feature a fill"),
-        ({"z": float("nan")}, "column 'z'"),
     ],
 )
-def test_values_that_training_would_refuse_are_refused(
+def test_columns_of_a_type_that_training_would_refuse_are_refused(
     exported: tuple[Path, Path], change: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(DataError, match=told):
         Scorer(exported[1]).score([{**ROW, **change}])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"user": 40}, "sparse feature user .column 'user'. has 1 value out of range, such as 40"),
+        ({"user": -1}, "sparse feature user .column 'user'. has 1 value out of range, such as -1"),
+        ({"tags": [1, 12]}, "sparse feature tags .column 'tags'. has 1 value out of range, such as 12"),
+        ({"tags": [None]}, "sparse feature tags .column 'tags'. has 1 nulls inside lists"),
+        ({"z": None}, "column 'z' has 1 nulls; give a dense feature a fill"),
+        ({"z": float("nan")}, "dense feature scale .column 'z'. has 1 value NaN or infinite"),
+        ({"x": 1e39}, "dense feature x .column 'x'. has 1 value NaN or infinite in float32"),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 3, 4])
+def test_the_first_row_that_training_would_refuse_is_named(
+    exported: tuple[Path, Path], change: dict[str, Any], told: str, place: int
+) -> None:
+    scorer = Scorer(exported[1])
+    rows = [{**ROW, **(change if row in (place, 4) else {})} for row in range(5)]
+    columns = {name: [row[name] for row in rows] for name in ROW}
+    for form in (rows, columns, pa.table(columns), pa.RecordBatch.from_pylist(rows)):
+        with pytest.raises(DataError, match=f"^rows to score, row {place}: {told}"):
+            scorer.score(form)
 
 
 def test_nulls_are_what_the_config_says_that_they_are(exported: tuple[Path, Path]) -> None:
