@@ -5,7 +5,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from recsys.checkpoint.layout import VOCABULARIES
 from recsys.config.faults import shortened
@@ -54,7 +55,7 @@ class RequestError(UserError):
 class Scorer:
     """Scores rows of raw values as the model of an artefact does.
 
-    Safe to call from several threads at once.
+    Safe to call from several threads at once. Pickled it is the path of its artefact, which is opened again.
 
     Args:
         artifact: a directory that an export wrote.
@@ -79,6 +80,7 @@ class Scorer:
         self._kinds = read_kinds(directory)
         self._features = _Features(self.artifact, self._columns, self._kinds)
         self.dense_arch = _dense_arch(self.artifact)
+        self._compile = compile
         self._compiled = torch.compile(self.dense_arch, dynamic=True) if compile else self.dense_arch
         self._division = lru_cache(_CONTEXTS)(self._divide)
         self._calibration = self.artifact.calibration
@@ -93,6 +95,9 @@ class Scorer:
         self._times_and_integers = times_and_integers(self._columns)
         if self.domain is not None:
             self._times_and_integers.setdefault(self.domain.column, False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), compile=self._compile), (self.artifact.directory,)
 
     @cached_property
     def schema(self) -> pa.Schema:
@@ -474,10 +479,20 @@ def _among(features: Mapping[str, Any], names: Container[str]) -> dict[str, Any]
     return {name: feature for name, feature in features.items() if name in names}
 
 
+class _Unfilled(TorchFunctionMode):
+    """Leaves out the random numbers that loaded ones replace: to draw those on `meta`, torch imports its compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ in ("normal_", "uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def _dense_arch(artifact: Artifact) -> torch.nn.Module:
     config = artifact.config
     dims = {name: config.tables[feature.table].embedding_dim for name, feature in config.features.sparse.items()}
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         dense_arch = build_dense_arch(config.model, dims, num_dense_features=len(config.features.dense))
     try:
         # Tensors of a mapped file cannot be written to; a copy of these few can, as some layers fold theirs.

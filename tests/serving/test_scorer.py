@@ -1,6 +1,7 @@
 """What is served is what was trained: exports of every tower, over ranks and plans, beside the model they come from."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -238,14 +239,38 @@ def test_an_export_beyond_its_bound_is_refused_and_leaves_nothing(exported: tupl
     assert done.code == 2 and "is there already" in done.stderr
 
 
-def test_scoring_needs_neither_torchrec_nor_fbgemm(exported: tuple[Path, Path]) -> None:
-    program = (
-        "import sys; from recsys.serving import Scorer; "
-        f"print(Scorer({str(exported[1])!r}).score([{ROW!r}])[0] > 0, "
-        "[name for name in sys.modules if name.startswith(('torchrec', 'fbgemm', 'torch.distributed.checkpoint.'))])"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split("[")[0].strip() == "True" and "torchrec" not in done.stdout and "fbgemm" not in done.stdout
+BY_ITSELF = """
+import json, multiprocessing, os, sys
+import torch
+from recsys.serving import Scorer
+scorer, row = Scorer("current"), json.loads(sys.argv[1])
+os.remove("current")
+torch.set_num_threads(1)  # OpenMP's threads are not there after a fork
+ask = lambda _: float(scorer.score([row])[0])
+found = [ask(0), float(scorer.score_candidates({}, [row])[0])]
+loaded = list(sys.modules)
+def of_child(n): return ask(n)
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    found += [*pool.map(of_child, range(2)), *(float(one[0]) for one in pool.map(scorer.score, [[row]] * 2))]
+os.chdir("/")
+print(json.dumps([found, loaded, scorer.schema.names]))
+"""
+
+
+def test_a_scorer_by_itself_needs_little_and_serves_forks_and_other_processes(
+    exported: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Found by a relative link, which may lead elsewhere later."""
+    (tmp_path / "current").symlink_to(exported[1])
+    command = [sys.executable, "-c", BY_ITSELF, json.dumps(ROW)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found, loaded, names = json.loads(done.stdout)
+    np.testing.assert_allclose(found, Scorer(exported[1]).score([ROW] * 6), rtol=0, atol=1e-6)
+    assert set(names) == set(COLUMNS)
+    others = ("torchrec", "fbgemm_gpu", "torchx", "scipy", "tensorboard", "rich", "torch._dynamo", "torch._inductor")
+    assert [name for name in loaded if name in (*others, "torch.distributed.checkpoint")] == []
 
 
 @pytest.mark.parametrize(
