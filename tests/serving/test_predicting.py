@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from ranks import run_module
-from test_scorer import export, train
-from tiny import tiny_table, write_tiny_log
+from tiny import tiny_table
 
 from recsys.config import ConfigError
 from recsys.serving import Scorer
@@ -20,11 +19,8 @@ from recsys.serving.predicting import share_of_this_process
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("predicting")
-    write_tiny_log(folder / "log")
-    export(train(folder / "log", folder, 1, "table", "mlp", experts=True), folder / "artifact")
-    return folder / "artifact"
+def artifact(trained: tuple[Path, Path]) -> Path:
+    return trained[1]
 
 
 @pytest.fixture
