@@ -1,12 +1,14 @@
 """A click log and a config small enough that a test can train on them in seconds."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+
+from recsys.config import TowerSettings
 
 
 def tiny_table(rows: int, seed: int) -> pa.Table:
@@ -91,6 +93,17 @@ def tiny_config(directory: Path, output_dir: Path) -> dict[str, Any]:
         },
         "logging": {"every_steps": 5},
     }
+
+
+def take_tower(config: dict[str, Any], tower: dict[str, Any]) -> None:
+    """Give a tiny config a tower, and one width to all tokens if it multiplies them or reads first-order weights."""
+    config["model"]["tower"] = tower
+    classes = {get_args(cls.model_fields["type"].annotation): cls for cls in TowerSettings.__subclasses__()}
+    settings = classes[(tower["type"],)]
+    if settings.pairwise or "wide" in settings.model_fields:
+        config["model"]["dense_dim"] = 8
+        for table in config["tables"].values():
+            table["embedding_dim"] = 8
 
 
 def write_tiny_config(path: Path, directory: Path, output_dir: Path) -> Path:

@@ -36,7 +36,7 @@ from recsys.config.section import (
     Width,
     listed,
 )
-from recsys.config.towers import TowerSettings
+from recsys.config.towers import DENSE_DIM, TowerSettings
 
 if TYPE_CHECKING:
     TowerConfig = TowerSettings
@@ -569,10 +569,17 @@ class Config(Section):
         taken = (self.warm_start and self.warm_start.tables) or ()
         if unknown := set(taken) - set(self.tables):
             raise ValueError(f"warm_start.tables: no table {min(unknown)!r}; there are {listed(self.tables)}")
+        tokens = [
+            (f"tables.{feature.table}.embedding_dim", self.tables[feature.table].embedding_dim)
+            for feature in self.features.sparse.values()
+        ]
+        if self.features.dense:
+            tokens.append((DENSE_DIM, self.model.dense_dim))
         for key, tower in (("tower", self.model.tower), ("replaces", self.model.replaces)):
             if tower is not None:
                 try:
                     tower.check_features(list(self.features.sparse))
+                    tower.check_tokens(tokens)
                 except ValueError as error:
                     raise ValueError(f"model.{key}.{error}") from None
         if both := set(self.features.sparse) & set(self.features.dense):

@@ -8,6 +8,10 @@ from pydantic import Field, model_validator
 from recsys.config.section import Layers, Name, Probability, Section, Width, listed
 
 _MAX_LAYERS = 2**8
+FIRST_ORDER_WIDTH = 4
+"""Numbers of a token that its first-order weight takes: fbgemm reads vectors of four, so three are padding."""
+DENSE_DIM = "model.dense_dim"
+"""Path of the width of the dense features' token."""
 Hidden = Annotated[tuple[Width, ...], Field(max_length=_MAX_LAYERS)]
 Stream = Annotated[tuple[Width, ...], Field(min_length=1, max_length=_MAX_LAYERS)]
 
@@ -19,9 +23,11 @@ class TowerSettings(Section):
         type: names the tower.
         dropout: probability, after activations.
         expert_linears: patterns of the linears that carry experts unless the config says which.
+        pairwise: whether it multiplies tokens with one another, which then are two at least, of one width.
     """
 
     expert_linears: ClassVar[tuple[str, ...]]
+    pairwise: ClassVar[bool] = False
 
     type: str
     dropout: Probability = 0.0
@@ -32,6 +38,54 @@ class TowerSettings(Section):
         Raises:
             ValueError: one does; the message begins with the setting.
         """
+
+    def check_tokens(self, tokens: Sequence[tuple[str, int]]) -> None:
+        """Refuse tokens that the tower cannot take.
+
+        Args:
+            tokens: width of each, behind the path of the config that sets it.
+
+        Raises:
+            ValueError: they do not fit; the message begins with the setting.
+        """
+        for path, width in tokens:
+            if self.padding and width <= FIRST_ORDER_WIDTH:
+                raise ValueError(
+                    f"wide: the first-order weight takes {FIRST_ORDER_WIDTH} numbers of each token, and {path} is "
+                    f"{width}; raise it by {FIRST_ORDER_WIDTH}"
+                )
+        if not self.pairwise:
+            return
+        if len(tokens) < 2:
+            raise ValueError(f"type: {self.type} multiplies features with one another; give a second, or take mlp")
+        first, width = tokens[0]
+        for path, other in tokens:
+            if other != width:
+                raise ValueError(
+                    f"type: {self.type} needs one width, and {path} is {other} where {first} is {width}; make them "
+                    "equal"
+                )
+
+    @property
+    def padding(self) -> int:
+        """Numbers of each token that are there for its width alone, as the tower never reads them."""
+        return 0
+
+
+class WideSettings(Section):
+    """Beside `TowerSettings`: what towers with first-order ("wide") terms have.
+
+    Attributes:
+        wide: whether the last `FIRST_ORDER_WIDTH` numbers of every token are its first-order weight, the first of them,
+            and padding; an embedding_dim of 20 is an embedding of 16 then. False leaves first-order terms out.
+    """
+
+    wide: bool = True
+
+    @property
+    def padding(self) -> int:
+        """As `TowerSettings`."""
+        return FIRST_ORDER_WIDTH - 1 if self.wide else 0
 
 
 class MLPTowerConfig(TowerSettings):
@@ -101,3 +155,165 @@ class FinalMLPTowerConfig(TowerSettings):
         for context in ("first_context", "second_context"):
             if unknown := set(getattr(self, context)) - set(sparse):
                 raise ValueError(f"{context}: no sparse feature {min(unknown)!r}; there are {listed(sparse)}")
+
+
+class WDLTowerConfig(WideSettings, TowerSettings):
+    """Wide & Deep: first-order terms beside a perceptron (arXiv 1606.07792)."""
+
+    expert_linears = ("tower.mlp.*",)
+
+    type: Literal["wdl"]
+    wide: Literal[True] = True
+    hidden: Stream = (256, 128, 64)
+
+
+class DeepFMTowerConfig(WideSettings, TowerSettings):
+    """A factorization machine beside a perceptron on the same embeddings (arXiv 1703.04247)."""
+
+    expert_linears = ("tower.mlp.*",)
+    pairwise = True
+
+    type: Literal["deepfm"]
+    hidden: Stream = (256, 128, 64)
+
+
+class NFMTowerConfig(WideSettings, TowerSettings):
+    """A perceptron on the sum of all products of two embeddings (arXiv 1708.05027); without layers, an FM."""
+
+    expert_linears = ("tower.mlp.*",)
+    pairwise = True
+
+    type: Literal["nfm"]
+    hidden: Hidden = (256, 128)
+
+
+class PNNTowerConfig(TowerSettings):
+    """A perceptron on the embeddings and their inner products (arXiv 1611.00144)."""
+
+    expert_linears = ("tower.mlp.*",)
+    pairwise = True
+
+    type: Literal["pnn"]
+    hidden: Hidden = (256, 128, 64)
+
+
+class DCNTowerConfig(TowerSettings):
+    """Cross layers of one vector each beside a perceptron (arXiv 1708.05123); without layers, the former alone."""
+
+    expert_linears = ("tower.mlp.*",)
+
+    type: Literal["dcn"]
+    num_cross_layers: Layers = 3
+    hidden: Hidden = (256, 128)
+
+
+class DLRMTowerConfig(TowerSettings):
+    """Inner products between two perceptrons, the first of dense features (arXiv 1906.00091).
+
+    `bottom_hidden` are the layers of the first but for its last, which has the embeddings' width; `hidden` those of the
+    second.
+    """
+
+    expert_linears = ("tower.top.*",)
+    pairwise = True
+
+    type: Literal["dlrm"]
+    bottom_hidden: Hidden = (128, 64)
+    hidden: Hidden = (256, 128, 64)
+
+    def check_tokens(self, tokens: Sequence[tuple[str, int]]) -> None:
+        """As `TowerSettings`; the bottom brings the dense features to the width of the others."""
+        _, width = tokens[0]
+        super().check_tokens([(path, width if path == DENSE_DIM else own) for path, own in tokens])
+
+
+class XDeepFMTowerConfig(WideSettings, TowerSettings):
+    """A compressed interaction network (CIN) beside a perceptron (arXiv 1803.05170).
+
+    `cin_hidden` are the numbers of the CIN's feature maps, layer by layer. No `hidden` layers leave the perceptron out.
+    """
+
+    expert_linears = ("tower.mlp.*",)
+    pairwise = True
+
+    type: Literal["xdeepfm"]
+    cin_hidden: Stream = (16, 16, 16)
+    hidden: Hidden = (256, 128)
+
+
+class FiBiNETTowerConfig(WideSettings, TowerSettings):
+    """Bilinear products of all pairs of tokens, plain and reweighted, into a perceptron (arXiv 1905.09433).
+
+    `bilinear` says how many matrices there are: one for `all`, one for `each` left token, one for each `interaction`.
+    The reweighting's hidden layer is as wide as there are tokens, divided by `reduction_ratio`; `excitation` is the
+    activation that makes its weights.
+    """
+
+    expert_linears = ("tower.mlp.*",)
+    pairwise = True
+
+    type: Literal["fibinet"]
+    bilinear: Literal["all", "each", "interaction"] = "interaction"
+    reduction_ratio: Width = 3
+    excitation: Literal["relu", "sigmoid"] = "relu"
+    hidden: Hidden = (256, 128)
+
+
+class AutoIntTowerConfig(WideSettings, TowerSettings):
+    """Self-attention over the tokens without positions, beside a perceptron (arXiv 1810.11921).
+
+    No `hidden` layers leave the perceptron out. `wide`, off here, is FuxiCTR's linear part.
+    """
+
+    expert_linears = ("tower.*",)
+    pairwise = True
+
+    type: Literal["autoint"]
+    num_layers: Layers = 2
+    attention_dim: Width = 32
+    num_heads: Width = 2
+    hidden: Hidden = (256, 128)
+    wide: bool = False
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.attention_dim % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide attention_dim {self.attention_dim}")
+        return self
+
+
+class MaskNetTowerConfig(TowerSettings):
+    """Blocks that each mask the embeddings by what they are, side by side, into a perceptron (arXiv 2102.07619).
+
+    The hidden layer of each mask is `reduction_ratio` times as wide as the embeddings, as the paper has it.
+    """
+
+    expert_linears = ("tower.blocks.*",)
+
+    type: Literal["masknet"]
+    num_blocks: Layers = 3
+    block_dim: Width = 64
+    reduction_ratio: Width = 1
+    hidden: Hidden = (256, 128)
+
+
+class GDCNTowerConfig(TowerSettings):
+    """Gated cross layers in front of a perceptron (`stacked`) or beside it (`parallel`) (arXiv 2311.04635)."""
+
+    expert_linears = ("tower.mlp.*",)
+
+    type: Literal["gdcn"]
+    structure: Literal["stacked", "parallel"] = "stacked"
+    num_cross_layers: Layers = 3
+    hidden: Hidden = (256, 128)
+
+
+class QNNTowerConfig(TowerSettings):
+    """Quadratic layers, x + norm(A x * B x), beside a perceptron (arXiv 2505.17999)."""
+
+    expert_linears = ("tower.mlp.*",)
+
+    type: Literal["qnn"]
+    num_layers: Layers = 3
+    norm: Literal["layer", "none"] = "layer"
+    hidden: Hidden = (256, 128)

@@ -46,7 +46,9 @@ class Cost:
     Attributes:
         model: its name, such as `hilomoe mlp 400 L3 K8`.
         flops: of one example's forward pass, by part.
-        parameters: by part.
+        parameters: by part, but for those of `padding`.
+        padding: parameters of tables and projection that nothing reads: those of first-order weights, which take four
+            numbers of a token (recsys.model.towers.wide). FLOPs and bytes are of all numbers, as they are read.
         flops_per_call: what each call of the dense arch costs whatever the number of its rows.
         embedding_bytes: read from the tables for one example; what bounds a lookup, rather than its FLOPs.
         ids_per_example: mean number of ids that is assumed of each sparse feature.
@@ -55,6 +57,7 @@ class Cost:
     model: str
     flops: dict[str, int]
     parameters: dict[str, int]
+    padding: int
     flops_per_call: int
     embedding_bytes: int
     ids_per_example: dict[str, float]
@@ -142,6 +145,10 @@ class CostReport:
                 f"(the keys' Gram matrices, for one); {cost.flops_per_call / self.batch_size:,.0f} an example at "
                 f"batch_size {self.batch_size:,}"
             )
+        if cost.padding:
+            texts.append(
+                f"not among the parameters: {cost.padding:,} that fill first-order weights up to four numbers a row"
+            )
         return texts
 
     def _differences(self, parts: Sequence[str]) -> tuple[float | None, float | None]:
@@ -189,11 +196,18 @@ def _cost(config: Config, model: ModelConfig, ids_per_example: Mapping[str, floa
         parameters = count_parameters(dense_arch)
     # What grows with the rows is an example's, what does not is the call's.
     flops = {part: (four[part] - two[part]) // 2 for part in PARTS}
-    tables = sum(table.num_embeddings * table.embedding_dim for table in config.tables.values())
+    unread = model.tower.padding
+    parameters["embedding"] = sum(table.num_embeddings * table.embedding_dim for table in config.tables.values())
+    padding = {
+        "embedding": unread * sum(table.num_embeddings for table in config.tables.values()),
+        "projection": unread * (num_dense + 1) if num_dense else 0,
+    }
+    parameters.subtract(padding)
     return Cost(
         model=model_name(model.tower, model.hilomoe),
         flops={**flops, "embedding": looked_up},
-        parameters={**{part: parameters[part] for part in PARTS}, "embedding": tables},
+        parameters={part: parameters[part] for part in PARTS},
+        padding=sum(padding.values()),
         flops_per_call=two.total() - 2 * sum(flops.values()),
         embedding_bytes=looked_up * torch.float32.itemsize,
         ids_per_example=ids,

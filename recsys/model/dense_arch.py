@@ -23,13 +23,17 @@ class DenseArch(nn.Module):
         dense_dim: width to which the dense features are projected.
         tower: module from (B, W) to (B, `out_features`).
         out_features: the tower's output width.
+        num_logits: how many of its last outputs the head begins by adding as they are.
     """
 
-    def __init__(self, num_dense_features: int, dense_dim: int, tower: nn.Module, out_features: int) -> None:
+    def __init__(
+        self, num_dense_features: int, dense_dim: int, tower: nn.Module, out_features: int, num_logits: int = 0
+    ) -> None:
         super().__init__()
         self.dense_projection = nn.Linear(num_dense_features, dense_dim) if num_dense_features else None
         self.tower = tower
         self.head = nn.Linear(out_features, 1)
+        nn.init.ones_(self.head.weight[:, out_features - num_logits :])
 
     def forward(
         self, pooled: Tensor, dense_features: Tensor, loss_weights: Mapping[str, float] = MappingProxyType({})
@@ -67,7 +71,7 @@ def build_dense_arch(config: ModelConfig, embedding_dims: Mapping[str, int], *, 
         tuple(embedding_dims), (*embedding_dims.values(), *([config.dense_dim] if num_dense_features else []))
     )
     tower = build_tower(config.tower, tokens)
-    dense_arch = DenseArch(num_dense_features, config.dense_dim, tower, tower.out_features)
+    dense_arch = DenseArch(num_dense_features, config.dense_dim, tower, tower.out_features, tower.num_logits)
     if config.hilomoe is not None:
         _attach(dense_arch, config.hilomoe, config.hilomoe.experts_in or config.tower.expert_linears)
     return dense_arch

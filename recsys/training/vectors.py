@@ -57,7 +57,9 @@ def _held_out(columns: Columns, types: RawTypes, shards: ShardTables) -> pa.Tabl
         for name, sparse in columns.sparse.items()
         if sparse.settings.ids is not None and sparse.settings.ids.applied
     }
-    names = [name for name in types if name not in applied]
+    listed = {sparse.settings.column or name for name, sparse in columns.sparse.items() if sparse.settings.list_text}
+    parsed = {name for name in listed if not all(is_string(schema.field(name).type) for schema in shards.schemas)}
+    names = [name for name in types if name not in applied | parsed]
     if not names:
         return pa.table({"": pa.nulls(_ROWS)}).select([])
     pieces: list[pa.Table] = []

@@ -30,6 +30,12 @@ def load(tmp_path: Path) -> Callable[..., Config]:
     return load
 
 
+TYPES = (
+    "autoint, dcn, dcn_v2, deepfm, dlrm, fibinet, final_mlp, gdcn, masknet, mlp, nfm, pnn, qnn, transformer, wdl, "
+    "xdeepfm"
+)
+
+
 def load_text(tmp_path: Path, text: str | bytes) -> Config:
     path = tmp_path / "written.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -175,7 +181,7 @@ def test_value_out_of_range_names_its_path_and_the_range(
 def test_unknown_or_missing_tower_type_lists_the_towers(load: Callable[..., Config], tower: str, found: str) -> None:
     with pytest.raises(ConfigError) as error:
         load(f"model.tower={tower}")
-    assert "model.tower.type: must be one of dcn_v2, final_mlp, mlp, transformer, " in str(error.value)
+    assert f"model.tower.type: must be one of {TYPES}, " in str(error.value)
     assert found in str(error.value)
 
 
@@ -197,7 +203,7 @@ def test_weights_need_a_table_that_sums(load: Callable[..., Config]) -> None:
     ("replaces", "message"),
     [
         ("{type: mlp, hiden: [8]}", "model.replaces.hiden: unknown key; did you mean 'hidden'?"),
-        ("{type: cnn}", "model.replaces.type: must be one of dcn_v2, final_mlp, mlp, transformer, found 'cnn'"),
+        ("{type: cnn}", f"model.replaces.type: must be one of {TYPES}, found 'cnn'"),
         ("{type: final_mlp, first_context: [nobody]}", "model.replaces.first_context: no sparse feature 'nobody'"),
     ],
 )
@@ -434,6 +440,55 @@ def test_config_is_frozen(load: Callable[..., Config], path: str) -> None:
 def test_final_mlp_that_cannot_be_built_is_refused(load: Callable[..., Config], tower: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(f"model.tower={tower}")
+
+
+@pytest.mark.parametrize("key", ["tower", "replaces"])
+@pytest.mark.parametrize(
+    ("tower", "widths", "message"),
+    [
+        (
+            "wdl",
+            (8, 4, 8),
+            "wide: the first-order weight takes 4 numbers of each token, and tables.tag.embedding_dim is 4",
+        ),
+        ("deepfm", (8, 8, 4), "wide: the first-order .* model.dense_dim is 4; raise it by 4"),
+        ("nfm", (8, 12, 8), "type: nfm needs one width, and tables.tag.embedding_dim is 12 where tables.user.* is 8; "),
+        (
+            "pnn",
+            (8, 8, 4),
+            "type: pnn needs one width, and model.dense_dim is 4 where tables.user.embedding_dim is 8; ",
+        ),
+        ("dlrm", (8, 4, 8), "type: dlrm needs one width, and tables.tag.embedding_dim is 4 where tables.user"),
+    ],
+)
+def test_widths_that_a_tower_cannot_take_are_refused(
+    load: Callable[..., Config], key: str, tower: str, widths: tuple[int, int, int], message: str
+) -> None:
+    user, tag, dense = widths
+    paths = f"tables.user.embedding_dim={user}", f"tables.tag.embedding_dim={tag}", f"model.dense_dim={dense}"
+    with pytest.raises(ConfigError, match=rf"model\.{key}\.{message}"):
+        load(f"model.{key}={{type: {tower}}}", *paths)
+
+
+def test_widths_that_a_tower_can_take_are_taken(load: Callable[..., Config]) -> None:
+    """First-order weights are left out by choice, and DLRM's bottom takes dense features of any width."""
+    equal = "tables.tag.embedding_dim=8"
+    assert load("model.tower={type: deepfm, wide: false}", equal, "model.dense_dim=8").model.tower.padding == 0
+    assert load("model.tower={type: deepfm}", equal, "model.dense_dim=8").model.tower.padding == 3
+    assert load("model.tower={type: dlrm}", equal, "model.dense_dim=5").model.tower.padding == 0
+    with pytest.raises(ConfigError, match=r"model\.tower\.wide: Input should be True"):
+        load("model.tower={type: wdl, wide: false}", equal, "model.dense_dim=8")
+
+
+def test_one_feature_alone_is_not_multiplied(load: Callable[..., Config]) -> None:
+    def alone(raw: Raw) -> None:
+        raw["tables"] = {"user": raw["tables"]["user"]}
+        raw["features"] = {"sparse": {"user": raw["features"]["sparse"]["user"]}}
+
+    with pytest.raises(
+        ConfigError, match=r"model\.tower\.type: pnn multiplies features .*; give a second, or take mlp"
+    ):
+        load("model.tower={type: pnn}", edit=alone)
 
 
 def test_without_sharded_tables_no_rate_is_asked_for_them(load: Callable[..., Config]) -> None:

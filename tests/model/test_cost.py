@@ -26,6 +26,12 @@ TOWERS = {
     "mlp without hidden layers": "{type: mlp, hidden: []}",
     "dcn_v2": "{type: dcn_v2, num_cross_layers: 2, hidden: [10]}",
     "transformer": "{type: transformer, model_dim: 8, num_blocks: 2, num_heads: 2, feedforward_dim: 12}",
+    "wdl": "{type: wdl, hidden: [16, 8]}",
+    "deepfm": "{type: deepfm, hidden: [16]}",
+    "nfm": "{type: nfm, hidden: [16]}",
+    "pnn": "{type: pnn, hidden: [16]}",
+    "dcn": "{type: dcn, num_cross_layers: 2, hidden: [10]}",
+    "dlrm": "{type: dlrm, bottom_hidden: [6], hidden: [16]}",
     "final_mlp": "{type: final_mlp, first_hidden: [12, 8], second_hidden: [6], num_heads: 2, first_context: [user]}",
 }
 EXPERTS = {
@@ -41,6 +47,8 @@ def load(tmp_path: Path) -> Any:
         raw = tiny_config(tmp_path, tmp_path / "out")
         raw["stages"] = {"joint": {"trains": "all", "epochs": 1, "learning_rate": 0.1, "sparse_learning_rate": 0.1}}
         raw["model"]["hilomoe"] = {"num_layers": L, "num_experts": K}
+        if any(name in override for override in overrides for name in ("wdl", "deepfm", "nfm", "pnn", "dlrm")):
+            raw["tables"]["tag"]["embedding_dim"] = raw["model"]["dense_dim"] = 8
         if not dense_features:
             del raw["features"]["dense"]
         (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
@@ -71,6 +79,12 @@ def of_experts(d_in: int, d_out: int) -> tuple[int, int]:
         ("dcn_v2", "everywhere", False),
         ("transformer", "everywhere", True),
         ("final_mlp", "everywhere", True),
+        ("wdl", "everywhere", True),
+        ("deepfm", "none", False),
+        ("nfm", "everywhere", True),
+        ("pnn", "none", True),
+        ("dcn", "everywhere", True),
+        ("dlrm", "everywhere", True),
     ],
 )
 def test_the_parts_add_up_to_the_real_model(load: Any, tower: str, experts: str, dense_features: bool) -> None:
@@ -78,10 +92,12 @@ def test_the_parts_add_up_to_the_real_model(load: Any, tower: str, experts: str,
     config = load(*overrides, dense_features=dense_features)
     cost = cost_report(config).cost
     ranker = build_ranker(config, seed=0, device=torch.device("cpu"))
-    pooled, dense = torch.randn(7, sum(EMBEDDINGS.values())), torch.randn(7, DENSE if dense_features else 0)
+    width = sum(config.tables[feature.table].embedding_dim for feature in config.features.sparse.values())
+    pooled, dense = torch.randn(7, width), torch.randn(7, DENSE if dense_features else 0)
     an_example = sum(cost.flops[part] for part in PARTS if part != "embedding")
     assert flops_of(lambda: ranker.dense_arch(pooled, dense)) == 7 * an_example + cost.flops_per_call
-    assert sum(cost.parameters.values()) == sum(parameter.numel() for parameter in ranker.parameters())
+    parameters = sum(parameter.numel() for parameter in ranker.parameters())
+    assert sum(cost.parameters.values()) + cost.padding == parameters
     assert (cost.flops["experts"] > 0) == (experts != "none")
     assert (cost.flops["projection"] > 0) == dense_features
     assert min(cost.flops.values()) >= 0
@@ -120,6 +136,26 @@ def test_a_transformer_costs_what_the_formulas_say(load: Any) -> None:
     assert cost.flops["experts"] == blocks * tokens * sum(of_experts(*linear)[0] for linear in linears)
     assert cost.flops["routing"] == blocks * tokens * sum(of_experts(*linear)[1] for linear in linears)
     assert cost.parameters["interaction"] == (2 * blocks + 1) * 2 * dim  # of the norms
+
+
+def test_parameters_that_only_fill_tokens_stand_apart(load: Any) -> None:
+    """Of each token of 8 numbers, 4 are its embedding, one its first-order weight, and 3 nothing."""
+    report = cost_report(load(f"model.tower={TOWERS['wdl']}", "model.hilomoe=null"))
+    cost = report.cost
+    assert cost.padding == 3 * (40 + 30 + 12) + 3 * (DENSE + 1)
+    assert cost.parameters["embedding"] == (4 + 1) * (40 + 30 + 12)
+    assert cost.parameters["projection"] == (4 + 1) * (DENSE + 1)
+    assert cost.parameters["tower"] == (4 * 4 + 1) * 16 + (16 + 1) * 8
+    assert cost.parameters["head"] == 8 + 1 + 1
+    assert cost.embedding_bytes == 4 * 3 * 8
+    assert "not among the parameters: 255 that fill first-order weights" in report.assumptions()[-1]
+    without = cost_report(load("model.tower={type: deepfm, hidden: [16], wide: false}"))
+    assert without.cost.padding == 0 and "first-order" not in " ".join(without.assumptions())
+
+
+def test_products_of_tokens_are_counted_as_interaction(load: Any) -> None:
+    cost = cost_report(load(f"model.tower={TOWERS['pnn']}")).cost
+    assert (cost.flops["interaction"], cost.parameters["interaction"]) == (2 * 4 * 4 * 8, 0)
 
 
 def test_routing_in_expert_space_costs_less_than_the_papers_formulas(load: Any) -> None:

@@ -258,15 +258,28 @@ def test_tables_follow_the_config(config: Config) -> None:
         "{type: dcn_v2, hidden: [4]}",
         "{type: transformer}",
         "{type: final_mlp, first_hidden: [8], second_hidden: [4], first_context: [user]}",
+        "{type: wdl, hidden: [4]}",
+        "{type: deepfm, hidden: [4]}",
+        "{type: nfm, hidden: [4]}",
+        "{type: pnn, hidden: [4]}",
+        "{type: dcn, hidden: [4]}",
+        "{type: dlrm, bottom_hidden: [4], hidden: [4]}",
+        "{type: xdeepfm, cin_hidden: [4], hidden: [4]}",
+        "{type: fibinet, hidden: [4]}",
+        "{type: autoint, hidden: [4]}",
+        "{type: masknet, hidden: [4]}",
+        "{type: gdcn, hidden: [4]}",
+        "{type: qnn, hidden: [4]}",
     ],
 )
 @pytest.mark.parametrize("num_dense_features", [0, 2])
 @pytest.mark.parametrize("experts", [True, False])
 def test_every_tower_gives_one_logit_a_row(tmp_path: Path, tower: str, num_dense_features: int, experts: bool) -> None:
-    overrides = [f"model.tower={tower}"] + ([] if experts else ["model.hilomoe=null", "stages.experts=null"])
+    overrides = [f"model.tower={tower}", "model.dense_dim=8", "tables.tag.embedding_dim=8"]
+    overrides += [] if experts else ["model.hilomoe=null", "stages.experts=null"]
     config = load_config(write_tiny_config(tmp_path / "tiny.yaml", tmp_path, tmp_path), overrides)
-    arch = build_dense_arch(config.model, {"user": 8, "item": 4}, num_dense_features=num_dense_features)
-    logits, losses = arch(torch.randn(5, 12), torch.randn(5, num_dense_features), {"diversity": 1.0})
+    arch = build_dense_arch(config.model, {"user": 8, "item": 8}, num_dense_features=num_dense_features)
+    logits, losses = arch(torch.randn(5, 16), torch.randn(5, num_dense_features), {"diversity": 1.0})
     assert logits.shape == (5,)
     assert bool(expert_layers(arch)) == experts
     assert set(losses) == {"balance", "z", "diversity"}

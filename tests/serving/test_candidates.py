@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from runs import as_config
 from test_scorer import TOWERS
-from tiny import tiny_config, tiny_table
+from tiny import take_tower, tiny_config, tiny_table
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,7 +34,7 @@ COLUMNS = ("user", "item", "tags", "x", "z")
 def make(folder: Path, tower: dict[str, Any], experts: int = 3, *, dense: bool = True, **sparse: Any) -> Artifact:
     """An artefact of the tiny config, in memory, of random weights."""
     raw = tiny_config(folder, folder)
-    raw["model"]["tower"] = tower
+    take_tower(raw, tower)
     raw["model"]["hilomoe"] = {"num_layers": 2, "num_experts": experts} if experts else None
     if not experts:
         del raw["stages"]["experts"]

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 given, found = load_file("given.safetensors"), {{}}
 for name in json.loads(sys.argv[1]):
     {loader}
-    found |= {{f"{{name}} {{n}}": program(given["pooled"][:n], given["dense"][:n]) for n in (0, 1, 2, 300)}}
+    found |= {{f"{{name}} {{n}}": program(given[name][:n], given["dense"][:n]) for n in (0, 1, 2, 300)}}
 save_file(found, "found.safetensors")
 print(json.dumps([name for name in sys.modules if name.partition(".")[0] in ("recsys", "torchrec", "fbgemm_gpu")]))
 """
@@ -49,15 +49,17 @@ def test_programs_answer_as_the_artefact_without_this_project(tmp_path: Path, ki
     """Of every tower."""
     generator = torch.Generator().manual_seed(5)
     scorers = {tower: Scorer(make(tmp_path, settings, experts)) for tower, settings in TOWERS.items()}
-    width, num_dense = 8 + 8 + 4, 2
+    num_dense = 2
     given = {
-        "pooled": torch.randn(300, width, generator=generator),
         "dense": torch.randn(300, num_dense, generator=generator),
     }
-    save_file(given, tmp_path / "given.safetensors")
     for tower, scorer in scorers.items():
+        config = scorer.artifact.config
+        width = sum(config.tables[feature.table].embedding_dim for feature in config.features.sparse.values())
+        given[tower] = torch.randn(300, width, generator=generator)
         (tmp_path / tower).mkdir()
         write_program(scorer.dense_arch, width, num_dense, kind, tmp_path / tower / PROGRAMS[kind])
+    save_file(given, tmp_path / "given.safetensors")
     command = [sys.executable, "-c", RUN.format(loader=LOADERS[kind]), json.dumps(list(TOWERS))]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -67,7 +69,7 @@ def test_programs_answer_as_the_artefact_without_this_project(tmp_path: Path, ki
     with torch.inference_mode():
         for name, logits in found.items():
             tower, n = name.split()
-            expected = scorers[tower].dense_arch(given["pooled"][: int(n)], given["dense"][: int(n)])[0]
+            expected = scorers[tower].dense_arch(given[tower][: int(n)], given["dense"][: int(n)])[0]
             assert logits.shape == (int(n),) and logits.dtype == torch.float32
             torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
 

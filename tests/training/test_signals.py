@@ -48,6 +48,7 @@ def wait_in_c():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_first_signal_is_noted_and_nothing_else_happens(number: signal.Signals) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the tests may be run without, by nohup
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
     with StopRequest() as stop:
         assert stop.signal is None

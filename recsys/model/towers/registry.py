@@ -32,9 +32,15 @@ class Tokens:
 
 
 class Tower(nn.Module, ABC):
-    """From tokens side by side (B, W) to the representation (B, `out_features`) that the head turns into a logit."""
+    """From tokens side by side (B, W) to the representation (B, `out_features`) that the head turns into a logit.
+
+    Attributes:
+        out_features: width of the representation.
+        num_logits: how many of its last numbers are summands of the logit; their factors in the head start at 1.
+    """
 
     out_features: int
+    num_logits: int = 0
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def test_its_settings_are_checked_as_those_of_others(extended: Path, tmp_path: P
     assert "model.tower.width: Input should be greater than 0" in done.stderr
     assert "model.tower.wide: unknown key" in done.stderr
     done = run(extended, "recsys.plan", "--config", str(config), "model.tower={type: none}")
-    assert "model.tower.type: must be one of dcn_v2, final_mlp, mlp, scaled, transformer" in done.stderr
+    assert "model.tower.type: must be one of " in done.stderr and ", scaled, " in done.stderr
 
 
 def test_every_settings_class_has_a_builder_and_every_builder_one() -> None:

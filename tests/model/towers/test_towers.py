@@ -8,20 +8,45 @@ import torch
 from torch import Tensor, nn
 
 from recsys.model.experts import attach_experts, expert_layers
+from recsys.model.towers.autoint import AutoInt
+from recsys.model.towers.dcn import DCN
 from recsys.model.towers.dcn_v2 import DCNv2
+from recsys.model.towers.deepfm import DeepFM
+from recsys.model.towers.dlrm import DLRM
+from recsys.model.towers.fibinet import FiBiNET
 from recsys.model.towers.final_mlp import FinalMLP
+from recsys.model.towers.gdcn import GDCN
+from recsys.model.towers.masknet import MaskNet
 from recsys.model.towers.mlp import MLP
+from recsys.model.towers.nfm import NFM
+from recsys.model.towers.pnn import PNN
+from recsys.model.towers.qnn import QNN
+from recsys.model.towers.registry import Tower
 from recsys.model.towers.transformer import Transformer, TransformerBlock
+from recsys.model.towers.wdl import WDL
+from recsys.model.towers.xdeepfm import XDeepFM
 
 ROWS, TOKENS = 6, [4, 8, 4]
 WIDTH = sum(TOKENS)
+WIDE_TOKENS, EQUAL_TOKENS = [5, 6, 5], [8, 8]
 
-Tower = MLP | DCNv2 | Transformer | FinalMLP
 TOWERS: dict[str, tuple[Callable[[], Tower], int, int]] = {
     "mlp": (lambda: MLP(WIDTH, [10, 5]), 5, 2),
     "mlp without hidden": (lambda: MLP(WIDTH, []), WIDTH, 0),
     "dcn_v2": (lambda: DCNv2(WIDTH, 3, [10]), 10, 4),
     "dcn_v2 without hidden": (lambda: DCNv2(WIDTH, 2, []), WIDTH, 2),
+    "xdeepfm": (lambda: XDeepFM([8] * 2, [5, 3], [10], wide=True), 19, 3),
+    "xdeepfm of CIN alone": (lambda: XDeepFM([4] * 4, [5, 3], []), 8, 2),
+    "fibinet": (lambda: FiBiNET([8] * 2, "interaction", 1, [10], wide=True), 11, 5),
+    "fibinet with one matrix": (lambda: FiBiNET([4] * 4, "all", 1, []), 48, 4),
+    "fibinet with a matrix for each token": (lambda: FiBiNET([4] * 4, "each", 1, [10], sigmoid=True), 10, 9),
+    "autoint": (lambda: AutoInt([8] * 2, 2, 6, 2, [10], wide=True), 23, 8),
+    "autoint without a perceptron": (lambda: AutoInt([4] * 4, 1, 4, 1, []), 16, 3),
+    "masknet": (lambda: MaskNet(TOKENS, 2, 6, 2, [10]), 10, 7),
+    "gdcn": (lambda: GDCN(WIDTH, 2, [10]), 10, 5),
+    "gdcn in parallel": (lambda: GDCN(WIDTH, 2, [10], parallel=True), WIDTH + 10, 5),
+    "qnn": (lambda: QNN(WIDTH, 2, [10]), WIDTH + 10, 5),
+    "qnn without norms": (lambda: QNN(WIDTH, 2, [], norm=False), WIDTH, 4),
     "transformer": (lambda: Transformer(TOKENS, 8, 2, 4, 12), 24, 15),
     "transformer of one head": (lambda: Transformer(TOKENS, 6, 1, 1, 5), 18, 9),
     "final_mlp": (
@@ -31,6 +56,16 @@ TOWERS: dict[str, tuple[Callable[[], Tower], int, int]] = {
     ),
     "final_mlp with learned contexts": (lambda: FinalMLP(TOKENS, [8, 6], [4], 2, gate_hidden=32), 12, 7),
     "final_mlp without gates": (lambda: FinalMLP(TOKENS, [8], [4], 1), 13, 2),
+    "wdl": (lambda: WDL(WIDE_TOKENS, [10, 5]), 6, 2),
+    "deepfm": (lambda: DeepFM(EQUAL_TOKENS, [10, 5]), 7, 2),
+    "deepfm without first-order terms": (lambda: DeepFM(EQUAL_TOKENS, [10], wide=False), 11, 1),
+    "nfm": (lambda: NFM(EQUAL_TOKENS, [10, 5]), 6, 2),
+    "nfm without hidden or first-order terms": (lambda: NFM(EQUAL_TOKENS, [], wide=False), 8, 0),
+    "pnn": (lambda: PNN(EQUAL_TOKENS, [10, 5]), 5, 2),
+    "dcn": (lambda: DCN(WIDTH, 3, [10, 5]), WIDTH + 5, 5),
+    "dcn without hidden": (lambda: DCN(WIDTH, 2, []), WIDTH, 2),
+    "dlrm": (lambda: DLRM([6, 6, 4], [7], [10, 5]), 5, 4),
+    "dlrm without dense features": (lambda: DLRM(EQUAL_TOKENS, None, [10, 5]), 5, 2),
 }
 """The dense tower, its output width, and how many linears it has."""
 
@@ -98,6 +133,18 @@ def test_rows_do_not_see_one_another(name: str, x: Tensor) -> None:
         lambda p: DCNv2(WIDTH, 1, [9], dropout=p),
         lambda p: Transformer(TOKENS, 8, 1, 2, 9, dropout=p),
         lambda p: FinalMLP(TOKENS, [9], [9], 1, dropout=p),
+        lambda p: WDL(WIDE_TOKENS, [9], dropout=p),
+        lambda p: DeepFM(EQUAL_TOKENS, [9], dropout=p),
+        lambda p: NFM(EQUAL_TOKENS, [9], dropout=p),
+        lambda p: PNN(EQUAL_TOKENS, [9], dropout=p),
+        lambda p: DCN(WIDTH, 1, [9], dropout=p),
+        lambda p: DLRM([6, 6, 4], [9], [9], dropout=p),
+        lambda p: XDeepFM([4] * 4, [2], [9], dropout=p),
+        lambda p: FiBiNET([4] * 4, "all", 3, [9], dropout=p),
+        lambda p: AutoInt([4] * 4, 1, 4, 1, [], dropout=p),
+        lambda p: MaskNet(TOKENS, 1, 9, 1, [], dropout=p),
+        lambda p: GDCN(WIDTH, 1, [9], dropout=p),
+        lambda p: QNN(WIDTH, 1, [], dropout=p),
     ],
 )
 def test_dropout_acts_in_training_only(build: Callable[[float], nn.Module], x: Tensor) -> None:
