@@ -510,10 +510,10 @@ class _Decoding:
         """A weight for each id of lists of the given lengths."""
         found, values = flat(self.arrays[name])
         if (wrong := found != lengths).any():
-            row = int(np.flatnonzero(wrong)[0])
+            first = int(np.flatnonzero(wrong)[0])
             raise DataError(
-                f"{what} has {int(wrong.sum())} lists whose weights (column {name!r}) are not as many: row {row} has "
-                f"{lengths[row]} ids and {found[row]} weights; mend them when the shards are written"
+                f"{what} has {int(wrong.sum())} lists whose weights (column {name!r}) are not as many: the first has "
+                f"{lengths[first]} ids and {found[first]} weights; mend them when the shards are written"
             )
         weights: NDArray[np.float32] = floats(values).cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
         if (wrong := ~np.isfinite(weights)).any():  # nulls became NaN

@@ -86,7 +86,7 @@ class Artifact:
     """An artefact whose files were held against their digests.
 
     Attributes:
-        directory: of the artefact.
+        directory: of the artefact, absolute and without links.
         manifest: what it says of itself.
         config: of the run.
         dense: tensors of the dense arch by name; they lie in the file.
@@ -110,7 +110,7 @@ class Artifact:
                 be; the message names the file.
             ConfigError: its config is none.
         """
-        directory = Path(os.path.expanduser(directory))
+        directory = Path(os.path.expanduser(directory)).resolve()  # for what is read later, and a link that is moved on
         manifest = read_manifest(directory)
         if wrong := layout.verify(directory, manifest.files):
             raise ArtifactError(f"{wrong}; the artefact is damaged, export it again")

@@ -19,7 +19,7 @@ from recsys.data.features import check_names
 from recsys.data.parquet import ShardTables
 from recsys.data.rows import Rows, SparseLayout
 from recsys.data.storage import DataError, Place, locate, naming, would_find
-from recsys.serving.scorer import RequestError, probabilities
+from recsys.serving.scorer import RequestError, naming_row, probabilities
 
 PROBABILITY, LOGIT = "probability", "logit"
 
@@ -199,13 +199,9 @@ class _Source:
         # What is kept stands as it does in the file, of the type that it has there.
         dictionaries = [name for name in self._model.dictionaries if name not in self._keep]
         table, layout = self._shards.table(group, self._names, dictionaries), self._layouts[self._shards.file_of(group)]
-        where = self._shards.where(group)
-        return _Group(
-            table.select(self._keep),
-            self._model.decode(table.select(self._model.columns), layout, where),
-            layout,
-            where,
-        )
+        raw, where = table.select(self._model.columns), self._shards.where(group)
+        rows = naming_row(lambda part, of: self._model.decode(part, layout, of), raw, where)
+        return _Group(table.select(self._keep), rows, layout, where)
 
 
 def _predicted(model: Model, group: _Group, schema: pa.Schema) -> pa.Table:

@@ -1,21 +1,25 @@
 """Raw values in, probabilities out, by the code that decoded them in training."""
 
 import hashlib
-from collections.abc import Container, Iterable, Mapping, Sequence, Set
+from bisect import bisect_left
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from recsys.checkpoint.layout import VOCABULARIES
+from recsys.config.faults import shortened
+from recsys.data.arrow import is_string, value_type
 from recsys.data.features import Columns, build_columns, check_names
 from recsys.data.kinds import Kinds, read_kinds
 from recsys.data.rows import Rows, SparseLayout
@@ -29,11 +33,14 @@ from recsys.serving.artifact import Artifact, ArtifactError
 from recsys.serving.candidates import Sharing, shared_rows
 from recsys.serving.schema import ARROW_SCHEMA, read_as_meant, times_and_integers
 
+_NO_ARRAY = (pa.ArrowException, TypeError, ValueError, LookupError, OverflowError)
 _NESTING = (list, tuple, set, frozenset, Mapping, np.ndarray)
 _MAX_SCHEMA = 16 << 20
 _ROWS = "give an Arrow table or record batch, a mapping of columns by name, or a list of mappings, one for each row"
 
 _NO_FEATURES = SparseLayout((), frozenset())
+
+_Decoded = TypeVar("_Decoded")
 
 _BATCH_ROWS = 2048
 """Of files that are predicted; what they become on the way is then a few MB for most models, and fits a cache."""
@@ -49,7 +56,7 @@ class RequestError(UserError):
 class Scorer:
     """Scores rows of raw values as the model of an artefact does.
 
-    Safe to call from several threads at once.
+    Safe to call from several threads at once. Pickled it is the path of its artefact, which is opened again.
 
     Args:
         artifact: a directory that an export wrote.
@@ -74,6 +81,7 @@ class Scorer:
         self._kinds = read_kinds(directory)
         self._features = _Features(self.artifact, self._columns, self._kinds)
         self.dense_arch = _dense_arch(self.artifact)
+        self._compile = compile
         self._compiled = torch.compile(self.dense_arch, dynamic=True) if compile else self.dense_arch
         self._division = lru_cache(_CONTEXTS)(self._divide)
         self._calibration = self.artifact.calibration
@@ -88,6 +96,9 @@ class Scorer:
         self._times_and_integers = times_and_integers(self._columns)
         if self.domain is not None:
             self._times_and_integers.setdefault(self.domain.column, False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), compile=self._compile), (self.artifact.directory,)
 
     @cached_property
     def schema(self) -> pa.Schema:
@@ -116,10 +127,11 @@ class Scorer:
                 times may be texts with their zone, and whole numbers may be written 3.0, as JSON may have it.
 
         Raises:
-            RequestError: they are none of these, or a column is missing or unknown, or its values are of several types.
-            DataError: a value is of another type than in training, null or not finite where the config does not fill
-                it, or an id is out of range; a domain that is asked for is null or none of the config's; or numbers are
-                so large that the model makes NaN of them.
+            RequestError: they are none of these, or a column is missing or unknown, or its values are of several types
+                or ids that are neither integers nor, where they are wanted, times.
+            DataError: a column is of another type than in training, a value null or not finite where the config does
+                not fill it, or an id out of range; a domain that is asked for is null or none of the config's; or
+                numbers are so large that the model makes NaN of them.
         """
         with torch.inference_mode():
             return probabilities(self.logits_of(self._table(rows, self.columns)), "rows to score").numpy()
@@ -146,7 +158,7 @@ class Scorer:
         with torch.inference_mode():
             row = self._table({name: [context[name]] for name in context}, tuple(context)) if context else pa.table({})
             items = self._table(candidates, [name for name in self.columns if name not in context], context)
-            parts = division.context.read(row, "context"), division.items.read(items, "candidates")
+            parts = division.context.read(row, "context", one=True), division.items.read(items, "candidates")
             logits: Tensor = self.dense_arch(*map(shared_rows, *parts, division.sharings))[0]
             if self._calibration is not None:
                 logits = self._calibration(logits, self._domains(context, row, items))
@@ -160,8 +172,11 @@ class Scorer:
         table, where = (row, "context") if shared else (items, "candidates")
         check_names(table.schema, self._domain.names, where, "table")
         self._domain.check_schema(table.schema, where)
-        found = self._domain.decode(table.select(self._domain.names), _NO_FEATURES, where).domain
-        return found.repeat(len(items)) if shared else found
+        domains = table.select(self._domain.names)
+        if shared:
+            return self._domain.decode(domains, _NO_FEATURES, where).domain.repeat(len(items))
+        decode = self._domain.decode
+        return naming_row(lambda part, of: decode(part, _NO_FEATURES, of), domains, where).domain
 
     def logits_of(self, table: pa.Table, where: str = "rows to score") -> Tensor:
         """Logits (N,) of a table of raw values, calibrated if the artefact is; `where` is what it is, for messages.
@@ -170,7 +185,7 @@ class Scorer:
             DataError: as `score`.
         """
         layout = self.check_schema(table.schema, where)
-        return self.logits(self.decode(table, layout, where), layout)
+        return self.logits(naming_row(lambda part, of: self.decode(part, layout, of), table, where), layout)
 
     def check_schema(self, schema: pa.Schema, where: str) -> SparseLayout:
         """Refuse a table whose columns cannot be scored, and tell which features have lists.
@@ -260,7 +275,7 @@ class Scorer:
         if len(set(lengths.values())) > 1:
             raise RequestError(f"columns are of different lengths: {lengths}")
         for name in arrays.keys() & self._times_and_integers.keys():
-            arrays[name] = read_as_meant(arrays[name], times=self._times_and_integers[name])
+            arrays[name] = _as_meant(name, arrays[name], times=self._times_and_integers[name])
         return pa.table(arrays)
 
     def _columns_of(self, rows: list[Any], names: Sequence[str], context: Container[str]) -> dict[str, list[Any]]:
@@ -297,6 +312,38 @@ def probabilities(logits: Tensor, where: str) -> Tensor:
     return found
 
 
+def naming_row(decode: Callable[[pa.Table, str], _Decoded], table: pa.Table, where: str) -> _Decoded:
+    """What `decode` makes of a table, and where that is an error, the error of the first row that is refused.
+
+    Args:
+        decode: given some of the rows, and what they are, for messages. Its errors are of rows, each by itself.
+        table: the rows.
+        where: what they are.
+
+    Raises:
+        DataError: as `decode`.
+    """
+    try:
+        return decode(table, where)
+    except DataError:
+        row = _first_refused(len(table), lambda count: decode(table.slice(0, count), where), DataError)
+        decode(table.slice(row, 1), f"{where}, row {row}")
+        raise
+
+
+def _first_refused(count: int, check: Callable[[int], object], *refusals: type[Exception]) -> int:
+    """The first row for which a check of the first n of `count` rows fails; found by halves, as checks cost."""
+
+    def fails(last: int) -> bool:
+        try:
+            check(last + 1)
+        except refusals:
+            return True
+        return False
+
+    return bisect_left(range(count), True, key=fails)
+
+
 def _array(name: str, values: Any) -> pa.Array:
     """A column as an Arrow array of the type that its values speak for."""
     if not isinstance(values, Iterable) or isinstance(values, str | bytes | bytearray | Set | Mapping):
@@ -304,7 +351,7 @@ def _array(name: str, values: Any) -> pa.Array:
     values = values if hasattr(values, "__len__") else list(values)
     try:
         array = _inferred(values)
-    except (pa.ArrowException, TypeError, ValueError, LookupError, OverflowError) as error:
+    except _NO_ARRAY as error:
         told = " ".join(str(error).split())
         raise RequestError(f"column {name!r}{_first_odd(values)}: values of one type are needed ({told})") from None
     return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
@@ -345,14 +392,38 @@ def _has_objects(values: Any) -> bool:
 
 
 def _first_odd(values: Any) -> str:
-    """Which value is of another type than those before it, in words."""
-    kinds: set[type] = set()
-    for number, value in enumerate(values if getattr(values, "ndim", 1) else ()):
-        if value is not None:
-            kinds.add(type(value))
-        if len(kinds) > 1:
-            return f": row {number} is of type {type(value).__name__}"
-    return ""
+    """Which value Arrow does not take beside those before it, in words."""
+    if not getattr(values, "ndim", 1):
+        return ""
+    listed = list(values)
+    row = _first_refused(len(listed), lambda count: _inferred(listed[:count]), *_NO_ARRAY)
+    return f": row {row} is of type {type(listed[row]).__name__}" if row < len(listed) else ""
+
+
+def _as_meant(name: str, values: pa.Array, *, times: bool) -> pa.Array:
+    """Ids as `read_as_meant` gives them.
+
+    Raises:
+        RequestError: they are floating numbers that are no integers, or texts that are no times where times are.
+    """
+    meant = read_as_meant(values, times=times)
+    if not _is_odd(meant, times=times):
+        return meant
+
+    def check(count: int) -> None:
+        first = values.take(pa.array(range(count)))  # of a slice, Arrow would cast what is behind it in lists too
+        if _is_odd(read_as_meant(first, times=times), times=times):
+            raise ValueError
+
+    row = _first_refused(len(values), check, ValueError)
+    wanted = "times with their zone, or all dates," if is_string(value_type(meant.type)) else "integers (below 2^53)"
+    raise RequestError(f"column {name!r}: row {row} is {shortened(repr(values[row].as_py()), 60)}; {wanted} are needed")
+
+
+def _is_odd(ids: pa.Array, *, times: bool) -> bool:
+    """Whether ids that were read as they are meant are still what no mapping takes."""
+    kind = value_type(ids.type)
+    return bool(pa.types.is_floating(kind) or (times and is_string(kind)))
 
 
 class _Features:
@@ -387,10 +458,14 @@ class _Features:
         self._checked = schema, layout
         return layout
 
-    def read(self, table: pa.Table, where: str) -> tuple[Tensor, Tensor]:
-        """Pooled embeddings (N, W) and dense features (N, F_d) of a table of raw values."""
+    def read(self, table: pa.Table, where: str, *, one: bool = False) -> tuple[Tensor, Tensor]:
+        """Pooled embeddings (N, W) and dense features (N, F_d) of a table of raw values, or of its one row."""
         layout = self.check_schema(table.schema, where)
-        return self.inputs(self.columns.decode_features(table, layout, where), layout)
+
+        def decode(part: pa.Table, where: str) -> Rows:
+            return self.columns.decode_features(part, layout, where)
+
+        return self.inputs(decode(table, where) if one else naming_row(decode, table, where), layout)
 
     def inputs(self, rows: Rows, layout: SparseLayout) -> tuple[Tensor, Tensor]:
         """The same of decoded rows."""
@@ -421,10 +496,20 @@ def _among(features: Mapping[str, Any], names: Container[str]) -> dict[str, Any]
     return {name: feature for name, feature in features.items() if name in names}
 
 
+class _Unfilled(TorchFunctionMode):
+    """Leaves out the random numbers that loaded ones replace: to draw those on `meta`, torch imports its compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ in ("normal_", "uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def _dense_arch(artifact: Artifact) -> torch.nn.Module:
     config = artifact.config
     dims = {name: config.tables[feature.table].embedding_dim for name, feature in config.features.sparse.items()}
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         dense_arch = build_dense_arch(config.model, dims, num_dense_features=len(config.features.dense))
     try:
         # Tensors of a mapped file cannot be written to; a copy of these few can, as some layers fold theirs.

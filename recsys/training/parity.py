@@ -114,7 +114,8 @@ def export(
     config = load_checkpoint_config(checkpoint)
     split = split or ("test" if config.data.test else "valid")
     if split not in config.data.splits:
-        raise ConfigError(f"data.{split} is not set; the artefact is compared with the model on rows that are held out")
+        there = ", ".join(config.data.splits)
+        raise ConfigError(f"data.{split} is not set, to compare the artefact with the model on; give --split ({there})")
     if max_rows < 1:
         raise ConfigError(f"--max-rows: {max_rows} rows compare nothing; give 1 or more")
     if calibration:

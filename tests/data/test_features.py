@@ -340,7 +340,10 @@ def test_ids_that_are_cut_are_not_looked_at() -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([[1.0], [1.0, 2.0], []], r"has 1 lists whose weights \(column 'w'\) are not as many: row 0 has 2 ids and 1 w"),
+        (
+            [[1.0], [1.0, 2.0], []],
+            r"has 1 lists whose weights \(column 'w'\) are not as many: the first has 2 ids and ",
+        ),
         ([[1.0, None], [1.0, 2.0], []], r"has 1 value null, NaN or infinite among its weights \(column 'w'\)"),
         ([[1.0, float("inf")], [1.0, 2.0], None], "has 1 value null, NaN or infinite among its weights"),
         ([1.0, 2.0, 3.0], "lists of ids and lists of numbers are needed"),

@@ -242,7 +242,7 @@ def _as_table(columns: Any) -> Any:
     """An Arrow table where that can be; what cannot be one as it is."""
     try:
         return pa.table(dict(columns))
-    except (pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeError, RecursionError):
+    except (pa.ArrowException, TypeError, ValueError, LookupError, OverflowError, RecursionError):
         return columns
 
 

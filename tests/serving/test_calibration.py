@@ -156,7 +156,7 @@ def test_domains_are_asked_for_where_one_has_its_own(folder: Path, tmp_path: Pat
         ),
         ([{**ROW, "domain": -1}], DataError, "out of range, such as -1"),
         ([{**ROW, "domain": "home"}], DataError, "column 'domain' .domain. has type string; integers are needed"),
-        ([{**ROW, "domain": 0.5}], DataError, "column 'domain' .domain. has type double"),
+        ([{**ROW, "domain": 0.5}], RequestError, "column 'domain': row 0 is 0.5; integers"),
         ([{name: ROW[name] for name in COLUMNS}], RequestError, "row 0: 'domain' is missing"),
         (pa.Table.from_pylist([ROW]).drop(["domain"]), DataError, "no column 'domain'; the table has user"),
     ],

@@ -164,7 +164,7 @@ def test_a_column_in_both_or_neither_is_named(tmp_path: Path, context: Any, item
     ("context", "items", "told"),
     [
         ({**CONTEXT, "user": 40}, [ITEM], "context: sparse feature user .* out of range, such as 40"),
-        (CONTEXT, [ITEM, {**ITEM, "item": 30}], "candidates: sparse feature item .* out of range, such as 30"),
+        (CONTEXT, [ITEM, {**ITEM, "item": 30}], "candidates, row 1: sparse feature item .* out of range, such as 30"),
         (CONTEXT, pa.Table.from_pylist([{"item": 1, "tags": [1]}]), "candidates: no column 'z'"),
     ],
 )

@@ -11,92 +11,78 @@ import pytest
 import torch
 from ranks import run_module
 from safetensors.torch import load_file, save_file
-from test_scorer import TOWERS, export, train
-from tiny import write_tiny_log
+from test_candidates import make
+from test_scorer import TOWERS
 
 from recsys.model.dense_arch import DenseArch
 from recsys.model.towers.mlp import MLP
 from recsys.serving import Scorer
 from recsys.serving.artifact import ArtifactError
-from recsys.serving.formats import write_program
+from recsys.serving.formats import PROGRAMS, Program, write_program
+from recsys.training import parity
 
 LOADERS = {
-    "torch-export": "program = torch.export.load('dense.pt2').module()",
-    "aoti": "program = torch._inductor.aoti_load_package('dense.aoti.pt2')",
+    "torch-export": "program = torch.export.load(f'{name}/dense.pt2').module()",
+    "aoti": "program = torch._inductor.aoti_load_package(f'{name}/dense.aoti.pt2')",
 }
 RUN = """
 import json, sys, torch
 from safetensors.torch import load_file, save_file
-{loader}
-given = load_file(sys.argv[1])
-found = {{n: program(given["pooled"][:int(n)], given["dense"][:int(n)]) for n in ("0", "1", "2", "300")}}
-save_file(found, sys.argv[2])
-try:
-    turned = program(given["pooled"].t().contiguous().t(), given["dense"])
-    assert (turned - found["300"]).abs().max() < 1e-4, "columns were read as rows"
-except RuntimeError:
-    pass
+given, found = load_file("given.safetensors"), {{}}
+for name in json.loads(sys.argv[1]):
+    {loader}
+    of_tower = {{n: program(given[name][:n], given["dense"][:n]) for n in (0, 1, 2, 300)}}
+    try:
+        turned = program(given[name].t().contiguous().t(), given["dense"])
+        assert (turned - of_tower[300]).abs().max() < 1e-4, "columns were read as rows"
+    except RuntimeError:
+        pass
+    found |= {{f"{{name}} {{n}}": logits for n, logits in of_tower.items()}}
+save_file(found, "found.safetensors")
 print(json.dumps([name for name in sys.modules if name.partition(".")[0] in ("recsys", "torchrec", "fbgemm_gpu")]))
 """
 
 
-@pytest.fixture(scope="module")
-def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("log")
-    write_tiny_log(directory)
-    return directory
-
-
-CASES = [
-    *((tower, True, "torch-export") for tower in TOWERS),
-    *(pytest.param(tower, False, "torch-export", marks=pytest.mark.slow) for tower in TOWERS),
-    *(pytest.param(tower, True, "aoti", marks=pytest.mark.slow) for tower in TOWERS),
-]
-
-
-@pytest.mark.parametrize(("tower", "experts", "kind"), CASES)
-def test_a_program_answers_as_the_artefact_without_this_project(
-    log: Path, tmp_path: Path, tower: str, experts: bool, kind: Any
-) -> None:
-    told = export(
-        train(log, tmp_path, 1, "table", tower, experts=experts),
-        tmp_path / "artifact",
-        "--format",
-        kind,
-        "--bound",
-        "1e-6",
-    )
-    assert 0 <= told["programs"][kind] <= 1e-6
-    scorer = Scorer(tmp_path / "artifact")
-    config = scorer.artifact.config
-    width = sum(config.tables[feature.table].embedding_dim for feature in config.features.sparse.values())
+@pytest.mark.parametrize(
+    ("kind", "experts"),
+    [
+        ("torch-export", 3),
+        pytest.param("torch-export", 0, marks=pytest.mark.slow),
+        pytest.param("aoti", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_programs_answer_as_the_artefact_without_this_project(tmp_path: Path, kind: Any, experts: int) -> None:
+    """Of every tower."""
     generator = torch.Generator().manual_seed(5)
+    scorers = {tower: Scorer(make(tmp_path, settings, experts)) for tower, settings in TOWERS.items()}
+    num_dense = 2
     given = {
-        "pooled": torch.randn(300, width, generator=generator),
-        "dense": torch.randn(300, 2, generator=generator),
+        "dense": torch.randn(300, num_dense, generator=generator),
     }
+    for tower, scorer in scorers.items():
+        config = scorer.artifact.config
+        width = sum(config.tables[feature.table].embedding_dim for feature in config.features.sparse.values())
+        given[tower] = torch.randn(300, width, generator=generator)
+        (tmp_path / tower).mkdir()
+        write_program(scorer.dense_arch, width, num_dense, kind, tmp_path / tower / PROGRAMS[kind])
     save_file(given, tmp_path / "given.safetensors")
-    command = [
-        sys.executable,
-        "-c",
-        RUN.format(loader=LOADERS[kind]),
-        tmp_path / "given.safetensors",
-        tmp_path / "found",
-    ]
+    command = [sys.executable, "-c", RUN.format(loader=LOADERS[kind]), json.dumps(list(TOWERS))]
     checked = {**os.environ, "AOTI_RUNTIME_CHECK_INPUTS": "1"}
-    done = subprocess.run(command, cwd=tmp_path / "artifact", env=checked, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=checked, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []
+    found = load_file(tmp_path / "found.safetensors")
+    assert len(found) == 4 * len(TOWERS)
     with torch.inference_mode():
-        for n, found in load_file(tmp_path / "found").items():
-            expected = scorer.dense_arch(given["pooled"][: int(n)], given["dense"][: int(n)])[0]
-            assert found.shape == (int(n),) and found.dtype == torch.float32
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        for name, logits in found.items():
+            tower, n = name.split()
+            expected = scorers[tower].dense_arch(given[tower][: int(n)], given["dense"][: int(n)])[0]
+            assert logits.shape == (int(n),) and logits.dtype == torch.float32
+            torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_what_a_program_holds_is_told_and_a_scorer_needs_none(log: Path, tmp_path: Path) -> None:
-    checkpoint = train(log, tmp_path, 1, "table", "mlp", experts=True)
-    arguments = ("--checkpoint", str(checkpoint), "--output", str(tmp_path / "artifact"), "--format", "torch-export")
+def test_what_a_program_holds_is_told_and_a_scorer_needs_none(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    arguments = ("--checkpoint", str(trained[0]), "--output", str(tmp_path / "artifact"), "--format", "torch-export")
     # A program's logits are those before calibration.
     (done,) = run_module(1, "recsys.export", *arguments, "--calibration", "platt", "--calibration-rows", "5")
     assert done.code == 0, done.stderr
@@ -116,20 +102,27 @@ def test_what_a_program_holds_is_told_and_a_scorer_needs_none(log: Path, tmp_pat
     assert Scorer(tmp_path / "artifact").score([row])[0] == before
 
 
-def test_a_program_beyond_the_bound_is_refused_and_leaves_nothing(log: Path, tmp_path: Path) -> None:
-    checkpoint = train(log, tmp_path, 1, "table", "mlp", experts=True)
-    arguments = ("--checkpoint", str(checkpoint), "--output", str(tmp_path / "artifact"), "--format", "torch-export")
-    script = (
-        "import recsys.serving.formats as formats, recsys.training.parity as parity, runpy, sys\n"
-        "load = parity.load_program\n"
-        "parity.load_program = lambda *of: (lambda program: lambda *x: program(*x) + .1)(load(*of))\n"
-        f"sys.argv = ['recsys.export', *{arguments!r}]\n"
-        "runpy.run_module('recsys.export', run_name='__main__')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "error: --format torch-export: the program differs from the model by" in done.stderr
-    assert not list(tmp_path.glob("*artifact*"))
+def test_a_program_beyond_the_bound_is_refused_and_leaves_nothing(
+    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = parity.load_program
+
+    def spoilt(kind: Any, path: Path) -> Program:
+        program = load(kind, path)
+        return lambda pooled, dense: program(pooled, dense) + 0.1
+
+    monkeypatch.setattr(parity, "load_program", spoilt)
+    with pytest.raises(ArtifactError, match=r"^--format torch-export: the program differs from the model by"):
+        parity.export(
+            trained[0],
+            tmp_path / "artifact",
+            tables="float32",
+            split="test",
+            max_rows=251,
+            bound=None,
+            formats=["torch-export"],
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_compiler_is_told_in_one_line(tmp_path: Path) -> None:

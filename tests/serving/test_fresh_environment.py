@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from test_scorer import COLUMNS, export, train
-from tiny import write_tiny_log
+from test_scorer import COLUMNS
 
 from recsys.serving import Scorer
 
@@ -19,7 +18,7 @@ PROGRAM = """
 import importlib.util, json, sys
 import numpy as np, pyarrow.parquet as pq
 from recsys.serving import Scorer
-others = ("torchrec", "fbgemm_gpu", "torchx", "tensorboard", "rich")
+others = ("torchrec", "fbgemm_gpu", "torchx", "tensorboard", "rich", "scipy")
 absent = [name for name in others if importlib.util.find_spec(name)]
 assert not absent, absent
 rows = pq.read_table(sys.argv[2], columns=json.loads(sys.argv[3]))
@@ -28,10 +27,10 @@ np.save(sys.argv[4], Scorer(sys.argv[1]).score(rows))
 
 
 @pytest.mark.slow
-def test_a_fresh_environment_with_the_serving_packages_scores(tmp_path: Path) -> None:
-    write_tiny_log(tmp_path / "log")
-    artifact = tmp_path / "artifact"
-    export(train(tmp_path / "log", tmp_path, 1, "table", "mlp", experts=True), artifact)
+def test_a_fresh_environment_with_the_serving_packages_scores(
+    trained: tuple[Path, Path], tiny_log: Path, tmp_path: Path
+) -> None:
+    artifact = trained[1]
     source = tmp_path / "source"  # building leaves files beside what is built
     for name in ("recsys", "launch"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -47,7 +46,7 @@ def test_a_fresh_environment_with_the_serving_packages_scores(tmp_path: Path) ->
     run(sys.executable, "-m", "venv", tmp_path / "venv")
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", "-r", ROOT / "requirements/serving.txt")
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", source)
-    rows, columns = tmp_path / "log/test/part-0.parquet", list(COLUMNS)
+    rows, columns = tiny_log / "test/part-0.parquet", list(COLUMNS)
     run(python, "-c", PROGRAM, artifact, rows, str(columns).replace("'", '"'), tmp_path / "found.npy")
     expected = Scorer(artifact).score(pq.read_table(rows, columns=columns))
     np.testing.assert_array_equal(np.load(tmp_path / "found.npy"), expected)

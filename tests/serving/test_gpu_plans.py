@@ -1,5 +1,6 @@
 """A model trained with what only GPUs have is exported where there are none."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,15 +8,15 @@ import pyarrow.parquet as pq
 import yaml
 from ranks import run_module
 from runs import reseal
-from test_scorer import export, predicted, train
-from tiny import write_tiny_log
+from test_scorer import export, predicted
 
 from recsys.training.parity import BOUNDS
 
 
-def test_what_only_gpus_have_is_no_part_of_the_model(tmp_path: Path) -> None:
-    write_tiny_log(tmp_path / "log")
-    checkpoint = train(tmp_path / "log", tmp_path, 1, "table", "mlp", experts=True)
+def test_what_only_gpus_have_is_no_part_of_the_model(
+    trained: tuple[Path, Path], tiny_log: Path, tmp_path: Path
+) -> None:
+    checkpoint = shutil.copytree(trained[0], tmp_path / "checkpoint")
     expected = predicted(checkpoint, tmp_path / "predictions")
     raw = yaml.safe_load((checkpoint / "config.yaml").read_text())
     raw["device"] = "cuda"
@@ -29,7 +30,7 @@ def test_what_only_gpus_have_is_no_part_of_the_model(tmp_path: Path) -> None:
     arguments = ("--checkpoint", str(checkpoint), "device=cpu")
     for module, options in (
         ("evaluate", ("--predictions", str(tmp_path / "evaluated"))),
-        ("predict", ("--input", str(tmp_path / "log" / "test"), "--output", str(tmp_path / "predicted"))),
+        ("predict", ("--input", str(tiny_log / "test"), "--output", str(tmp_path / "predicted"))),
     ):
         (done,) = run_module(1, f"recsys.{module}", *options, *arguments)
         assert done.code == 0, done.stderr

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from ranks import run_module
-from test_scorer import export, train
-from tiny import tiny_table, write_tiny_log
+from test_candidates import make
+from test_scorer import TOWERS
+from tiny import tiny_table
 
 from recsys.config import ConfigError
 from recsys.data.storage import DataError
@@ -22,11 +23,8 @@ from recsys.serving.scorer import RequestError
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("predicting")
-    write_tiny_log(folder / "log")
-    export(train(folder / "log", folder, 1, "table", "mlp", experts=True), folder / "artifact")
-    return folder / "artifact"
+def artifact(trained: tuple[Path, Path]) -> Path:
+    return trained[1]
 
 
 @pytest.fixture
@@ -90,7 +88,10 @@ def test_a_value_that_cannot_be_scored_is_named_and_leaves_no_file(
     spoilt = table.set_column(table.column_names.index("user"), "user", pa.array(users))
     pq.write_table(spoilt, tmp_path / "in/a/one.parquet", row_group_size=40)
     (done,) = predict(artifact, tmp_path, code=2)
-    assert f"{tmp_path}/in/a/one.parquet, row group 2: sparse feature user" in done.stderr and "4000" in done.stderr
+    assert (
+        f"{tmp_path}/in/a/one.parquet, row group 2, row 20: sparse feature user" in done.stderr
+        and "4000" in done.stderr
+    )
     assert not (tmp_path / "out/a/one.parquet").exists()
 
 
@@ -170,20 +171,21 @@ def test_no_prediction_becomes_an_input(
         assert predicting.predict(Scorer(artifact), [pattern], output) == rows
 
 
-def test_rows_of_which_the_model_makes_nan_have_no_answer(artifact: Path, tmp_path: Path) -> None:
+def test_rows_of_which_the_model_makes_nan_have_no_answer(tmp_path: Path) -> None:
+    scorer = Scorer(make(tmp_path, TOWERS["dcn_v2"]))
     table = tiny_table(50, 1)
     for name in ("x", "z"):
         huge = table[name].to_pylist()
         huge[45] = 3e38
         table = table.set_column(table.column_names.index(name), name, pa.array(huge))
-    row = table.select(Scorer(artifact).columns).to_pylist()[45]
+    row = table.select(scorer.columns).to_pylist()[45]
     with pytest.raises(DataError, match="rows to score: row 45 has no probability, as its numbers are too large"):
-        Scorer(artifact).score(table)
+        scorer.score(table)
     with pytest.raises(DataError, match="candidates: row 0 has no probability"):
-        Scorer(artifact).score_candidates({"z": row.pop("z")}, [row])
+        scorer.score_candidates({"z": row.pop("z")}, [row])
     pq.write_table(table, tmp_path / "day.parquet", row_group_size=40)
     with pytest.raises(DataError, match=r"day\.parquet, row group 1: row 5 has no probability"):
-        predicting.predict(Scorer(artifact), [f"{tmp_path}/day.parquet"], f"{tmp_path}/out")
+        predicting.predict(scorer, [f"{tmp_path}/day.parquet"], f"{tmp_path}/out")
     assert not list(tmp_path.glob("out/*"))
 
 

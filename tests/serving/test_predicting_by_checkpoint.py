@@ -250,7 +250,7 @@ def test_a_value_that_cannot_be_scored_ends_all_ranks(
     """Of the rank with the most rows, and of one whose rows are over before."""
     spoil(tmp_path / "in" / bad, 60)
     told = refused(checkpoint, tmp_path, *PLANS["table"], world_size=3)
-    assert f"{tmp_path}/in/{bad}, row group 1: sparse feature user" in told and "4000" in told
+    assert f"{tmp_path}/in/{bad}, row group 1, row 20: sparse feature user" in told and "4000" in told
     left = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert left == sorted(name for name in files if name != bad)
 

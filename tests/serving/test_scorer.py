@@ -1,14 +1,17 @@
 """What is served is what was trained: exports of every tower, over ranks and plans, beside the model they come from."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import date, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +20,9 @@ import pytest
 import torch
 from ranks import run_module, run_ranks
 from runs import as_config, train_on
-from tiny import take_tower, tiny_config, write_tiny_log
+from tiny import take_tower, tiny_config
 
-from recsys.config import HashIdsConfig
+from recsys.config import Config, ConfigError, HashIdsConfig, load_checkpoint_config
 from recsys.data.storage import DataError
 from recsys.model.towers import registry
 from recsys.serving import Artifact, ArtifactError, Scorer
@@ -68,25 +71,30 @@ PLANS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_every_tower_is_exported() -> None:
-    settings = {name: {cls.__name__ for cls in registry._BUILDERS} for name in TOWERS}
-    assert len(TOWERS) == len(registry._BUILDERS), settings
+ROUTING: dict[str, dict[str, Any]] = {
+    "hierarchical": {},
+    "top_k": {"top_k": 2},
+    "flat": {"hierarchical": False},
+    "raw_query": {"normalize_query": False},
+}
+REGISTERED = [name for settings in registry._BUILDERS for name in get_args(settings.model_fields["type"].annotation)]
+# A tower that nobody named here is tried with what its settings are by themselves.
+TOWERS |= {name: {"type": name} for name in REGISTERED if name not in TOWERS}
 
 
-@pytest.fixture(scope="module")
-def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("log")
-    write_tiny_log(directory)
-    return directory
+def test_the_towers_that_are_tried_are_those_of_the_registry() -> None:
+    assert sorted(TOWERS) == sorted(REGISTERED)
+    assert all(settings["type"] == name for name, settings in TOWERS.items())
 
 
-def train(log: Path, folder: Path, world_size: int, plan: str, tower: str, *, experts: bool) -> Path:
+def train(
+    log: Path, folder: Path, world_size: int, plan: str, tower: str, *, experts: bool, routing: str = "hierarchical"
+) -> Path:
     """The last checkpoint of a short run whose experts are no longer zero."""
     raw = tiny_config(log, folder / "out")
     raw["tables"]["item"] = {"num_embeddings": 30, "embedding_dim": 8, **PLANS[plan]}
     take_tower(raw, TOWERS[tower])
-    if not experts:
-        raw["model"]["hilomoe"] = None
+    raw["model"]["hilomoe"] = {**raw["model"]["hilomoe"], **ROUTING[routing]} if experts else None
     raw["stages"] = {"joint": {"trains": "all", "steps": 12, "learning_rate": 0.02, "sparse_learning_rate": 0.2}}
     run_ranks(world_size, train_on, as_config(raw, folder))
     return folder / "out" / "checkpoints" / "step-12"
@@ -108,29 +116,29 @@ def predicted(checkpoint: Path, folder: Path) -> np.ndarray[Any, Any]:
     return probabilities
 
 
+# Nine towers have each number of ranks with each plan.
 CASES = [
-    (1, "table", "mlp", True),
-    (2, "column", "dcn_v2", True),
-    (3, "replicated", "transformer", True),
-    (2, "table", "final_mlp", True),
-    (2, "column", "deepfm", True),  # first-order weights in other shards than their embeddings
-    (1, "column", "transformer", False),
-    (2, "replicated", "mlp", False),
-    (3, "column", "final_mlp", False),
-    (3, "table", "dcn_v2", False),
+    (1 + (n + dense) % 3, list(PLANS)[(n + n // 3) % 3], tower, None if dense else list(ROUTING)[n % len(ROUTING)])
+    for n, tower in enumerate(TOWERS)
+    for dense in (0, 1)
 ]
 
 
 @pytest.mark.parametrize(
-    ("world_size", "plan", "tower", "experts"),
-    [*CASES[:5], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[5:])],
+    ("world_size", "plan", "tower", "routing"),
+    [
+        (2, "column", "deepfm", "hierarchical"),  # first-order weights in other shards than their embeddings
+        *(pytest.param(*case, marks=[pytest.mark.slow] if n % 2 or n >= 8 else []) for n, case in enumerate(CASES)),
+    ],
 )
 def test_raw_rows_have_the_probabilities_of_the_model(
-    log: Path, tmp_path: Path, world_size: int, plan: str, tower: str, experts: bool
+    tiny_log: Path, tmp_path: Path, world_size: int, plan: str, tower: str, routing: str | None
 ) -> None:
-    checkpoint = train(log, tmp_path, world_size, plan, tower, experts=experts)
+    """Without routing there are no experts."""
+    routed = {"experts": True, "routing": routing} if routing else {"experts": False}
+    checkpoint = train(tiny_log, tmp_path, world_size, plan, tower, **routed)
     expected = predicted(checkpoint, tmp_path / "predictions")
-    rows = pa.concat_tables([pq.read_table(file) for file in sorted((log / "test").iterdir())])
+    rows = pa.concat_tables([pq.read_table(file) for file in sorted((tiny_log / "test").iterdir())])
     for precision, bound in BOUNDS.items():
         told = export(checkpoint, tmp_path / precision, "--tables", precision)
         assert told["rows"] == 251 and told["max_difference"] <= bound
@@ -146,12 +154,9 @@ def test_raw_rows_have_the_probabilities_of_the_model(
 
 
 @pytest.fixture(scope="module")
-def exported(log: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def exported(trained: tuple[Path, Path]) -> tuple[Path, Path]:
     """A checkpoint and its artefact."""
-    folder = tmp_path_factory.mktemp("exported")
-    checkpoint = train(log, folder, 1, "table", "mlp", experts=True)
-    export(checkpoint, folder / "artifact")
-    return checkpoint, folder / "artifact"
+    return trained
 
 
 ROW = {"user": 3, "item": 5, "tags": [1, 2], "x": 0.5, "z": 0.1}
@@ -165,7 +170,10 @@ ROW = {"user": 3, "item": 5, "tags": [1, 2], "x": 0.5, "z": 0.1}
         ([ROW, {**ROW, "user": "seven"}], "column 'user': row 1 is of type str: values of one type are needed"),
         ({key: [value] for key, value in ROW.items() if key != "tags"}, "column 'tags' is missing"),
         ({**{key: [value] for key, value in ROW.items()}, "x": [1.0, 2.0]}, "columns are of different lengths"),
-        ([{**ROW, "user": 2**70}], "column 'user'"),
+        ([ROW, {**ROW, "user": 2**70}], "column 'user': row 1 is of type int"),
+        ([ROW, ROW, {**ROW, "user": 2.5}], "column 'user': row 2 is 2.5; integers .below 2.53. are needed"),
+        ([ROW, {**ROW, "tags": [1, 2.5]}], "column 'tags': row 1 is .1.0, 2.5.; integers"),
+        ([ROW, {**ROW, "tags": [[1]]}], "column 'tags': row 1 is of type list: .* lists hold no lists"),
     ],
 )
 def test_requests_of_another_shape_are_refused_by_row_and_column(
@@ -178,20 +186,39 @@ def test_requests_of_another_shape_are_refused_by_row_and_column(
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"user": 40}, "sparse feature user .column 'user'. has 1 value out of range, such as 40"),
-        ({"user": -1}, "value out of range, such as -1"),
         ({"user": "seven"}, "'user' .sparse feature user. has type string"),
-        ({"tags": [None]}, "nulls inside lists"),
         ({"x": "high"}, "'x' .dense feature x. has type string"),
-        ({"z": None}, "column 'z' has 1 nulls; give a dense feature a fill"),
-        ({"z": float("nan")}, "column 'z'"),
     ],
 )
-def test_values_that_training_would_refuse_are_refused(
+def test_columns_of_a_type_that_training_would_refuse_are_refused(
     exported: tuple[Path, Path], change: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(DataError, match=told):
         Scorer(exported[1]).score([{**ROW, **change}])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"user": 40}, "sparse feature user .column 'user'. has 1 value out of range, such as 40"),
+        ({"user": -1}, "sparse feature user .column 'user'. has 1 value out of range, such as -1"),
+        ({"tags": [1, 12]}, "sparse feature tags .column 'tags'. has 1 value out of range, such as 12"),
+        ({"tags": [None]}, "sparse feature tags .column 'tags'. has 1 nulls inside lists"),
+        ({"z": None}, "column 'z' has 1 nulls; give a dense feature a fill"),
+        ({"z": float("nan")}, "dense feature scale .column 'z'. has 1 value NaN or infinite"),
+        ({"x": 1e39}, "dense feature x .column 'x'. has 1 value NaN or infinite in float32"),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 3, 4])
+def test_the_first_row_that_training_would_refuse_is_named(
+    exported: tuple[Path, Path], change: dict[str, Any], told: str, place: int
+) -> None:
+    scorer = Scorer(exported[1])
+    rows = [{**ROW, **(change if row in (place, 4) else {})} for row in range(5)]
+    columns = {name: [row[name] for row in rows] for name in ROW}
+    for form in (rows, columns, pa.table(columns), pa.RecordBatch.from_pylist(rows)):
+        with pytest.raises(DataError, match=f"^rows to score, row {place}: {told}"):
+            scorer.score(form)
 
 
 def test_nulls_are_what_the_config_says_that_they_are(exported: tuple[Path, Path]) -> None:
@@ -201,21 +228,32 @@ def test_nulls_are_what_the_config_says_that_they_are(exported: tuple[Path, Path
 
 
 def test_threads_score_at_once(exported: tuple[Path, Path]) -> None:
-    scorer = Scorer(exported[1])
+    """Requests of several Arrow schemas, forms and contexts, some of which are refused."""
     rows = [{**ROW, "user": user % 40, "tags": [user % 12] * (user % 4)} for user in range(300)]
-    expected, wrong = scorer.score(rows), []
+    table = pa.Table.from_pylist(rows)
+    narrow = table.set_column(0, "user", table["user"].cast(pa.int8())).append_column("more", table["z"])
+    single = table.set_column(2, "tags", table["item"])
+    asked: list[Callable[[Scorer], Any]] = [
+        *(partial(Scorer.score, rows=one) for one in (rows, table, narrow, single, table.select(COLUMNS).to_pydict())),
+        partial(Scorer.score, rows=narrow.set_column(0, "user", pa.array([40] * 300))),
+        *(
+            partial(Scorer.score_candidates, context={name: ROW[name] for name in of}, candidates=table.drop(list(of)))
+            for of in (("user",), ("x", "z"), ("item", "tags"))
+        ),
+    ]
 
-    def ask() -> None:
-        for _ in range(20):
-            if not np.array_equal(scorer.score(rows), expected):
-                wrong.append(1)
+    def answer(scorer: Scorer, ask: Callable[[Scorer], Any]) -> bytes | str:
+        try:
+            return bytes(ask(scorer).tobytes())
+        except DataError as error:
+            return str(error)
 
-    threads = [threading.Thread(target=ask) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    expected = [answer(Scorer(exported[1]), ask) for ask in asked]
+    assert len({*expected}) == 6  # four forms of the same rows have the same bits
+    assert sum(isinstance(one, str) for one in expected) == 1
+    scorer = Scorer(exported[1])
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(partial(answer, scorer), asked * 30)) == expected * 30
 
 
 def test_a_flipped_bit_in_any_file_is_found(exported: tuple[Path, Path], tmp_path: Path) -> None:
@@ -242,14 +280,38 @@ def test_an_export_beyond_its_bound_is_refused_and_leaves_nothing(exported: tupl
     assert done.code == 2 and "is there already" in done.stderr
 
 
-def test_scoring_needs_neither_torchrec_nor_fbgemm(exported: tuple[Path, Path]) -> None:
-    program = (
-        "import sys; from recsys.serving import Scorer; "
-        f"print(Scorer({str(exported[1])!r}).score([{ROW!r}])[0] > 0, "
-        "[name for name in sys.modules if name.startswith(('torchrec', 'fbgemm', 'torch.distributed.checkpoint.'))])"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split("[")[0].strip() == "True" and "torchrec" not in done.stdout and "fbgemm" not in done.stdout
+BY_ITSELF = """
+import json, multiprocessing, os, sys
+import torch
+from recsys.serving import Scorer
+scorer, row = Scorer("current"), json.loads(sys.argv[1])
+os.remove("current")
+torch.set_num_threads(1)  # OpenMP's threads are not there after a fork
+ask = lambda _: float(scorer.score([row])[0])
+found = [ask(0), float(scorer.score_candidates({}, [row])[0])]
+loaded = list(sys.modules)
+def of_child(n): return ask(n)
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    found += [*pool.map(of_child, range(2)), *(float(one[0]) for one in pool.map(scorer.score, [[row]] * 2))]
+os.chdir("/")
+print(json.dumps([found, loaded, scorer.schema.names]))
+"""
+
+
+def test_a_scorer_by_itself_needs_little_and_serves_forks_and_other_processes(
+    exported: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Found by a relative link, which may lead elsewhere later."""
+    (tmp_path / "current").symlink_to(exported[1])
+    command = [sys.executable, "-c", BY_ITSELF, json.dumps(ROW)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found, loaded, names = json.loads(done.stdout)
+    np.testing.assert_allclose(found, Scorer(exported[1]).score([ROW] * 6), rtol=0, atol=1e-6)
+    assert set(names) == set(COLUMNS)
+    others = ("torchrec", "fbgemm_gpu", "torchx", "scipy", "tensorboard", "rich", "torch._dynamo", "torch._inductor")
+    assert [name for name in loaded if name in (*others, "torch.distributed.checkpoint")] == []
 
 
 @pytest.mark.parametrize(
@@ -338,7 +400,7 @@ def test_odd_rows_are_kept_within_a_half_of_a_step(row: list[float]) -> None:
 
 
 def test_probabilities_that_are_not_finite_are_beyond_any_bound(
-    log: Path, exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where no label is there, whose figures would say so, and where later rows are as they should be."""
     factors = iter([torch.nan])
@@ -364,14 +426,22 @@ def test_options_that_mean_nothing_are_refused(
     assert done.code == 2 and told in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_an_export_is_no_work_for_two_processes(
+def test_a_run_that_held_no_rows_out_is_compared_on_what_is_asked_for(
     exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    program = [sys.executable, "-m", "recsys.export", "--checkpoint", str(exported[0]), "--output", f"{tmp_path}/new"]
-    done = subprocess.run(program, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (
-        2,
-        "error: recsys.export runs in one process; start it without torchrun\n",
-    )
+    def trained_alone(checkpoint: Path) -> Config:
+        config = load_checkpoint_config(checkpoint)
+        return config.model_copy(update={"data": config.data.model_copy(update={"valid": None, "test": None})})
+
+    monkeypatch.setattr(parity, "load_checkpoint_config", trained_alone)
+    options: dict[str, Any] = {"tables": "float32", "max_rows": 1, "bound": None}
+    with pytest.raises(ConfigError, match=r"^data\.valid is not set, .*; give --split \(train\)$"):
+        parity.export(exported[0], tmp_path / "new", split=None, **options)
+    assert parity.export(exported[0], tmp_path / "new", split="train", **options).split == "train"
+
+
+def test_an_export_is_no_work_for_two_processes(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    finished = run_module(2, "recsys.export", "--checkpoint", str(exported[0]), "--output", f"{tmp_path}/new")
+    told = "error: recsys.export runs in one process; start it without torchrun\n"
+    assert (finished[0].code, finished[0].stderr) == (2, told)  # the other is ended, or says the same
     assert list(tmp_path.iterdir()) == []
