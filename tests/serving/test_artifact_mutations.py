@@ -23,7 +23,6 @@ from recsys.errors import UserError
 from recsys.serving import Scorer
 
 DESCRIBES = {"README.md", "schema.json", "schema.arrows", "vectors.json"}
-NUMBER = 320
 
 
 class Ended(NamedTuple):
@@ -35,16 +34,16 @@ class Ended(NamedTuple):
     mebibytes: int
 
 
-@pytest.fixture(scope="module")
-def ended(every_kind: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Ended]:
+@pytest.fixture(scope="module", params=[80, pytest.param(320, marks=pytest.mark.slow)])
+def ended(request: pytest.FixtureRequest, every_kind: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Ended]:
     """How so many damaged copies ended."""
     folder = tmp_path_factory.mktemp("mutations")
     other = export(every_kind.parent / "out/checkpoints/step-8", folder / "other", "--tables", "float16")
     program = ROOT / "tests/serving/artifact_mutations.py"
-    done = run_bounded(str(program), str(every_kind), str(other), str(folder), str(NUMBER), memory=8 << 30)
+    done = run_bounded(str(program), str(every_kind), str(other), str(folder), str(request.param), memory=8 << 30)
     assert done.code == 0, done.stderr
     ended = [Ended(*json.loads(line)) for line in done.stdout.splitlines()]
-    assert len(ended) == NUMBER and {one.kind for one in ended} == set(MUTATIONS)
+    assert len(ended) == request.param and {one.kind for one in ended} == set(MUTATIONS)
     return ended
 
 
@@ -74,7 +73,7 @@ def test_new_digests_make_other_artefacts_of_which_some_are_whole(ended: list[En
     sealed = [one for one in ended if one.sealed]
     assert any(one.refusal is None and not one.same for one in sealed), "nothing of what answers was changed"
     assert sum(one.refusal is not None for one in sealed) > len(sealed) // 4
-    assert sum(one.refusal is not None for one in ended if not one.sealed) > NUMBER // 3
+    assert sum(one.refusal is not None for one in ended if not one.sealed) > len(ended) // 3
 
 
 @pytest.fixture(scope="module")
