@@ -413,14 +413,27 @@ class OptimizersConfig(Section):
     dense: DenseOptimizerConfig = DenseOptimizerConfig()
 
 
+class PlateauConfig(Section):
+    """A stage's rates times `factor` after each `patience` evaluations without a better one.
+
+    With `restore_best` training goes on from the best state at each cut, optimizers included.
+    """
+
+    factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    patience: Count = 1
+    restore_best: bool = False
+
+
 class StageConfig(Section):
     """One stage of training.
 
     `trains` is `backbone` (embeddings and base weights; experts that no earlier stage trained are not even computed),
-    `experts` (backbone frozen) or `all`. The stage lasts `epochs` or `steps`. With `patience` it is evaluated on the
-    valid split after each epoch, stops after that many epochs without a better `monitor`, and goes back to its best
-    state, the one it started from included. The `_weight`s are factors of auxiliary losses. `sparse_learning_rate` is
-    for the sharded tables, `data_parallel_learning_rate` (`learning_rate` if null) for the data-parallel ones.
+    `experts` (backbone frozen) or `all`. The stage lasts `epochs` or `steps`. With `patience` or the schedule `plateau`
+    it is evaluated on the valid split after each epoch and ends with its best state by `monitor`, the one it started
+    from included; `patience` stops it after that many epochs without a better one. `schedule_minimum` is the share of
+    the rates that a schedule falls to, and `plateau` says when that of this name falls, null being its defaults. The
+    `_weight`s are factors of auxiliary losses. `sparse_learning_rate` is for the sharded tables,
+    `data_parallel_learning_rate` (`learning_rate` if null) for the data-parallel ones.
     """
 
     trains: Literal["backbone", "experts", "all"]
@@ -429,7 +442,9 @@ class StageConfig(Section):
     learning_rate: PositiveFloat
     sparse_learning_rate: PositiveFloat | None = None
     data_parallel_learning_rate: PositiveFloat | None = None
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine", "plateau"] = "constant"
+    schedule_minimum: Probability = 0.0
+    plateau: PlateauConfig | None = None
     warmup_steps: Number = 0
     balance_weight: NonNegativeFloat = 0.0
     z_weight: NonNegativeFloat = 0.0
@@ -443,12 +458,25 @@ class StageConfig(Section):
         fields = [name for name in type(self).model_fields if name.endswith("_weight")]
         return {name.removesuffix("_weight"): getattr(self, name) for name in fields}
 
+    @property
+    def chosen_by(self) -> str | None:
+        """The key for which the stage is evaluated after each epoch and ends with its best state; None if it is not."""
+        if self.patience is not None:
+            return "patience"
+        return "schedule" if self.schedule == "plateau" else None
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give either epochs or steps")
         if self.patience is not None and self.epochs is None:
             raise ValueError("patience counts epochs, so the stage's length must be given in epochs")
+        if self.schedule == "plateau" and self.epochs is None:
+            raise ValueError("schedule plateau goes by epochs, so the stage's length must be given in epochs")
+        if self.schedule != "plateau" and self.plateau is not None:
+            raise ValueError(f"plateau is for schedule plateau, and schedule is {self.schedule}; leave one of them out")
+        if self.schedule == "constant" and self.schedule_minimum:
+            raise ValueError("schedule_minimum is for schedules that fall; set schedule to linear, cosine or plateau")
         return self
 
 
@@ -595,8 +623,8 @@ class Config(Section):
                     f"stages.{name} trains experts but model.hilomoe is null; "
                     f"leave the stage out with stages.{name}=null"
                 )
-            if stage.patience is not None and self.data.valid is None:
-                raise ValueError(f"stages.{name}.patience needs a valid split; set data.valid")
+            if stage.chosen_by is not None and self.data.valid is None:
+                raise ValueError(f"stages.{name}.{stage.chosen_by} needs a valid split; set data.valid")
         if self.logging.eval_every_steps is not None and self.data.valid is None:
             raise ValueError("logging.eval_every_steps needs a valid split; set data.valid")
         return self

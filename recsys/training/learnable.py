@@ -25,8 +25,8 @@ def check_labels(config: Config, splits: Mapping[str, ParquetShards], ranks: Ran
 
     Raises:
         DataError: `data.label_null: skip` leaves no row of the train split, or none of the valid split where a stage
-            has patience; a stage monitors `auc` and the valid split's labels are all the same; or a label that is read
-            is refused.
+            ends with its best state by it; such a stage monitors `auc` and the valid split's labels are all the same;
+            or a label that is read is refused.
     """
     skips = config.data.label_null == "skip"
     if skips and not any(_classes(splits["train"], ranks, needed=1)):
@@ -34,15 +34,16 @@ def check_labels(config: Config, splits: Mapping[str, ParquetShards], ranks: Ran
             "data.train: no row has a label and data.label_null is skip, so there is nothing to learn from; correct "
             "data.label, or join the labels again when the shards are written"
         )
-    patient = [name for name, stage in config.stages.items() if stage.patience is not None]
-    by_auc = [name for name in patient if config.stages[name].monitor == "auc"]
-    if not (by_auc or (skips and patient)):
+    chosen = [name for name, stage in config.stages.items() if stage.chosen_by is not None]
+    by_auc = [name for name in chosen if config.stages[name].monitor == "auc"]
+    if not (by_auc or (skips and chosen)):
         return
     classes = _classes(splits["valid"], ranks, needed=2 if by_auc else 1)
     if not any(classes):
+        key = config.stages[chosen[0]].chosen_by
         raise DataError(
-            f"data.valid: no row has a label and data.label_null is skip, so stages.{patient[0]}.patience has nothing "
-            "to go by; join the labels again when the shards are written, or leave patience out"
+            f"data.valid: no row has a label and data.label_null is skip, so stages.{chosen[0]}.{key} has nothing "
+            f"to go by; join the labels again when the shards are written, or leave {key} out"
         )
     if by_auc and not all(classes):
         raise DataError(

@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import cos, pi
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimiz
 from recsys.config import Config, ConfigError, StageConfig
 from recsys.model.experts import expert_layers, parameter_groups
 from recsys.sharding.shard import ShardedRanker
+from recsys.training.schedules import schedule_factor
 
 TABLES = "tables"
 """The group of parameters that are the embedding tables; those of the dense arch are named by its experts."""
@@ -48,16 +48,6 @@ def phases(stage: StageConfig) -> tuple[Phase, ...]:
     return tuple(Phase(number, trains) for number, trains in enumerate(_TRAINED[stage.trains]))
 
 
-def schedule_factor(stage: StageConfig, step: int, num_steps: int) -> float:
-    """Factor of all learning rates at a step of the stage: linear warm-up, then constant or cosine to 0 at its end."""
-    if step < stage.warmup_steps:
-        return (step + 1) / stage.warmup_steps
-    if stage.schedule == "constant":
-        return 1.0
-    after = num_steps - stage.warmup_steps
-    return 0.5 * (1 + cos(pi * (step - stage.warmup_steps) / max(after, 1)))
-
-
 def phase_lengths(stages: Mapping[str, StageConfig], steps_per_epoch: int) -> dict[str, int]:
     """Optimizer steps that each phase of a stage lasts at most, by stage.
 
@@ -90,9 +80,16 @@ class PhaseOptimizers:
     num_steps: int
     _rates: dict[str, tuple[Optimizer, float]]
 
-    def set_learning_rates(self, step: int) -> dict[str, float]:
-        """Set every learning rate for a step of the phase (from 0), and tell them by optimizer."""
-        factor = schedule_factor(self.stage, step, self.num_steps)
+    def begin_anew(self) -> None:
+        """Have the dense optimizer be as it was made, without state and at rates of 0."""
+        state: Any = self.dense.state
+        state.clear()
+        for group in self.dense.param_groups:
+            group["lr"] = 0.0
+
+    def set_learning_rates(self, step: int, plateau_share: float = 1.0) -> dict[str, float]:
+        """Set every learning rate as `schedule_factor` has it for a step of the phase, and tell them by optimizer."""
+        factor = schedule_factor(self.stage, step, self.num_steps, plateau_share)
         for optimizer, peak in self._rates.values():
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor

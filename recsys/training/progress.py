@@ -11,6 +11,7 @@ from recsys.checkpoint.layout import CheckpointError
 from recsys.data.order import Epoch, Position
 from recsys.training.counts import Counts, by_kind
 from recsys.training.metrics import Metrics
+from recsys.training.schedules import Plateau
 
 
 @dataclass
@@ -84,6 +85,7 @@ class Progress:
         window_counts: those since the last line of the log.
         left: what of the epoch under way was read when the run was resumed within it, None where it was not.
         best: of the phase under way, where it is chosen by the valid split.
+        plateau: what evaluations of the phase under way have made of its learning rates.
         valid: figures of the valid split for the weights as the last stage left them, where they are known.
         totals: by stage, of those that have begun.
         counts: by split: values that were cut, replaced or left out, in all train rows so far, or in one pass.
@@ -102,6 +104,7 @@ class Progress:
     window_counts: _StoredCounts = field(default_factory=Counter)
     left: Position | None = None
     best: Best | None = None
+    plateau: Plateau = field(default_factory=Plateau)
     valid: Metrics | None = None
     totals: dict[str, StageTotals] = field(default_factory=dict)
     counts: dict[str, _StoredCounts] = field(default_factory=dict)
@@ -137,6 +140,7 @@ class Progress:
     def begin_phase(self, number: int) -> None:
         """A phase of the stage begins."""
         self.phase, self.phase_steps, self.phase_epochs, self.best = number, 0, 0, None
+        self.plateau = Plateau()
         self.phase_over = False
 
     def step_done(self, examples: int) -> None:

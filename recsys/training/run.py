@@ -186,7 +186,7 @@ class Trainer:
     def _take_up_stage(self, then: Config) -> None:
         """Go on with a stage that had ended where it is longer than `then`, in the checkpoint's config."""
         progress, stages = self.progress, self.config.stages
-        if stages[progress.stage].patience is None:
+        if stages[progress.stage].chosen_by is None:
             progress.best = None
             progress.phase_over &= progress.phase_steps >= self._phase_length(stages[progress.stage])
         names = list(stages)
@@ -316,7 +316,7 @@ class Trainer:
         # What is over, though not done with, has nothing left to read.
         first = progress.epoch + (progress.is_within_epoch and progress.epoch_step >= under_way.num_steps)
         with open_loader(self.splits["train"], map(self._epoch, count(first)), self.config, self.ranks) as loader:
-            if settings.patience is not None:
+            if settings.chosen_by is not None:
                 self._train_to_best(trainer, loader)
             else:
                 while not trainer.is_over:
@@ -360,7 +360,7 @@ class Trainer:
         """Train until patience ends and go back to the best state, that in which the phase began included."""
         progress, name = self.progress, self.progress.stage
         settings = self.config.stages[name]
-        assert settings.patience is not None
+        patience = math.inf if settings.patience is None else settings.patience
         if progress.best is None:
             if progress.valid is None or progress.phase_steps:
                 before = f"step {progress.phase_steps + 1:,}" if progress.phase_steps else "the first step"
@@ -369,22 +369,40 @@ class Trainer:
             progress.best = Best(progress.phase_epochs, progress.step, progress.valid)
             if not self._is_saved:
                 self._save(trainer, valid=progress.valid)
-        while not trainer.is_over and progress.phase_epochs - progress.best.epoch < settings.patience:
+
+        def is_over() -> bool:
+            assert progress.best is not None
+            return trainer.is_over or progress.phase_epochs - progress.best.epoch >= patience
+
+        while not is_over():
             trainer.train_epoch(self._epoch(progress.epoch), loader)
             trainer.detach()
             metrics = self._evaluate(name, "valid").model
-            if _better(metrics, progress.best.metrics, settings):
+            is_better = _better(metrics, progress.best.metrics, settings)
+            is_cut = progress.plateau.evaluated(settings, is_better=is_better)
+            if is_better:
                 progress.best = Best(progress.phase_epochs, progress.step, metrics)
                 self._save(trainer, valid=metrics)
+            if is_cut and not is_over():
+                self.monitor.say(f"{name:<10} learning rates are cut to {progress.plateau.share:.3g} of the stage's")
+                if settings.plateau and settings.plateau.restore_best:
+                    self._go_back(progress.best, trainer)
         best = progress.best
         if best.step != progress.step:
-            self.checkpoints.wait()
-            directory = self.checkpoints.folder / f"step-{best.step}"
-            verified(directory, self.ranks)
-            load_model_and_tables_optimizers(directory, self.sharded, self.dense_arch, self.config.tables)
-            of = f"epoch {best.epoch}" if best.epoch else "the state it began with"
-            self.monitor.say(f"{name:<10} back to its best, {of}")
+            self._go_back(best, trainer)
         progress.valid, progress.of_stage.best_epoch = best.metrics, best.epoch
+
+    def _go_back(self, best: Best, trainer: PhaseTrainer) -> None:
+        """Go on from the best state of the phase."""
+        self.checkpoints.wait()
+        directory = self.checkpoints.folder / f"step-{best.step}"
+        verified(directory, self.ranks)
+        load_model_and_tables_optimizers(directory, self.sharded, self.dense_arch, self.config.tables)
+        of = f"epoch {best.epoch}" if best.epoch else "the state it began with"
+        self.monitor.say(f"{self.progress.stage:<10} back to its best, {of}")
+        trainer.optimizers.begin_anew()
+        if best.step > self.progress.step - self.progress.phase_steps:  # else it is of the phase before
+            load_dense_optimizer(directory, trainer.optimizers.dense)
 
     def _evaluate_within_epoch(self, trainer: PhaseTrainer) -> None:
         metrics = self._evaluate(self.progress.stage, "valid").model

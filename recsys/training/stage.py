@@ -242,7 +242,7 @@ class PhaseTrainer:
         steps_left = self._num_steps - progress.phase_steps
         batches = _Taken(islice(iter(loader), steps_left))
         for _ in range(min(epoch.num_steps - progress.epoch_step, steps_left)):
-            rates = self.optimizers.set_learning_rates(progress.phase_steps)
+            rates = self.optimizers.set_learning_rates(progress.phase_steps, progress.plateau.share)
             self._step(batches, epoch.global_batch_rows(progress.epoch_step), figures)
             if self._is_due(self._config.logging.every_steps):
                 self.check_finite()

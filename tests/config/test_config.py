@@ -144,6 +144,9 @@ def test_wrong_type_names_its_path_and_the_type_wanted(
         ("stages.joint.epochs=1", "stages.joint", "give either epochs or steps"),
         ("stages.joint.steps=null", "stages.joint", "give either epochs or steps"),
         ("stages.joint.patience=1", "stages.joint", "length must be given in epochs"),
+        ("stages.joint.schedule=plateau", "stages.joint", "plateau goes by epochs, so the stage's length"),
+        ("stages.backbone.plateau={factor: 0.5}", "stages.backbone", "and schedule is constant; leave one of them out"),
+        ("stages.backbone.schedule_minimum=0.1", "stages.backbone", "set schedule to linear, cosine or plateau"),
         ("stages.joint.sparse_learning_rate=null", "stages.joint.sparse_learning_rate", "trains all needs it"),
         ("metrics.num_bins=1", "metrics.num_bins", "greater than or equal to 2"),
         ("device=tpu", "device", "'auto', 'cpu' or 'cuda'"),
@@ -386,6 +389,7 @@ stages:
         (["features.dense.user={}"], "'user' is both a sparse and a dense feature"),
         (["model.hilomoe=null"], "leave the stage out with stages.experts=null"),
         (["data.valid=null", "stages.backbone.patience=1"], "stages.backbone.patience needs a valid split"),
+        (["data.valid=null", "stages.backbone.schedule=plateau"], "stages.backbone.schedule needs a valid split"),
         (["data.valid=null", "logging.eval_every_steps=5"], "logging.eval_every_steps needs a valid split"),
     ],
 )

@@ -104,7 +104,8 @@ def config_of(log: Path, output_dir: Path, scratch: Path, **changes: Any) -> Con
     raw["data"]["reader_threads"] = 1
     # Gradients of several tens of KiB: how three ranks add up depends on where in a bucket they are.
     raw["model"]["tower"] |= {"hidden": [160, 64], "normalization": "batch"}
-    raw["stages"]["backbone"] |= {"patience": 1, "epochs": 3}
+    plateau = {"schedule": "plateau", "plateau": {"factor": 0.5, "restore_best": True}}
+    raw["stages"]["backbone"] |= {"patience": 2, "epochs": 4, **plateau}
     raw["stages"]["experts"] |= {"patience": 1, "monitor": "auc"}
     raw["logging"] = {"every_steps": 4, "eval_every_steps": 9}
     raw["checkpoints"] = {"every_steps": 5, "keep_every_steps": 1}
@@ -125,7 +126,7 @@ def assert_same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> Non
 
 @pytest.mark.parametrize(
     ("world_size", "every"),
-    [(1, 5), (3, 4), *(pytest.param(world_size, 1, marks=pytest.mark.slow) for world_size in (1, 2, 3))],
+    [(1, 6), (3, 5), *(pytest.param(world_size, 1, marks=pytest.mark.slow) for world_size in (1, 2, 3))],
 )
 def test_resumed_equals_uninterrupted(log: Path, tmp_path: Path, world_size: int, every: int) -> None:
     """From checkpoints of a run: at ends of stages and phases, at best states, within epochs, before log lines."""
@@ -148,6 +149,9 @@ def _resume_from_each(log: Path, tmp_path: Path, world_size: int, every: int, **
     steps = [read_meta(path).step for path in reversed(checkpoints(tmp_path / "whole" / "checkpoints"))]
     last = steps[-1]
     assert len(steps) > 8 and last == summary[0]["steps"]
+    windows = {int(key.split()[0]): value for key, value in told[0].items() if key.endswith("window")}
+    rates = {step: scalars["learning_rate/dense"] for step, (of, _, scalars) in windows.items() if of == "backbone"}
+    assert {rates[min(rates)], rates[max(rates)]} == {0.01, 0.005}  # at a plateau they were cut
     expected = tensors_of(tmp_path / "whole" / "checkpoints" / f"step-{last}", tmp_path)
     for step in steps[::every]:
         folder = tmp_path / f"from-{step}"

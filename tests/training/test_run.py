@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -330,7 +331,10 @@ def test_a_stage_that_only_gets_worse_goes_back_to_its_start(log: Path, tmp_path
         "patience": 2,
         "learning_rate": 10.0,
         "sparse_learning_rate": 10.0,
+        "schedule": "plateau",
+        "plateau": {"factor": 1e-30, "restore_best": True},  # so that what it goes back to stays as it is
     }
+    raw["checkpoints"] = {"every_steps": 5, "keep_every_steps": 5}
     (summary, _) = run_ranks(2, train_on, as_config(raw, tmp_path))
     joint = summary["stages"]["joint"]
     assert (joint["epochs"], joint["best_epoch"]) == (2, 0)
@@ -339,6 +343,11 @@ def test_a_stage_that_only_gets_worse_goes_back_to_its_start(log: Path, tmp_path
     after = checkpoint_tensors(tmp_path / "out" / "checkpoints" / "step-60", tmp_path)
     kept = {name for name in before if not name.startswith("optimizer.dense.")}
     assert not {name for name in kept if not torch.equal(before[name], after[name])}
+    cut = checkpoint_tensors(tmp_path / "out" / "checkpoints" / "step-50", tmp_path)
+    weights = {name for name in before if name.startswith("model.")}
+    assert not {name for name in weights if not torch.allclose(before[name], cut[name], rtol=0, atol=1e-20)}
+    steps = {value.item() for name, value in cut.items() if re.fullmatch(r"optimizer\.dense\..*\.step", name)}
+    assert steps == {5}  # since the cut
     assert not (tmp_path / "out" / "checkpoints" / "best").exists()
 
 
