@@ -371,10 +371,12 @@ class SparseOptimizerConfig(Section):
     """The optimizer fused into the backward pass of the sharded tables; a CPU has neither adam nor weight decay.
 
     `weight_decay` moves only the rows that a step looks up; for rowwise_adagrad it is an L2 term of the gradient.
+    `max_gradient` is the largest magnitude of a number in the gradient by what a feature of a row looks up, pooled.
     """
 
     type: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
     weight_decay: NonNegativeFloat = 0.0
+    max_gradient: PositiveFloat | None = None
     eps: PositiveFloat = 1e-8
     betas: tuple[Probability, Probability] = (0.9, 0.999)
 
@@ -398,9 +400,13 @@ class DataParallelOptimizerConfig(Section):
 
 
 class DenseOptimizerConfig(Section):
-    """AdamW for everything replicated but the tables."""
+    """AdamW for everything replicated but the tables.
+
+    `max_grad_norm` is the largest L2 norm of all its gradients together, over which they are scaled down to it.
+    """
 
     weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat | None = None
     eps: PositiveFloat = 1e-8
     betas: tuple[Probability, Probability] = (0.9, 0.999)
 

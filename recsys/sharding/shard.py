@@ -192,6 +192,8 @@ def _fused_params(config: SparseOptimizerConfig, device: torch.device) -> dict[s
     if config.weight_decay:
         params["weight_decay"] = config.weight_decay
         params["weight_decay_mode"] = WeightDecayMode.L2
+    if config.max_gradient is not None:
+        params["gradient_clipping"], params["max_gradient"] = True, config.max_gradient
     if config.type == "adam":
         params["beta1"], params["beta2"] = config.betas
     return params

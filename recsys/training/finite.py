@@ -88,13 +88,14 @@ class FirstNotFinite:
         self._zero = torch.zeros((), device=ranks.device)
 
     @torch.no_grad()
-    def observe(self, step: int, losses: Losses, dense_features: Tensor) -> None:
+    def observe(self, step: int, losses: Losses, dense_features: Tensor, gradient_norm: Tensor | None = None) -> None:
         """What a step came to, while its gradients are still there.
 
         Args:
             step: from 1 over all stages; higher than that of the call before.
             losses: scalars by name, the same names at every step.
             dense_features: (B, F_d), B or F_d may be 0.
+            gradient_norm: of the dense gradients, (); null takes it of those that are there.
         """
         if not self._names:
             self._begin(losses)
@@ -103,7 +104,8 @@ class FirstNotFinite:
             self._begun = step
         # Unlike a sum, extremes are not finite only if a feature is not.
         extremes = torch.aminmax(dense_features) if dense_features.numel() else (self._zero, self._zero)
-        torch.stack([*extremes, *losses.values(), self._gradient_norm()], out=self._rows[self._held])
+        norm = self._gradient_norm() if gradient_norm is None else gradient_norm
+        torch.stack([*extremes, *losses.values(), norm], out=self._rows[self._held])
         self._held += 1
 
     def read(self) -> NotFinite | None:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
@@ -63,6 +64,26 @@ def phase_lengths(stages: Mapping[str, StageConfig], steps_per_epoch: int) -> di
     return lengths
 
 
+class Clipping:
+    """Scales gradients down to a norm before each step of their optimizer.
+
+    Args:
+        parameters: whose gradients are clipped together.
+        max_norm: the largest L2 norm that is left to them.
+
+    Attributes:
+        norm: of the gradients of the last step before they were clipped, (), the same on all ranks.
+    """
+
+    def __init__(self, parameters: list[Tensor], max_norm: float) -> None:
+        self._parameters, self._max_norm = parameters, max_norm
+        self.norm: Tensor | None = None
+
+    def __call__(self, *_: object) -> None:
+        """As a hook before an optimizer's step."""
+        self.norm = clip_grad_norm_(self._parameters, self._max_norm, error_if_nonfinite=False, foreach=True)
+
+
 @dataclass
 class PhaseOptimizers:
     """The optimizers of a phase under way.
@@ -72,6 +93,7 @@ class PhaseOptimizers:
         dense: AdamW of what the phase trains in the dense arch; made anew with the phase.
         stage: settings.
         num_steps: optimizer steps the phase lasts at most.
+        clipping: of the dense optimizer's gradients, None where they are not clipped.
     """
 
     all: CombinedOptimizer
@@ -79,6 +101,7 @@ class PhaseOptimizers:
     stage: StageConfig
     num_steps: int
     _rates: dict[str, tuple[Optimizer, float]]
+    clipping: Clipping | None
 
     def begin_anew(self) -> None:
         """Have the dense optimizer be as it was made, without state and at rates of 0."""
@@ -150,13 +173,15 @@ def _optimizers(
     sharded: ShardedRanker, dense_arch: nn.Module, config: Config, stage: StageConfig, num_steps: int
 ) -> PhaseOptimizers:
     trained = {name: parameter for name, parameter in dense_arch.named_parameters() if parameter.requires_grad}
-    adamw = config.optimizers.dense
-    dense = KeyedOptimizerWrapper(
-        trained,
-        lambda parameters: torch.optim.AdamW(
-            parameters, lr=0.0, betas=adamw.betas, eps=adamw.eps, weight_decay=adamw.weight_decay
-        ),
+    settings = config.optimizers.dense
+    adamw = torch.optim.AdamW(
+        trained.values(), lr=0.0, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
     )
+    dense = KeyedOptimizerWrapper(trained, lambda _: adamw)
+    clipping = None
+    if settings.max_grad_norm is not None:
+        clipping = Clipping(list(trained.values()), settings.max_grad_norm)
+        adamw.register_step_pre_hook(clipping)
     optimizers: list[tuple[str, KeyedOptimizer]] = [("dense", dense)]
     rates: dict[str, tuple[Optimizer, float]] = {"dense": (dense, stage.learning_rate)}
     if not sharded.ranker.embeddings_frozen:
@@ -167,4 +192,4 @@ def _optimizers(
             optimizers.append(("data_parallel", sharded.data_parallel_optimizer))
             rate = stage.data_parallel_learning_rate or stage.learning_rate
             rates["data_parallel"] = (sharded.data_parallel_optimizer, rate)
-    return PhaseOptimizers(CombinedOptimizer(optimizers), dense, stage, num_steps, rates)
+    return PhaseOptimizers(CombinedOptimizer(optimizers), dense, stage, num_steps, rates, clipping)

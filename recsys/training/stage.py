@@ -11,6 +11,7 @@ from typing import Any, NoReturn, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from recsys.config import Config
@@ -278,7 +279,9 @@ class PhaseTrainer:
         output: RankerOutput = self._pipeline.progress(batches)
         figures.add(output, examples, batches.step_done())
         self._progress.step_done(examples)
-        self._not_finite.observe(self._progress.step, output.losses, output.dense_features)
+        clipping = self.optimizers.clipping  # what it leaves of an infinite norm can be finite
+        norm = clipping.norm if clipping else None
+        self._not_finite.observe(self._progress.step, output.losses, output.dense_features, norm)
         self._monitor.advance(self._progress.phase_steps)
 
     def _attach(self) -> None:
@@ -313,8 +316,11 @@ class PhaseTrainer:
     def _log(self, figures: EpochFigures, loader: Loader, rates: dict[str, float]) -> None:
         window, progress = figures.window, self._progress
         counts = reduce_counts(window.counts, self._counted, self._ranks.device)
-        gradients = [p.grad for p in self._dense_arch.parameters() if p.grad is not None]
-        scalars = step_scalars(window, loader.wait_seconds, rates, counts, self._counted, gradients)
+        clipping = self.optimizers.clipping
+        norm = clipping.norm if clipping else None
+        if norm is None:
+            norm = get_total_norm([p.grad for p in self._dense_arch.parameters() if p.grad is not None])
+        scalars = step_scalars(window, loader.wait_seconds, rates, counts, self._counted, norm)
         self._monitor.train_window(
             progress.stage, progress.step, progress.phase_steps, self._num_steps, window.metrics.compute(), scalars
         )
@@ -363,7 +369,7 @@ def step_scalars(
     rates: dict[str, float],
     counts: Counts,
     counted: tuple[tuple[str, str], ...],
-    gradients: list[Tensor],
+    gradient_norm: Tensor,
 ) -> dict[str, float]:
     """What is logged of the steps of a window beside its metrics, by TensorBoard tag; a collective call.
 
@@ -373,7 +379,7 @@ def step_scalars(
         rates: learning rates of the last step, by optimizer.
         counts: of the window's rows, over all ranks.
         counted: what may be counted.
-        gradients: of the dense arch at the last step.
+        gradient_norm: of the dense arch at the last step, before it is clipped, ().
     """
     losses, seconds = window.losses.means(), time.perf_counter() - window.began
     return {
@@ -382,5 +388,5 @@ def step_scalars(
         **{f"data/{kind}/{feature}": counts[kind, feature] for kind, feature in counted},
         "throughput/examples_per_second": (window.examples - num_skipped(counts)) / seconds,
         "throughput/data_wait": (wait_seconds - window.waited) / seconds,
-        "gradient_norm/dense": torch.nn.utils.get_total_norm(gradients).item(),
+        "gradient_norm/dense": gradient_norm.item(),
     }

@@ -1,5 +1,6 @@
 """Sharded tables train as unsharded ones do; what a device lacks is refused."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from runs import as_config, checkpoint_tensors, train_on
 from tiny import tiny_config, write_tiny_log
 from torch import Tensor
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from recsys.config import Config, ConfigError
 from recsys.data.loader import Loader
@@ -48,6 +50,9 @@ def _unsharded_after_twenty_steps(config: Config, shards: ParquetShards, world_s
         torch.optim.Adam(replicated, lr=stage.learning_rate),
         torch.optim.AdamW(ranker.dense_arch.parameters(), lr=stage.learning_rate, weight_decay=0.0),
     ]
+    sparse, max_norm = config.optimizers.sparse.max_gradient, config.optimizers.dense.max_grad_norm
+    if sparse is not None:
+        ranker.collections[POOLED].register_forward_hook(partial(_clamp_gradients, config, sparse))
     seed = derive_seed(config.seed, "order")
     steps = stage.steps or 0
     for number in range(3):
@@ -62,22 +67,54 @@ def _unsharded_after_twenty_steps(config: Config, shards: ParquetShards, world_s
             for optimizer in optimizers:
                 optimizer.zero_grad()
             torch.stack([ranker(batch)[0] for batch in batches]).mean().backward()
+            if max_norm is not None:
+                assert torch.nn.utils.clip_grad_norm_(ranker.dense_arch.parameters(), max_norm) > max_norm
             for optimizer in optimizers:
                 optimizer.step()
         steps -= min(steps, epoch.num_steps)
     return {f"model.{name}": value for name, value in ranker.state_dict().items()}
 
 
+def _clamp_gradients(config: Config, most: float, _: Any, __: Any, pooled: KeyedTensor) -> None:
+    """Cut the gradients by what is pooled of tables with a fused optimizer."""
+
+    def clamped(gradient: Tensor) -> Tensor:
+        parts = []
+        features = config.features.sparse.values()
+        for feature, part in zip(features, gradient.split(pooled.length_per_key(), dim=1), strict=True):
+            is_fused = not config.tables[feature.table].data_parallel
+            assert part.abs().max() > most
+            parts.append(part.clamp(-most, most) if is_fused else part)
+        return torch.cat(parts, dim=1)
+
+    if pooled.values().requires_grad:
+        pooled.values().register_hook(clamped)
+
+
 @pytest.mark.parametrize(
-    ("optimizer", "sharding_type"),
-    [("rowwise_adagrad", "table_wise"), ("adagrad", "column_wise"), ("sgd", "column_wise")],
+    ("optimizer", "sharding_type", "max_norm", "max_gradient"),
+    [
+        ("rowwise_adagrad", "table_wise", None, None),
+        ("rowwise_adagrad", "table_wise", 1e-3, 1e-4),
+        ("adagrad", "column_wise", None, 1e-4),
+        ("sgd", "column_wise", 1e-3, 1e-4),
+    ],
 )
 def test_sharded_equals_unsharded_after_twenty_steps(
-    log: Path, tmp_path: Path, process_group: None, optimizer: str, sharding_type: str
+    log: Path,
+    tmp_path: Path,
+    process_group: None,
+    optimizer: str,
+    sharding_type: str,
+    max_norm: float | None,
+    max_gradient: float | None,
 ) -> None:
     raw = tiny_config(log, tmp_path / "out")
     raw["stages"] = {"joint": {**raw["stages"]["joint"], "schedule": "constant", "warmup_steps": 0, "steps": 20}}
-    raw["optimizers"] = {"sparse": {"type": optimizer}}
+    raw["optimizers"] = {
+        "sparse": {"type": optimizer, "max_gradient": max_gradient},
+        "dense": {"max_grad_norm": max_norm},
+    }
     raw["tables"]["item"] = {**raw["tables"]["item"], "sharding": [sharding_type]}
     if sharding_type != "column_wise":
         del raw["tables"]["item"]["min_partition"]

@@ -107,6 +107,7 @@ def config_of(log: Path, output_dir: Path, scratch: Path, **changes: Any) -> Con
     plateau = {"schedule": "plateau", "plateau": {"factor": 0.5, "restore_best": True}}
     raw["stages"]["backbone"] |= {"patience": 2, "epochs": 4, **plateau}
     raw["stages"]["experts"] |= {"patience": 1, "monitor": "auc"}
+    raw["optimizers"] = {"dense": {"max_grad_norm": 0.2}}
     raw["logging"] = {"every_steps": 4, "eval_every_steps": 9}
     raw["checkpoints"] = {"every_steps": 5, "keep_every_steps": 1}
     for path, value in changes.items():
