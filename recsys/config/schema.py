@@ -60,16 +60,31 @@ MAX_NUM_EMBEDDINGS = 2**40
 """Rows of one table: far more than machines hold, so that no number overflows on its way."""
 
 
+class UniformInitConfig(Section):
+    """Uniform within +-sqrt(1 / rows)."""
+
+    type: Literal["uniform"] = "uniform"
+
+
+class NormalInitConfig(Section):
+    """Normal, of mean 0 and deviation `std`."""
+
+    type: Literal["normal"]
+    std: PositiveFloat
+
+
 class TableConfig(Section):
     """One embedding table.
 
     `embedding_dim` must divide by 4 (fbgemm's kernels read vectors of four floats). `sharding` and `compute_kernel`
-    restrict the planner, null leaves it free; `min_partition` is the least width of a column-wise shard.
+    restrict the planner, null leaves it free; `min_partition` is the least width of a column-wise shard. `init` is how
+    weights are drawn at the beginning.
     """
 
     num_embeddings: Annotated[int, Field(gt=0, le=MAX_NUM_EMBEDDINGS)]
     embedding_dim: Annotated[int, Field(gt=0, le=2**16, multiple_of=4)]
     pooling: Literal["sum", "mean"] = "mean"
+    init: Annotated[UniformInitConfig | NormalInitConfig, Field(discriminator="type")] = UniformInitConfig()
     sharding: Annotated[tuple[ShardingType, ...], Field(min_length=1)] | None = None
     compute_kernel: ComputeKernel | None = None
     min_partition: Annotated[int, Field(gt=0, le=2**16, multiple_of=4)] | None = None

@@ -220,18 +220,25 @@ def _data_parallel_optimizer(
 
 @torch.no_grad()
 def _initialise_tables(collection: nn.Module, tables: Mapping[str, TableConfig], seed: int) -> None:
-    """TorchRec's default, uniform within +-sqrt(1 / rows), drawn in blocks of rows with a seed each."""
+    """Weights as each table's `init` says, drawn in blocks of rows with a seed each."""
     for name, value in collection.state_dict().items():
         table = tables[_table_of(name)]
         for local, row, column in local_parts(value):
             for start in range(row - row % _INIT_BLOCK_ROWS, row + local.shape[0], _INIT_BLOCK_ROWS):
                 rows = min(_INIT_BLOCK_ROWS, table.num_embeddings - start)
                 generator = np.random.default_rng((seed, zlib.crc32(_table_of(name).encode()), start))
-                block = generator.random((rows, table.embedding_dim), dtype=np.float32)
-                block = (2 * block - 1) * np.float32(sqrt(1 / table.num_embeddings))
+                block = _drawn(generator, rows, table)
                 low, high = max(start, row), min(start + rows, row + local.shape[0])
                 part = block[low - start : high - start, column : column + local.shape[1]]
                 local[low - row : high - row].copy_(torch.from_numpy(np.ascontiguousarray(part)))
+
+
+def _drawn(generator: np.random.Generator, rows: int, table: TableConfig) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Initial weights of some rows, (rows, embedding_dim); the default is that of TorchRec."""
+    shape = (rows, table.embedding_dim)
+    if table.init.type == "normal":
+        return generator.standard_normal(shape, dtype=np.float32) * np.float32(table.init.std)
+    return (2 * generator.random(shape, dtype=np.float32) - 1) * np.float32(sqrt(1 / table.num_embeddings))
 
 
 def local_parts(value: Tensor | ShardedTensor) -> list[tuple[Tensor, int, int]]:

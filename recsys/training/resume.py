@@ -18,7 +18,7 @@ _HARMLESS = (
     *_FREE,
     "name",
     *(f"data.{key}" for key in ("train", "valid", "test", "reference", "batch_size", "eval_batch_size")),
-    *(f"tables.*.{key}" for key in ("sharding", "compute_kernel", "min_partition")),
+    *(f"tables.*.{key}" for key in ("sharding", "compute_kernel", "min_partition", "init*")),
     *(f"optimizers.*.{key}" for key in ("weight_decay", "max_*", "eps", "betas")),
     *(f"stages.*.{key}" for key in ("epochs", "steps", "*learning_rate", "schedule*", "warmup_steps", "*_weight")),
     *(f"stages.*.{key}" for key in ("patience", "plateau*", "monitor")),

@@ -1,9 +1,11 @@
 """Sharded tables train as unsharded ones do; what a device lacks is refused."""
 
 from functools import partial
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
@@ -13,7 +15,8 @@ from torch import Tensor
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
-from recsys.config import Config, ConfigError
+from recsys.config import Config, ConfigError, TableConfig
+from recsys.config.schema import NormalInitConfig
 from recsys.data.loader import Loader
 from recsys.data.order import Epoch
 from recsys.data.parquet import ParquetShards
@@ -73,6 +76,16 @@ def _unsharded_after_twenty_steps(config: Config, shards: ParquetShards, world_s
                 optimizer.step()
         steps -= min(steps, epoch.num_steps)
     return {f"model.{name}": value for name, value in ranker.state_dict().items()}
+
+
+def test_initial_weights_are_uniform_as_ever_or_normal() -> None:
+    uniform = sharding._drawn(np.random.default_rng(7), 3, TableConfig(num_embeddings=50, embedding_dim=4))
+    expected = (2 * np.random.default_rng(7).random((3, 4), dtype=np.float32) - 1) * np.float32(sqrt(1 / 50))
+    assert uniform.dtype == np.float32 and np.array_equal(uniform, expected)
+    settings = TableConfig(num_embeddings=50, embedding_dim=4, init=NormalInitConfig(type="normal", std=1e-4))
+    normal = sharding._drawn(np.random.default_rng(7), 50_000, settings)
+    assert normal.dtype == np.float32 and abs(normal).max() > 3e-4  # beyond what a uniform of that deviation has
+    assert normal.std() == pytest.approx(1e-4, rel=0.01) and normal.mean() == pytest.approx(0, abs=1e-6)
 
 
 def _clamp_gradients(config: Config, most: float, _: Any, __: Any, pooled: KeyedTensor) -> None:

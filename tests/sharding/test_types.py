@@ -48,6 +48,7 @@ def config_of(folder: Path, embedding_dim: int = 8) -> Config:
         key: {"num_embeddings": ROWS, "embedding_dim": embedding_dim, "pooling": pooling}
         for key, pooling in POOLING.items()
     }
+    raw["tables"]["second"]["init"] = {"type": "normal", "std": 0.3}
     raw["features"] = {"sparse": {key: {"table": key} for key in KEYS}, "dense": {}}
     raw["model"] = {"tower": {"type": "mlp", "hidden": [6]}}
     raw["optimizers"] = {"sparse": {"type": "sgd"}, "data_parallel": {"type": "sgd"}}
