@@ -30,6 +30,9 @@ CAUTIONS: dict[Format, str] = {
 """By format, what whoever loads the file must know."""
 
 
+_ROWS = 1024
+
+
 class _Logits(nn.Module):
     def __init__(self, dense_arch: nn.Module) -> None:
         super().__init__()
@@ -55,7 +58,8 @@ def write_program(dense_arch: nn.Module, width: int, num_dense_features: int, ki
         ArtifactError: PyTorch cannot, for `aoti` most often as no C++ compiler is there.
     """
     rows = torch.export.Dim("rows", min=0)
-    inputs = torch.zeros(3, width), torch.zeros(3, num_dense_features)
+    # As examples, many rows: of few, the compiler makes a program that some towers cannot use for more than 28.
+    inputs = torch.zeros(_ROWS, width), torch.zeros(_ROWS, num_dense_features)
     with _told(f"--format {kind}"):
         program = torch.export.export(
             _Logits(dense_arch).eval(), inputs, dynamic_shapes={"pooled": {0: rows}, "dense_features": {0: rows}}
