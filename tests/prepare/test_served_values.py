@@ -91,7 +91,7 @@ def test_movielens_1m_is_served(tmp_path: Path) -> None:
     served(tmp_path, raw_movielens(users_1m(USERS), movies_1m(MOVIES), table), "train")
 
 
-@pytest.mark.parametrize("write", [write_100k, write_atomic])
+@pytest.mark.parametrize("write", [write_atomic, pytest.param(write_100k, marks=pytest.mark.slow)])
 def test_movielens_100k_is_served(tmp_path: Path, write: Any) -> None:
     convert_movielens_100k(write(tmp_path / "source"), tmp_path / "out")
     lines = (write_atomic(tmp_path / "told") / "ml-100k.item").read_text(encoding="utf-8").splitlines()[1:]

@@ -128,6 +128,7 @@ def test_a_program_beyond_the_bound_is_refused_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_missing_compiler_is_told_in_one_line(tmp_path: Path) -> None:
     script = (
         "import torch, pathlib\n"

@@ -264,6 +264,7 @@ def test_ranks_that_have_much_to_do_stop_when_another_fails(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.parquet"]  # 150 batches of a were to come
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_before_its_first_batch_ends_all(
     checkpoint: Path, tmp_path: Path, files: dict[str, pa.Table]
 ) -> None:

@@ -128,7 +128,7 @@ CASES = [
     ("world_size", "plan", "tower", "routing"),
     [
         (2, "column", "deepfm", "hierarchical"),  # first-order weights in other shards than their embeddings
-        *(pytest.param(*case, marks=[pytest.mark.slow] if n % 2 or n >= 8 else []) for n, case in enumerate(CASES)),
+        *(pytest.param(*case, marks=[pytest.mark.slow] if n % 2 or n >= 6 else []) for n, case in enumerate(CASES)),
     ],
 )
 def test_raw_rows_have_the_probabilities_of_the_model(

@@ -358,7 +358,7 @@ def error_of(finished: list[Finished]) -> str:
 
 
 @pytest.mark.parametrize("fault", ["missing", "a flipped bit", "embedding_dim", "a vocabulary"])
-@pytest.mark.parametrize("is_format_1", [False, True])
+@pytest.mark.parametrize("is_format_1", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_cannot_be_taken_ends_the_run_before_anything_is_moved(
     source: Path, log: Path, tmp_path: Path, fault: str, is_format_1: bool
 ) -> None:
