@@ -67,10 +67,10 @@ class UniformInitConfig(Section):
 
 
 class NormalInitConfig(Section):
-    """Normal, of mean 0 and deviation `std`."""
+    """Normal, of mean 0 and deviation `std`, far from what float32 makes zero or infinite."""
 
     type: Literal["normal"]
-    std: PositiveFloat
+    std: Annotated[float, Field(ge=1e-9, le=1e3)]
 
 
 class TableConfig(Section):

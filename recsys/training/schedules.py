@@ -20,7 +20,7 @@ def schedule_factor(stage: StageConfig, step: int, num_steps: int, plateau_share
     """
     warm = (step + 1) / stage.warmup_steps if step < stage.warmup_steps else 1.0
     if stage.schedule == "plateau":
-        return warm * plateau_share
+        return warm * max(plateau_share, stage.schedule_minimum)  # which may have been raised since
     if step < stage.warmup_steps or stage.schedule == "constant":
         return warm
     done = (step - stage.warmup_steps) / max(num_steps - stage.warmup_steps, 1)

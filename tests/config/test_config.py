@@ -115,6 +115,8 @@ def test_wrong_type_names_its_path_and_the_type_wanted(
         ("seed=-1", "seed", "greater than or equal to 0, found -1"),
         ("tables.user.embedding_dim=6", "tables.user.embedding_dim", "multiple of 4, found 6"),
         ("tables.user.pooling=max", "tables.user.pooling", "'sum' or 'mean', found \"max\""),
+        ("tables.user.init={type: normal, std: 1e39}", "tables.user.init.std", "less than or equal to 1000"),
+        ("tables.user.init={type: normal, std: 1e-50}", "tables.user.init.std", "greater than or equal to 0.000000001"),
         ("tables.user.sharding=[sideways]", "tables.user.sharding.0", "'row_wise'"),
         ("tables.user.sharding=[]", "tables.user.sharding", "at least 1 item"),
         ("tables.user.compute_kernel=magic", "tables.user.compute_kernel", "'fused'"),

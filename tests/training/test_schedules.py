@@ -86,6 +86,13 @@ def test_a_plateau_cuts_as_torch_does(losses: list[float], patience: int, factor
         assert RATE * schedule_factor(config, 0, 9, plateau.share) == pytest.approx(now / 2)
 
 
+def test_a_minimum_that_is_raised_holds_from_the_next_step_on() -> None:
+    raised, plateau = stage(schedule="plateau", schedule_minimum=0.2), Plateau(share=0.01)  # as of a run gone on with
+    assert schedule_factor(raised, 2, 9, plateau.share) == 0.2
+    assert not plateau.evaluated(raised, is_better=False)
+    assert schedule_factor(raised, 2, 9, plateau.share) == 0.2
+
+
 def test_only_the_schedule_plateau_goes_by_evaluations() -> None:
     plateau = Plateau()
     assert not any(plateau.evaluated(stage(patience=1), is_better=False) for _ in range(5))

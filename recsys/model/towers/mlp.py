@@ -61,6 +61,17 @@ class MLP(Tower):
                 self.linears[layer], self.norms[layer] = norm.folded_into(linear), nn.Identity()
 
 
+class PReLU(nn.PReLU):
+    """That of torch with a slope for each of the last dimension's numbers, whatever is before them.
+
+    Torch has slopes go with the second dimension, which in (B, F, D) is that of tokens.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> (..., width)."""
+        return super().forward(x.flatten(0, -2)).view_as(x)
+
+
 def build_activation(kind: Activation, width: int) -> nn.Module:
     """The module from (..., width) to (..., width) that a config's `activation` names."""
     match kind:
@@ -73,7 +84,7 @@ def build_activation(kind: Activation, width: int) -> nn.Module:
         case "leaky_relu":
             return nn.LeakyReLU()
         case "prelu":
-            return nn.PReLU(width)
+            return PReLU(width)
     return nn.Identity()
 
 

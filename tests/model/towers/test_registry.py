@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 from tiny import write_tiny_config, write_tiny_log
 from torch import nn
 
 from recsys.config import TowerSettings
 from recsys.model.towers import registry
+from recsys.model.towers.mlp import PReLU
 from recsys.model.towers.normalization import BatchNorm
 
 ROOT = Path(__file__).parents[3]
@@ -98,13 +100,14 @@ def test_every_tower_has_the_options_of_perceptrons(settings: type[TowerSettings
     def kinds(**options: object) -> Counter[type]:
         tower = registry.build_tower(settings(type=name, **options), registry.Tokens(["one", "other"], [20, 20, 20]))
         assert {module.p for module in tower.modules() if isinstance(module, nn.Dropout)} == {options.get("dropout", 0)}
+        assert tower(torch.randn(4, 60)).shape == (4, tower.out_features)
         return Counter(map(type, tower.modules()))
 
     plain = kinds(activation="none", normalization="none")  # but for norms that belong to the family
     batch, layer = kinds(activation="prelu", dropout=0.5, normalization="batch"), kinds(normalization="layer")
     assert batch[BatchNorm] == layer[nn.LayerNorm] - plain[nn.LayerNorm] > plain[BatchNorm] == 0
     assert batch[nn.LayerNorm] == plain[nn.LayerNorm]
-    assert batch[nn.PReLU] == layer[nn.ReLU] - plain[nn.ReLU] > plain[nn.PReLU] == 0
+    assert batch[PReLU] == layer[nn.ReLU] - plain[nn.ReLU] > plain[PReLU] == 0
 
 
 def test_no_other_file_names_a_tower() -> None:

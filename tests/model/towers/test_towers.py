@@ -20,7 +20,7 @@ from recsys.model.towers.fibinet import FiBiNET
 from recsys.model.towers.final_mlp import FinalMLP
 from recsys.model.towers.gdcn import GDCN
 from recsys.model.towers.masknet import MaskNet
-from recsys.model.towers.mlp import MLP
+from recsys.model.towers.mlp import MLP, build_activation
 from recsys.model.towers.nfm import NFM
 from recsys.model.towers.pnn import PNN
 from recsys.model.towers.qnn import QNN
@@ -190,6 +190,15 @@ def test_perceptrons_follow_their_formula(activation: Activation, normalization:
             [[ACTIVATIONS[activation](value) for value in row] for row in z.tolist()], dtype=z.dtype
         )
     torch.testing.assert_close(tower(x), expected)
+
+
+@pytest.mark.parametrize("activation", get_args(Activation))
+def test_activations_take_tokens_as_they_take_rows(activation: Activation) -> None:
+    tokens, activate = torch.randn(ROWS, 4, 4), build_activation(activation, 4)  # as many as they are wide
+    for slopes in activate.parameters():
+        nn.init.normal_(slopes)
+    expected = torch.stack([activate(token) for token in tokens.unbind(1)], 1)
+    torch.testing.assert_close(activate(tokens), expected)
 
 
 def test_cross_layers_follow_their_formula(x: Tensor) -> None:
