@@ -56,7 +56,8 @@ def warm_start(
         say: given a line for each table, and for whatever else differs.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or a table has another `embedding_dim`.
+        CheckpointError: there is none, it is damaged, or a table has another `embedding_dim` or
+            first-order weights on one side alone.
         ConfigError: its config cannot be read.
         DataError: one of its vocabularies cannot.
     """
@@ -188,6 +189,14 @@ def _check_shape(reader: TensorReader, name: str, table: str, then: _Side, now: 
         raise CheckpointError(
             f"warm_start: table {table} has embedding_dim {was.embedding_dim} in {reader.index.directory}, but {dim} "
             f"here; set tables.{table}.embedding_dim to {was.embedding_dim}, or leave it out of warm_start.tables"
+        )
+    had, has = (bool(side.config.model.tower.padding) for side in (then, now))
+    if had is not has:
+        told = ("has", "none") if had else ("has no", "some")
+        raise CheckpointError(
+            f"warm_start: table {table} {told[0]} first-order weights in {reader.index.directory}, and {told[1]} here, "
+            "so that numbers would be taken for what they are not; take a tower that has them in both (wide) or in "
+            "neither, or leave the table out of warm_start.tables"
         )
 
 

@@ -357,7 +357,7 @@ def error_of(finished: list[Finished]) -> str:
     return told
 
 
-@pytest.mark.parametrize("fault", ["missing", "a flipped bit", "embedding_dim", "a vocabulary"])
+@pytest.mark.parametrize("fault", ["missing", "a flipped bit", "embedding_dim", "a vocabulary", "wide"])
 @pytest.mark.parametrize("is_format_1", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_cannot_be_taken_ends_the_run_before_anything_is_moved(
     source: Path, log: Path, tmp_path: Path, fault: str, is_format_1: bool
@@ -381,6 +381,11 @@ def test_what_cannot_be_taken_ends_the_run_before_anything_is_moved(
     elif fault == "a vocabulary":
         wanted = f"{checkpoint}/vocabularies/item.parquet"
         shutil.copyfile(log / "new.parquet", checkpoint / "vocabularies" / "item.parquet")
+    elif fault == "wide":
+        raw["model"]["tower"] = {"type": "wdl", "hidden": [16, 8]}
+        raw["tables"]["tag"]["embedding_dim"] = raw["model"]["dense_dim"] = 8
+        raw["warm_start"]["tables"] = ["user"]
+        wanted = "has no first-order weights"
     else:
         raw["tables"]["user"]["embedding_dim"] = 12
         wanted = f"warm_start: table user has embedding_dim 8 in {checkpoint}, but 12 here"
