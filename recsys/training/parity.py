@@ -1,10 +1,8 @@
 """An export, held against the model that it comes from before it gets its name."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +15,6 @@ from torch import Tensor
 from recsys.checkpoint.layout import VOCABULARIES
 from recsys.config import Config, ConfigError, load_checkpoint_config
 from recsys.data.batch import Batch, Part, build_batch
-from recsys.data.features import build_columns
 from recsys.data.kinds import read_kinds
 from recsys.data.order import RowSlice
 from recsys.data.parquet import ParquetShards
@@ -152,8 +149,7 @@ def export(
         _describe(written, checkpoint, config, scorer, splits[split], parity)
         publish(written, output, parity.as_dict())
     finally:
-        if os.path.lexists(written):
-            shutil.rmtree(written, ignore_errors=True)
+        shutil.rmtree(written, ignore_errors=True)  # which has its name by now, if all went well
     return parity
 
 
@@ -178,7 +174,7 @@ def _describe(
     written: Path, checkpoint: Path, config: Config, scorer: Scorer, shards: ParquetShards, parity: Parity
 ) -> None:
     """Write into an artefact what those need who ask it: schemas of rows, test vectors and the model card."""
-    columns = replace(build_columns(config, written / VOCABULARIES, raw=True), domain=scorer.domain)
+    columns = scorer.raw_columns
     types = raw_types(columns, shards.schemas, shards.kinds.as_dict(), shards.layout.lists)
     objects = {
         JSON_SCHEMA: json_schema(columns, types, config.name),
