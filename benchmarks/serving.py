@@ -126,8 +126,7 @@ def _artifact(config: Config, name: str) -> Path:
     folder = FOLDER / name
     folder.mkdir()
     torch.manual_seed(0)
-    dims = {key: config.tables[feature.table].embedding_dim for key, feature in config.features.sparse.items()}
-    dense_arch = build_dense_arch(config.model, dims, num_dense_features=len(config.features.dense))
+    dense_arch = build_dense_arch(config.model, config.embedding_dims, num_dense_features=len(config.features.dense))
     for layer in expert_layers(dense_arch).values():
         for parameters in layer.parameter_groups().values():
             for parameter in parameters:

@@ -87,7 +87,7 @@ class Scorer:
             self.columns = tuple(dict.fromkeys((*self.columns, *self._domain.names)))
         self._kinds = read_kinds(directory)
         self._features = _Features(self.artifact, self.raw_columns, self._kinds)
-        self.dense_arch = _dense_arch(self.artifact, self._features.dims)
+        self.dense_arch = _dense_arch(self.artifact)
         self._compile = compile
         self._compiled = torch.compile(self.dense_arch, dynamic=True) if compile else self.dense_arch
         self._division = lru_cache(_CONTEXTS)(self._divide)
@@ -224,7 +224,7 @@ class Scorer:
 
     def _divide(self, context: frozenset[str]) -> "_Division":
         """The features that read columns of the context, and those that read the others."""
-        columns = self.raw_columns
+        columns, dims = self.raw_columns, self.artifact.config.embedding_dims
         reads = {name: [dense.column or name] for name, dense in columns.dense.items()}
         for name, (settings, *_) in columns.sparse.items():
             reads[name] = [settings.column or name, *([settings.weights] if settings.weights else [])]
@@ -240,7 +240,7 @@ class Scorer:
             replace(columns, sparse=_among(columns.sparse, names), dense=_among(columns.dense, names))
             for names in (shared, reads.keys() - shared)
         )
-        of_sparse = Sharing(name in shared for name in columns.sparse for _ in range(self._features.dims[name]))
+        of_sparse = Sharing(name in shared for name in columns.sparse for _ in range(dims[name]))
         return _Division(
             _Features(self.artifact, of_context, self._kinds),
             _Features(self.artifact, of_items, self._kinds),
@@ -436,14 +436,12 @@ class _Features:
 
     Attributes:
         columns: of the features.
-        dims: width of each sparse feature's embedding.
     """
 
     def __init__(self, artifact: Artifact, columns: Columns, kinds: Kinds) -> None:
         self.columns, self._kinds = columns, kinds
         config = artifact.config
         of = {name: config.features.sparse[name].table for name in columns.sparse}
-        self.dims = {name: config.tables[table].embedding_dim for name, table in of.items()}
         self._of = {
             name: (artifact.tables[table], config.tables[table].pooling == "mean") for name, table in of.items()
         }
@@ -506,10 +504,12 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _dense_arch(artifact: Artifact, dims: Mapping[str, int]) -> torch.nn.Module:
+def _dense_arch(artifact: Artifact) -> torch.nn.Module:
     config = artifact.config
     with torch.device("meta"), _Unfilled():
-        dense_arch = build_dense_arch(config.model, dims, num_dense_features=len(config.features.dense))
+        dense_arch = build_dense_arch(
+            config.model, config.embedding_dims, num_dense_features=len(config.features.dense)
+        )
     try:
         # Tensors of a mapped file cannot be written to; a copy of these few can, as some layers fold theirs.
         kinds = {name: value.dtype for name, value in dense_arch.state_dict().items()}

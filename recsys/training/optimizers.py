@@ -155,7 +155,7 @@ def _settle_buckets(dense_arch: DistributedDataParallel, config: Config, stage: 
     whose next step must sum as that of the run which was not interrupted.
     """
     device = next(dense_arch.parameters()).device
-    width = sum(config.tables[feature.table].embedding_dim for feature in config.features.sparse.values())
+    width = sum(config.embedding_dims.values())
     buffers = [(buffer, buffer.clone()) for buffer in dense_arch.buffers()]  # which zeros must not move
     inputs = (torch.zeros(2, width, device=device), torch.zeros(2, len(config.features.dense), device=device))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # of which dropout draws

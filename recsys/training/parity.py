@@ -265,6 +265,6 @@ def _larger(most: float, differences: Tensor) -> float:
 def _program(scorer: Scorer, kind: Format, path: Path) -> Program:
     """Write the program of a scorer's dense part, and load it."""
     config = scorer.artifact.config
-    width = sum(config.tables[feature.table].embedding_dim for feature in config.features.sparse.values())
+    width = sum(config.embedding_dims.values())
     write_program(scorer.dense_arch, width, len(config.features.dense), kind, path)
     return load_program(kind, path)
