@@ -103,6 +103,11 @@ class PhaseOptimizers:
     _rates: dict[str, tuple[Optimizer, float]]
     clipping: Clipping | None
 
+    @property
+    def norm_before_clipping(self) -> Tensor | None:
+        """Of the dense gradients of the last step, (); None where they are as they were."""
+        return None if self.clipping is None else self.clipping.norm
+
     def begin_anew(self) -> None:
         """Have the dense optimizer be as it was made, without state and at rates of 0."""
         state: Any = self.dense.state
