@@ -203,17 +203,17 @@ class Checkpoints:
         if not self._ranks.is_first:
             return
         written = layout.partial(directory)
-        same = self._linked(written)
-        if same is None:
+        linked = self._linked(written)
+        if linked is None:
             self._write_files(written)
         (written / layout.PROGRESS).write_bytes(progress)
         names = {str(path.relative_to(written)): path for path in written.rglob("*") if path.is_file()}
-        new = {name: path for name, path in names.items() if name not in {**meta.files, **(same or {})}}
+        known = {**meta.files, **(linked or {})}
+        new = {name: path for name, path in names.items() if name not in known}
         digests = {name: layout.digest_of(path) for name, path in new.items()}
-        files = {**meta.files, **(same or {}), **digests}
-        layout.commit(directory, new.values(), replace(meta, files=files))
-        same = same or {name: digest for name, digest in digests.items() if name not in (layout.PROGRESS, _INDEX)}
-        self._same = directory, same
+        layout.commit(directory, new.values(), replace(meta, files={**known, **digests}))
+        same = {name: digest for name, digest in digests.items() if name not in (layout.PROGRESS, _INDEX)}
+        self._same = directory, linked or same
         layout.prune(self.folder, self._config)
 
     def _linked(self, written: Path) -> dict[str, Digest] | None:
