@@ -20,7 +20,7 @@ from recsys.data.order import RowSlice
 from recsys.data.parquet import ParquetShards
 from recsys.data.rows import Rows
 from recsys.data.splits import open_splits
-from recsys.model.ranker import Ranker, build_ranker
+from recsys.model.ranker import Ranker
 from recsys.prepare.synthetic import require_embedded
 from recsys.runtime import once_on_each_machine, process_group
 from recsys.serving.artifact import ArtifactError, add_calibration, publish, write_artifact
@@ -29,10 +29,9 @@ from recsys.serving.formats import PROGRAMS, Format, Program, load_program, writ
 from recsys.serving.schema import ARROW_SCHEMA, JSON_SCHEMA, arrow_schema, json_schema, raw_types
 from recsys.serving.scorer import Scorer
 from recsys.serving.tables import Precision
-from recsys.sharding.shard import shard_to_read
 from recsys.training.calibrating import Examples, Fitted, calibrated, effects, fit
 from recsys.training.card import CARD, model_card
-from recsys.training.checkpoint import load_model
+from recsys.training.checkpoint import load_ranker
 from recsys.training.metrics import BinaryMetrics, Metrics
 from recsys.training.vectors import VECTORS, vectors
 
@@ -123,9 +122,7 @@ def export(
             once_on_each_machine(ranks, partial(require_embedded, config))
             names = dict.fromkeys([split, FITTED_ON] if calibration else [split])
             splits = open_splits(config, list(names), checkpoint / VOCABULARIES, read_kinds(checkpoint))
-            ranker = build_ranker(config, seed=0)
-            dense_arch = ranker.dense_arch
-            load_model(checkpoint, shard_to_read(ranker, config, ranks), dense_arch)
+            ranker = load_ranker(checkpoint, config, ranks)
             fitted = None
             if calibration:
                 outputs = _outputs(ranker, splits[FITTED_ON])
