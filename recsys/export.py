@@ -77,6 +77,14 @@ def main() -> None:
             f"Its probabilities are the {model}'s on {parity.rows:,} {parity.split} rows within "
             f"{parity.max_difference:.1e}, {parity.mean_difference:.1e} on average"
         )
+        if parity.model and parity.artifact:
+            before, after = parity.model.as_dict(), parity.artifact.as_dict()
+            changes = [
+                f"{figure.replace('_', ' ')} {before[figure]:.6f} -> {after[figure]:.6f}"
+                for figure in ("auc", "log_loss", "calibration")
+                if before[figure] is not None
+            ]
+            print(f"From the {model} to the artefact: {', '.join(changes)}")
         for kind, difference in parity.programs.items():
             print(f"{PROGRAMS[kind]}: within {difference:.1e}; it {CAUTIONS[kind]}")
         if parity.calibration:

@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks.fuxictr.checkout import check_checkout
 from benchmarks.fuxictr.export import export_rows
 from benchmarks.fuxictr.models import MODELS, assignment, points, settings_of
 from benchmarks.fuxictr.runs import MEASURED_ALIKE, Bench
@@ -78,9 +79,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
     settings = {model: settings_of(model, arguments.set) for model in arguments.models}
     grid = points(arguments.search)
     embedding_dim = _embedding_dim(config)
-    for checkout_file in (arguments.checkout / "fuxictr" / "version.py", arguments.checkout / "model_zoo"):
-        if not checkout_file.exists():
-            raise UserError(f"--checkout: no {checkout_file}; give a clone of FuxiCTR, which has the model zoo")
+    check_checkout(arguments.checkout)
     with process_group("cpu"):
         write_embedded(config)
         rows = export_rows(config, arguments.runs / config.name)

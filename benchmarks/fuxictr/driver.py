@@ -31,10 +31,7 @@ def train(checkout: Path, rows: Path, run: Path) -> None:
     """Train the model that the run's params.json describes, and leave its scores."""
     params: dict[str, Any] = json.loads((run / "params.json").read_text(encoding="utf-8"))
     name = params["model"]
-    zoo = checkout / "model_zoo" / name
-    if (zoo / f"{name}_torch").is_dir():  # where there is a TensorFlow version as well
-        zoo = zoo / f"{name}_torch"
-    sys.path[:0] = [str(zoo), str(checkout)]
+    sys.path[:0] = [str(zoo_folder(checkout, name)), str(checkout)]
     feature_map_class = import_module("fuxictr.features").FeatureMap
     loader_class = import_module("fuxictr.pytorch.dataloaders").RankDataLoader
     seed_everything = import_module("fuxictr.pytorch.torch_utils").seed_everything
@@ -80,6 +77,13 @@ def train(checkout: Path, rows: Path, run: Path) -> None:
     part = run / "result.json.part"
     part.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     part.rename(run / "result.json")
+
+
+def zoo_folder(checkout: Path, name: str) -> Path:
+    """Where a model lies in the zoo; it has a folder within its own where there is a TensorFlow version as well."""
+    zoo = checkout / "model_zoo" / name
+    within = zoo / f"{name}_torch"
+    return within if within.is_dir() else zoo
 
 
 def aggregate(self: Any, x: Any, y: Any) -> Any:

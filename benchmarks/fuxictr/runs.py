@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from benchmarks.fuxictr.checkout import checkout_commit
 from benchmarks.fuxictr.export import DATA_SET, LABEL
 from benchmarks.fuxictr.models import Settings
 from benchmarks.report import number
@@ -79,11 +80,8 @@ class Bench:
 
     @cached_property
     def commit(self) -> str | None:
-        """The checkout's, None outside git. Taken without git's optional locks, which would write there."""
-        describe = ["describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-        git = ["git", "--no-optional-locks", "-C", str(self.checkout), *describe]
-        found = subprocess.run(git, capture_output=True, text=True)
-        return found.stdout.strip() if found.returncode == 0 else None
+        """The checkout's, None outside git."""
+        return checkout_commit(self.checkout)
 
     def train(self, model: str, points: Sequence[Settings], seeds: Sequence[int]) -> list[Figures | None]:
         """Figures of every seed at every point, points first; None for what failed."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,8 @@ def test_what_a_program_holds_is_told_and_a_scorer_needs_none(trained: tuple[Pat
     # A program's logits are those before calibration.
     (done,) = run_module(1, "recsys.export", *arguments, "--calibration", "platt", "--calibration-rows", "5")
     assert done.code == 0, done.stderr
+    told = r"From the calibrated model to the artefact: auc (0\.\d{6}) -> \1, log loss (0\.\d{6}) -> \2, calibration"
+    assert re.search(told, done.stdout)
     assert "dense.pt2: within" in done.stdout and "holds a pickle, which can run code" in done.stdout
     path = tmp_path / "artifact" / "dense.pt2"
     row = {"user": 3, "item": 5, "tags": [1, 2], "x": 0.5, "z": 0.1, "domain": 0}
