@@ -39,12 +39,7 @@ from recsys.serving.artifact import DENSE, MANIFEST, TABLES, Manifest
 FOLDER = ROOT / "outputs/serving_benchmark"
 ROWS = (1, 10, 100, 1000)
 EXPERTS = {"num_layers": 3, "num_experts": 8}
-TOWERS: dict[str, dict[str, Any]] = {
-    "mlp": {"type": "mlp"},
-    "dcn_v2": {"type": "dcn_v2"},
-    "transformer": {"type": "transformer"},
-    "final_mlp": {"type": "final_mlp"},
-}
+TOWERS = ("mlp", "dcn_v2", "transformer", "final_mlp")
 CATEGORIES = [f"C{number}" for number in range(1, 27)]
 NUMBERS = [f"I{number}" for number in range(1, 14)]
 CONTEXTS = {
@@ -93,7 +88,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     lines: list[Line] = []
     default = load_config(ROOT / "configs/default.yaml")
     ways, shares = [], []
-    for name, config in (("default", default), ("criteo", _criteo({"type": "dcn_v2"}, EXPERTS))):
+    for name, config in (("default", default), ("criteo", _criteo("dcn_v2", EXPERTS))):
         scorer = Scorer(_artifact(config, name))
         for rows in ROWS:
             timed = _ways(scorer, rows, CONTEXTS[name], arguments.turns if rows < 1000 else arguments.turns // 3)
@@ -108,7 +103,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     _report(arguments, [ways, shares, towers, compiled, memory, imports], lines)
 
 
-def _criteo(tower: Mapping[str, Any], experts: Mapping[str, Any] | None, num_embeddings: int = 10_000) -> Config:
+def _criteo(tower: str, experts: Mapping[str, Any] | None, num_embeddings: int = 10_000) -> Config:
     rate = {"learning_rate": 1e-3, "sparse_learning_rate": 0.02}
     raw = {
         "name": "criteo",
@@ -118,7 +113,7 @@ def _criteo(tower: Mapping[str, Any], experts: Mapping[str, Any] | None, num_emb
             "sparse": {name: {"table": name, "ids": {"type": "hash"}} for name in CATEGORIES},
             "dense": {name: {"fill": 0.0, "log1p": True} for name in NUMBERS},
         },
-        "model": {"tower": tower, "hilomoe": experts},
+        "model": {"tower": {"type": tower}, "hilomoe": experts},
         "stages": {"joint": {"trains": "all", "epochs": 1, **rate}},
     }
     path = FOLDER / "criteo.yaml"
@@ -131,8 +126,7 @@ def _artifact(config: Config, name: str) -> Path:
     folder = FOLDER / name
     folder.mkdir()
     torch.manual_seed(0)
-    dims = {key: config.tables[feature.table].embedding_dim for key, feature in config.features.sparse.items()}
-    dense_arch = build_dense_arch(config.model, dims, num_dense_features=len(config.features.dense))
+    dense_arch = build_dense_arch(config.model, config.embedding_dims, num_dense_features=len(config.features.dense))
     for layer in expert_layers(dense_arch).values():
         for parameters in layer.parameter_groups().values():
             for parameter in parameters:
@@ -169,11 +163,11 @@ def _ways(scorer: Scorer, rows: int, shared: list[str], turns: int) -> Timed:
     columns |= {name: [value] * rows for name, value in context.items()}
     table = pa.table(columns)
     items, listed = table.drop(shared), table.to_pylist()
-    features, dense_arch = scorer._features, scorer.dense_arch
+    dense_arch = scorer.dense_arch
     layout = scorer.check_schema(table.schema, "rows")
-    decoded = scorer._columns.decode_features(table, layout, "rows")
+    decoded = scorer.decode(table, layout, "rows")
     with torch.inference_mode():
-        inputs = features.inputs(decoded, layout)
+        inputs = scorer.inputs(decoded, layout)
         raw = _raw_module(scorer, decoded, layout)
         _check(raw().sigmoid().numpy(), scorer.score(table), scorer.score_candidates(context, items))
         ways: dict[str, Callable[[], object]] = {
@@ -181,8 +175,8 @@ def _ways(scorer: Scorer, rows: int, shared: list[str], turns: int) -> Timed:
             "score, Arrow": lambda: scorer.score(table),
             "score, mappings": lambda: scorer.score(listed),
             "candidates": lambda: scorer.score_candidates(context, items),
-            "decoding": lambda: scorer._columns.decode_features(table, scorer.check_schema(table.schema, "x"), "x"),
-            "tables": lambda: features.inputs(decoded, layout),
+            "decoding": lambda: scorer.decode(table, scorer.check_schema(table.schema, "x"), "x"),
+            "tables": lambda: scorer.inputs(decoded, layout),
             "tower": lambda: dense_arch(*inputs),
         }
         return _timed(ways, turns)
@@ -257,7 +251,7 @@ def _share(model: str, rows: int, timed: Timed) -> dict[str, str]:
 def _tower(tower: str, experts: Mapping[str, Any] | None, turns: int, lines: list[Line]) -> dict[str, str]:
     """1,000 rows of Criteo's shape, half of whose columns are the context, in both forms."""
     kind = "HiLoMoE" if experts else "dense"
-    scorer = Scorer(_artifact(_criteo(TOWERS[tower], experts), f"{tower}-{kind}"))
+    scorer = Scorer(_artifact(_criteo(tower, experts), f"{tower}-{kind}"))
     timed = _ways(scorer, 1000, CONTEXTS["criteo"], turns)
     lines.append({"kind": "tower", "tower": tower, "experts": kind, **_figures(timed)})
     flat, ratio = median(timed["score, Arrow"]), _ratio(timed, "score, Arrow", "candidates")
@@ -285,7 +279,7 @@ def _compiled(model: str, turns: int, lines: list[Line]) -> dict[str, str]:
 def _memory(mebibytes: int, lines: list[Line]) -> list[dict[str, str]]:
     """Proportional memory of processes that have read every row of the same artefact."""
     rows = mebibytes * 2**20 // (4 * 16 * len(CATEGORIES))
-    folder = _artifact(_criteo({"type": "mlp"}, EXPERTS, rows), "large")
+    folder = _artifact(_criteo("mlp", EXPERTS, rows), "large")
     told = []
     for count in (1, 4):
         command = [sys.executable, "-c", HOLDER, str(folder)]

@@ -574,6 +574,11 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
 
+    @property
+    def embedding_dims(self) -> dict[str, int]:
+        """Width of the pooled embedding of each sparse feature, in their order."""
+        return {name: self.tables[feature.table].embedding_dim for name, feature in self.features.sparse.items()}
+
     @field_validator("name", "output_dir")
     @classmethod
     def _on_one_line(cls, text: str) -> str:

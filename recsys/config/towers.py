@@ -14,10 +14,9 @@ DENSE_DIM = "model.dense_dim"
 """Path of the width of the dense features' token."""
 Hidden = Annotated[tuple[Width, ...], Field(max_length=_MAX_LAYERS)]
 Stream = Annotated[tuple[Width, ...], Field(min_length=1, max_length=_MAX_LAYERS)]
-
-
 Activation = Literal["relu", "gelu", "silu", "leaky_relu", "prelu", "none"]
 Normalization = Literal["none", "batch", "layer"]
+Bilinear = Literal["all", "each", "interaction"]
 
 
 class PerceptronSettings(Section):
@@ -273,7 +272,7 @@ class FiBiNETTowerConfig(WideSettings, TowerSettings):
     pairwise = True
 
     type: Literal["fibinet"]
-    bilinear: Literal["all", "each", "interaction"] = "interaction"
+    bilinear: Bilinear = "interaction"
     reduction_ratio: Width = 3
     excitation: Literal["relu", "sigmoid"] = "relu"
     hidden: Hidden = (256, 128)

@@ -360,7 +360,7 @@ class _Reading:
         """Columns of the types and the length that the footer promises, each in one piece."""
         found = self._footer.row_group(self._group)
         as_dictionaries = []
-        for index, path, name, is_string in _leaves_of(self._of.leaves, names, dictionaries):
+        for index, path, name, is_string in _leaves_of(self._of.leaves, names):
             chunk = found.column(index)
             # What is no list has just one value for each row; were there more, the rest would be left out.
             if path == name and chunk.num_values > num_rows:
@@ -454,9 +454,7 @@ def _leaves(footer: pq.FileMetaData) -> tuple[_Leaf, ...]:
 
 
 @lru_cache(maxsize=256)
-def _leaves_of(
-    leaves: tuple[_Leaf, ...], names: tuple[str, ...], dictionaries: tuple[str, ...]
-) -> tuple[tuple[int, str, str, bool], ...]:
+def _leaves_of(leaves: tuple[_Leaf, ...], names: tuple[str, ...]) -> tuple[tuple[int, str, str, bool], ...]:
     """Index and path of each leaf of some columns, the column, and whether it is of strings that may be encoded."""
     return tuple(
         (index, path, name, is_string)

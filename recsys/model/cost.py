@@ -187,7 +187,7 @@ def _cost(config: Config, model: ModelConfig, ids_per_example: Mapping[str, floa
             f"ids per example: {min(unknown)!r} is no sparse feature; there are {', '.join(sorted(features))}"
         )
     ids = {name: ids_per_example.get(name, 1.0) for name in features}
-    dims = {name: config.tables[feature.table].embedding_dim for name, feature in features.items()}
+    dims = config.embedding_dims
     looked_up = round(sum(ids[name] * dim for name, dim in dims.items()))
     width, num_dense = sum(dims.values()), len(config.features.dense)
     # Fake tensors have shapes and no content; of attention's kernels, the counter knows only the plain one on a CPU.

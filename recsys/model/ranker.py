@@ -140,7 +140,7 @@ def build_ranker(config: Config, *, seed: int, device: torch.device | None = Non
     ]
     weighted = any(feature.weights is not None for feature in config.features.sparse.values())
     collection = EmbeddingBagCollection(tables=tables, device=device or torch.device("meta"), is_weighted=weighted)
-    dims = {name: config.tables[feature.table].embedding_dim for name, feature in config.features.sparse.items()}
+    dims = config.embedding_dims
     _check_memory(config.model, dims, num_dense_features=len(config.features.dense))
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)

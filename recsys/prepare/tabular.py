@@ -50,7 +50,6 @@ MAX_VALUES = 50_000_000
 
 SPLITS = ("train", "valid", "test")
 _ROW_GROUP_ROWS = 16_384
-_FILE_ROWS = 64 * _ROW_GROUP_ROWS
 _SAMPLE_ROWS = 1 << 20
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]

@@ -17,7 +17,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -227,9 +227,7 @@ def add_calibration(written: Path, calibration: Calibration) -> None:
     path = written / CALIBRATION
     try:
         path.write_text(calibration.to_json(), encoding="utf-8")
-        manifest = read_manifest(written)
-        files = {**manifest.files, CALIBRATION: layout.digest_of(path)}
-        (written / MANIFEST).write_text(Manifest(**{**vars(manifest), "files": files}).to_json(), encoding="utf-8")
+        _write_manifest(written, read_manifest(written))
     except OSError as error:
         raise ArtifactError(f"{path} cannot be written: {error.strerror or error}") from None
 
@@ -241,8 +239,7 @@ def publish(written: Path, output: Path, parity: Mapping[str, Any]) -> None:
         ArtifactError: something has come to be there, or the disk refuses.
     """
     try:
-        manifest = read_manifest(written)
-        _write_manifest(written, Manifest(**{**vars(manifest), "parity": parity}))
+        _write_manifest(written, replace(read_manifest(written), parity=parity))
         for path in (*written.rglob("*"), written):
             layout.flush(path)
         written.rename(output)
@@ -252,9 +249,10 @@ def publish(written: Path, output: Path, parity: Mapping[str, Any]) -> None:
 
 
 def _write_manifest(directory: Path, manifest: Manifest) -> None:
-    digests = {name: layout.digest_of(directory / name) for name in _held(directory) if name != MANIFEST}
-    told = Manifest(**{**vars(manifest), "files": digests})
-    (directory / MANIFEST).write_text(told.to_json(), encoding="utf-8")
+    """Write a manifest, and the digests of files that it does not list yet; tables are too large to be read again."""
+    new = (name for name in _held(directory) if name not in {MANIFEST, *manifest.files})
+    files = {**manifest.files, **{name: layout.digest_of(directory / name) for name in new}}
+    (directory / MANIFEST).write_text(replace(manifest, files=files).to_json(), encoding="utf-8")
 
 
 def _held(directory: Path) -> list[str]:

@@ -29,7 +29,6 @@ CAUTIONS: dict[Format, str] = {
 }
 """By format, what whoever loads the file must know."""
 
-
 _ROWS = 1024
 
 

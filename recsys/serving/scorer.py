@@ -70,32 +70,32 @@ class Scorer:
         columns: names of the columns that rows must have; among them that of the domain, where one is calibrated by
             itself.
         dense_arch: of the artefact, in evaluation.
-        domain: by which rows are calibrated; None where all are alike.
+        raw_columns: what is read of raw rows; `domain` is that by which they are calibrated, None where all are alike.
         dictionaries: as in `recsys.serving.predicting.Model`, like `batch_rows`, `reader_threads` and `origin`.
     """
 
     def __init__(self, artifact: str | Path | Artifact, *, compile: bool = False) -> None:
         self.artifact = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)
         directory, config = self.artifact.directory, self.artifact.config
-        self._columns = build_columns(config, directory / VOCABULARIES, raw=True)
+        self._calibration = self.artifact.calibration
+        columns = build_columns(config, directory / VOCABULARIES, raw=True)
+        by_domain = self._calibration is not None and self._calibration.domains
+        self.raw_columns = columns if by_domain else replace(columns, domain=None)
+        self._domain = self.raw_columns.parts.get("data.domain")
+        self.columns, self.dictionaries = self.raw_columns.feature_names, self.raw_columns.dictionary_names
+        if self._domain is not None:
+            self.columns = tuple(dict.fromkeys((*self.columns, *self._domain.names)))
         self._kinds = read_kinds(directory)
-        self._features = _Features(self.artifact, self._columns, self._kinds)
+        self._features = _Features(self.artifact, self.raw_columns, self._kinds)
         self.dense_arch = _dense_arch(self.artifact)
         self._compile = compile
         self._compiled = torch.compile(self.dense_arch, dynamic=True) if compile else self.dense_arch
         self._division = lru_cache(_CONTEXTS)(self._divide)
-        self._calibration = self.artifact.calibration
-        by_domain = self._calibration is not None and self._calibration.domains
-        self.domain = config.data.domain if by_domain else None
-        self._domain = self._columns.parts["data.domain"] if by_domain else None
-        self.columns, self.dictionaries = self._columns.feature_names, self._columns.dictionary_names
-        if self._domain is not None:
-            self.columns = tuple(dict.fromkeys((*self.columns, *self._domain.names)))
         self.batch_rows, self.reader_threads = _BATCH_ROWS, config.data.reader_threads
         self.origin = f"artefact {hashlib.sha256(self.artifact.manifest.to_json().encode()).hexdigest()}"
-        self._times_and_integers = times_and_integers(self._columns)
-        if self.domain is not None:
-            self._times_and_integers.setdefault(self.domain.column, False)
+        self._times_and_integers = times_and_integers(self.raw_columns)
+        if self.raw_columns.domain is not None:
+            self._times_and_integers.setdefault(self.raw_columns.domain.column, False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(type(self), compile=self._compile), (self.artifact.directory,)
@@ -205,7 +205,7 @@ class Scorer:
         Raises:
             DataError: as `score`.
         """
-        rows = self._columns.decode_features(table, layout, where)
+        rows = self.raw_columns.decode_features(table, layout, where)
         if self._domain is not None:
             found = self._domain.decode(table.select(self._domain.names), _NO_FEATURES, where)
             rows = replace(rows, domain=found.domain)
@@ -224,7 +224,7 @@ class Scorer:
 
     def _divide(self, context: frozenset[str]) -> "_Division":
         """The features that read columns of the context, and those that read the others."""
-        columns = self._columns
+        columns, dims = self.raw_columns, self.artifact.config.embedding_dims
         reads = {name: [dense.column or name] for name, dense in columns.dense.items()}
         for name, (settings, *_) in columns.sparse.items():
             reads[name] = [settings.column or name, *([settings.weights] if settings.weights else [])]
@@ -240,7 +240,7 @@ class Scorer:
             replace(columns, sparse=_among(columns.sparse, names), dense=_among(columns.dense, names))
             for names in (shared, reads.keys() - shared)
         )
-        of_sparse = Sharing(name in shared for name in columns.sparse for _ in range(self._features.dims[name]))
+        of_sparse = Sharing(name in shared for name in columns.sparse for _ in range(dims[name]))
         return _Division(
             _Features(self.artifact, of_context, self._kinds),
             _Features(self.artifact, of_items, self._kinds),
@@ -436,14 +436,12 @@ class _Features:
 
     Attributes:
         columns: of the features.
-        dims: width of each sparse feature's embedding.
     """
 
     def __init__(self, artifact: Artifact, columns: Columns, kinds: Kinds) -> None:
         self.columns, self._kinds = columns, kinds
         config = artifact.config
         of = {name: config.features.sparse[name].table for name in columns.sparse}
-        self.dims = {name: config.tables[table].embedding_dim for name, table in of.items()}
         self._of = {
             name: (artifact.tables[table], config.tables[table].pooling == "mean") for name, table in of.items()
         }
@@ -508,9 +506,10 @@ class _Unfilled(TorchFunctionMode):
 
 def _dense_arch(artifact: Artifact) -> torch.nn.Module:
     config = artifact.config
-    dims = {name: config.tables[feature.table].embedding_dim for name, feature in config.features.sparse.items()}
     with torch.device("meta"), _Unfilled():
-        dense_arch = build_dense_arch(config.model, dims, num_dense_features=len(config.features.dense))
+        dense_arch = build_dense_arch(
+            config.model, config.embedding_dims, num_dense_features=len(config.features.dense)
+        )
     try:
         # Tensors of a mapped file cannot be written to; a copy of these few can, as some layers fold theirs.
         kinds = {name: value.dtype for name, value in dense_arch.state_dict().items()}

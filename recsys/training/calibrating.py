@@ -19,7 +19,6 @@ from recsys.training.metrics import weighted_metrics
 _NEAREST = 0.01
 """Logits between knots at least: a hundredth of the odds. Nearer blocks, of few rows, would be a cliff all the same."""
 
-
 _ALIKE = 1e-30
 """Standard deviation of logits below which the slope that makes probabilities of them is beyond float32."""
 

@@ -63,11 +63,7 @@ def model_card(
         "Beside the trainer's model": _parity(parity),
         "Cost": _cost(config),
         "Embedding plan": _plan(config, plan, meta),
-        "Versions": markdown(
-            [{"": name, "version": str(told)} for name, told in sorted(meta.versions.items())], left=["version"]
-        )
-        if meta.versions
-        else "The checkpoint does not say.",
+        "Versions": _versions(meta),
         "Known limits": _limits(config, columns, tables, progress),
     }
     first, *others = (f"{title}\n\n{text}\n" for title, text in sections.items())
@@ -88,10 +84,14 @@ def _identity(config: Config, meta: CheckpointMeta, tables: Precision) -> str:
 def _data(config: Config, progress: Mapping[str, Any], split: str, split_rows: int) -> str:
     data = config.data
     rows = [
-        {"split": name, "files": _code(", ".join(data.patterns(name))), "rows": f"{split_rows:,}" * (name == split)}
+        {
+            "split": name,
+            "files": _code(", ".join(data.patterns(name))),
+            "rows": f"{split_rows:,}" if name == split else "-",
+        }
         for name in data.splits
     ]
-    lines = [markdown([{**row, "rows": row["rows"] or "-"} for row in rows], left=["files"]), ""]
+    lines = [markdown(rows, left=["files"]), ""]
     told = {
         "Label": data.label,
         "Weight of a row in the loss": data.weight,

@@ -31,13 +31,14 @@ from recsys.checkpoint.dcp import load_tensors
 from recsys.checkpoint.index import UnreadableError
 from recsys.checkpoint.layout import CheckpointError, CheckpointMeta, Digest
 from recsys.checkpoint.tensors import TensorReader
-from recsys.config import CheckpointsConfig, TableConfig
+from recsys.config import CheckpointsConfig, Config, TableConfig
 from recsys.data.storage import THREADS, Place, naming
 from recsys.errors import UserError
 from recsys.model.names import table_name
+from recsys.model.ranker import Ranker, build_ranker
 from recsys.runtime import Ranks
 from recsys.sharding.plan import plan_as_dict
-from recsys.sharding.shard import ShardedRanker, forget_cached_rows, set_steps_counted, steps_counted
+from recsys.sharding.shard import ShardedRanker, forget_cached_rows, set_steps_counted, shard_to_read, steps_counted
 from recsys.training import reshard
 
 State = dict[str, Tensor | ShardedTensor]
@@ -203,17 +204,17 @@ class Checkpoints:
         if not self._ranks.is_first:
             return
         written = layout.partial(directory)
-        same = self._linked(written)
-        if same is None:
+        linked = self._linked(written)
+        if linked is None:
             self._write_files(written)
         (written / layout.PROGRESS).write_bytes(progress)
         names = {str(path.relative_to(written)): path for path in written.rglob("*") if path.is_file()}
-        new = {name: path for name, path in names.items() if name not in {**meta.files, **(same or {})}}
+        known = {**meta.files, **(linked or {})}
+        new = {name: path for name, path in names.items() if name not in known}
         digests = {name: layout.digest_of(path) for name, path in new.items()}
-        files = {**meta.files, **(same or {}), **digests}
-        layout.commit(directory, new.values(), replace(meta, files=files))
-        same = same or {name: digest for name, digest in digests.items() if name not in (layout.PROGRESS, _INDEX)}
-        self._same = directory, same
+        layout.commit(directory, new.values(), replace(meta, files={**known, **digests}))
+        same = {name: digest for name, digest in digests.items() if name not in (layout.PROGRESS, _INDEX)}
+        self._same = directory, linked or same
         layout.prune(self.folder, self._config)
 
     def _linked(self, written: Path) -> dict[str, Digest] | None:
@@ -355,6 +356,24 @@ def load_model(directory: Path, sharded: ShardedRanker, dense_arch: nn.Module) -
     """
     _load(directory, model_state(sharded, dense_arch))
     forget_cached_rows(sharded)
+
+
+def load_ranker(directory: Path, config: Config, ranks: Ranks) -> Ranker:
+    """The model of a checkpoint, whose weights are read and not trained; a collective call.
+
+    Args:
+        directory: of the checkpoint.
+        config: of the model.
+        ranks: this process among all, over which the tables are sharded.
+
+    Raises:
+        CheckpointError: as `load_model`.
+        ConfigError: the model does not fit these ranks.
+    """
+    ranker = build_ranker(config, seed=0)
+    dense_arch = ranker.dense_arch
+    load_model(directory, shard_to_read(ranker, config, ranks), dense_arch)
+    return ranker
 
 
 def load_model_and_tables_optimizers(

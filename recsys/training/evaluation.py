@@ -17,12 +17,11 @@ from recsys.config import Config, ConfigError, load_checkpoint_config
 from recsys.data.kinds import read_kinds
 from recsys.data.parquet import ParquetShards
 from recsys.data.splits import eval_order, open_loader, open_splits
-from recsys.model.ranker import Ranker, RankerOutput, build_ranker
+from recsys.model.ranker import Ranker, RankerOutput
 from recsys.prepare.synthetic import require_embedded
 from recsys.runtime import Ranks, once_on_each_machine, process_group
-from recsys.sharding.shard import shard_to_read
 from recsys.terminal import console, say, table
-from recsys.training.checkpoint import load_model, verified
+from recsys.training.checkpoint import load_ranker, verified
 from recsys.training.counts import Counts, by_kind, in_words, reduce_counts
 from recsys.training.metrics import BinaryMetrics, GroupedMetrics, Metrics
 from recsys.training.predictions import writing_predictions
@@ -85,10 +84,7 @@ def evaluate_checkpoint(
         verified(path, ranks)
         once_on_each_machine(ranks, partial(require_embedded, config))
         shards = open_splits(config, [split], path / VOCABULARIES, read_kinds(path))[split]
-        ranker = build_ranker(config, seed=0)
-        dense_arch = ranker.dense_arch
-        sharded = shard_to_read(ranker, config, ranks)
-        load_model(path, sharded, dense_arch)
+        ranker = load_ranker(path, config, ranks)
         with (
             writing_predictions(predictions, ranks, with_label=labelled, with_domain=config.data.domain is not None)
             if predictions

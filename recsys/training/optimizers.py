@@ -103,6 +103,11 @@ class PhaseOptimizers:
     _rates: dict[str, tuple[Optimizer, float]]
     clipping: Clipping | None
 
+    @property
+    def norm_before_clipping(self) -> Tensor | None:
+        """Of the dense gradients of the last step, (); None where they are as they were."""
+        return None if self.clipping is None else self.clipping.norm
+
     def begin_anew(self) -> None:
         """Have the dense optimizer be as it was made, without state and at rates of 0."""
         state: Any = self.dense.state
@@ -155,7 +160,7 @@ def _settle_buckets(dense_arch: DistributedDataParallel, config: Config, stage: 
     whose next step must sum as that of the run which was not interrupted.
     """
     device = next(dense_arch.parameters()).device
-    width = sum(config.tables[feature.table].embedding_dim for feature in config.features.sparse.values())
+    width = sum(config.embedding_dims.values())
     buffers = [(buffer, buffer.clone()) for buffer in dense_arch.buffers()]  # which zeros must not move
     inputs = (torch.zeros(2, width, device=device), torch.zeros(2, len(config.features.dense), device=device))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # of which dropout draws

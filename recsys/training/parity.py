@@ -1,10 +1,8 @@
 """An export, held against the model that it comes from before it gets its name."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +15,12 @@ from torch import Tensor
 from recsys.checkpoint.layout import VOCABULARIES
 from recsys.config import Config, ConfigError, load_checkpoint_config
 from recsys.data.batch import Batch, Part, build_batch
-from recsys.data.features import build_columns
 from recsys.data.kinds import read_kinds
 from recsys.data.order import RowSlice
 from recsys.data.parquet import ParquetShards
 from recsys.data.rows import Rows
 from recsys.data.splits import open_splits
-from recsys.model.ranker import Ranker, build_ranker
+from recsys.model.ranker import Ranker
 from recsys.prepare.synthetic import require_embedded
 from recsys.runtime import once_on_each_machine, process_group
 from recsys.serving.artifact import ArtifactError, add_calibration, publish, write_artifact
@@ -32,10 +29,9 @@ from recsys.serving.formats import PROGRAMS, Format, Program, load_program, writ
 from recsys.serving.schema import ARROW_SCHEMA, JSON_SCHEMA, arrow_schema, json_schema, raw_types
 from recsys.serving.scorer import Scorer
 from recsys.serving.tables import Precision
-from recsys.sharding.shard import shard_to_read
 from recsys.training.calibrating import Examples, Fitted, calibrated, effects, fit
 from recsys.training.card import CARD, model_card
-from recsys.training.checkpoint import load_model
+from recsys.training.checkpoint import load_ranker
 from recsys.training.metrics import BinaryMetrics, Metrics
 from recsys.training.vectors import VECTORS, vectors
 
@@ -126,9 +122,7 @@ def export(
             once_on_each_machine(ranks, partial(require_embedded, config))
             names = dict.fromkeys([split, FITTED_ON] if calibration else [split])
             splits = open_splits(config, list(names), checkpoint / VOCABULARIES, read_kinds(checkpoint))
-            ranker = build_ranker(config, seed=0)
-            dense_arch = ranker.dense_arch
-            load_model(checkpoint, shard_to_read(ranker, config, ranks), dense_arch)
+            ranker = load_ranker(checkpoint, config, ranks)
             fitted = None
             if calibration:
                 outputs = _outputs(ranker, splits[FITTED_ON])
@@ -152,8 +146,7 @@ def export(
         _describe(written, checkpoint, config, scorer, splits[split], parity)
         publish(written, output, parity.as_dict())
     finally:
-        if os.path.lexists(written):
-            shutil.rmtree(written, ignore_errors=True)
+        shutil.rmtree(written, ignore_errors=True)  # which has its name by now, if all went well
     return parity
 
 
@@ -178,7 +171,7 @@ def _describe(
     written: Path, checkpoint: Path, config: Config, scorer: Scorer, shards: ParquetShards, parity: Parity
 ) -> None:
     """Write into an artefact what those need who ask it: schemas of rows, test vectors and the model card."""
-    columns = replace(build_columns(config, written / VOCABULARIES, raw=True), domain=scorer.domain)
+    columns = scorer.raw_columns
     types = raw_types(columns, shards.schemas, shards.kinds.as_dict(), shards.layout.lists)
     objects = {
         JSON_SCHEMA: json_schema(columns, types, config.name),
@@ -269,6 +262,6 @@ def _larger(most: float, differences: Tensor) -> float:
 def _program(scorer: Scorer, kind: Format, path: Path) -> Program:
     """Write the program of a scorer's dense part, and load it."""
     config = scorer.artifact.config
-    width = sum(config.tables[feature.table].embedding_dim for feature in config.features.sparse.values())
+    width = sum(config.embedding_dims.values())
     write_program(scorer.dense_arch, width, len(config.features.dense), kind, path)
     return load_program(kind, path)

@@ -20,11 +20,9 @@ from recsys.data.features import build_columns
 from recsys.data.kinds import read_kinds
 from recsys.data.rows import Rows, SparseLayout
 from recsys.errors import UserError
-from recsys.model.ranker import build_ranker
 from recsys.runtime import Ranks, process_group
 from recsys.serving.predicting import predict
-from recsys.sharding.shard import shard_to_read
-from recsys.training.checkpoint import load_model, together, verified
+from recsys.training.checkpoint import load_ranker, together, verified
 
 _ASKED_EVERY = 32
 """Batches after which ranks ask one another whether one has failed: at most so many are scored in vain."""
@@ -60,10 +58,7 @@ class ShardedScorer:
         self.reader_threads = config.data.reader_threads
         self.origin = f"checkpoint {_digest(meta, config)}"
         self._ranks = ranks
-        self._ranker = build_ranker(config, seed=0)
-        dense_arch = self._ranker.dense_arch
-        load_model(directory, shard_to_read(self._ranker, config, ranks), dense_arch)
-        self._ranker.eval()
+        self._ranker = load_ranker(directory, config, ranks).eval()
         self._done = 0
         self._batches: int | None = None
 

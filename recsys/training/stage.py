@@ -279,8 +279,8 @@ class PhaseTrainer:
         output: RankerOutput = self._pipeline.progress(batches)
         figures.add(output, examples, batches.step_done())
         self._progress.step_done(examples)
-        clipping = self.optimizers.clipping  # what it leaves of an infinite norm can be finite
-        norm = clipping.norm if clipping else None
+        # Not after, as what clipping leaves of an infinite norm can be finite.
+        norm = self.optimizers.norm_before_clipping
         self._not_finite.observe(self._progress.step, output.losses, output.dense_features, norm)
         self._monitor.advance(self._progress.phase_steps)
 
@@ -316,8 +316,7 @@ class PhaseTrainer:
     def _log(self, figures: EpochFigures, loader: Loader, rates: dict[str, float]) -> None:
         window, progress = figures.window, self._progress
         counts = reduce_counts(window.counts, self._counted, self._ranks.device)
-        clipping = self.optimizers.clipping
-        norm = clipping.norm if clipping else None
+        norm = self.optimizers.norm_before_clipping
         if norm is None:
             norm = get_total_norm([p.grad for p in self._dense_arch.parameters() if p.grad is not None])
         scalars = step_scalars(window, loader.wait_seconds, rates, counts, self._counted, norm)

@@ -15,7 +15,7 @@ from recsys.data.features import Columns, SparseColumn
 from recsys.data.ids import BucketizedIds, DatetimeIds, HashedIds, IdMapping, PlainIds, VocabularyIds
 from recsys.data.parquet import ShardTables
 from recsys.serving.schema import RawTypes, accepted_numbers
-from recsys.serving.scorer import Scorer
+from recsys.serving.scorer import Scorer, probabilities
 
 VECTORS = "vectors.json"
 _ROWS = 36
@@ -41,8 +41,9 @@ def vectors(scorer: Scorer, columns: Columns, types: RawTypes, shards: ShardTabl
     """
     held = _held_out(columns, types, shards)
     table = _whole_rows(columns, types, held)
-    logits, probabilities = scorer.logits_of(table, "test vectors"), scorer.score(table)
-    scored = zip(map(_as_json, table.to_pylist()), logits.tolist(), probabilities.tolist(), strict=True)
+    logits = scorer.logits_of(table, "test vectors")
+    found = probabilities(logits, "test vectors")
+    scored = zip(map(_as_json, table.to_pylist()), logits.tolist(), found.tolist(), strict=True)
     return {
         "sparse": {name: _of_sparse(name, columns, types, held) for name in columns.sparse},
         "dense": {name: _of_dense(name, columns, types, held) for name in columns.dense},

@@ -155,7 +155,7 @@ def test_arrow_rows_of_the_schema_are_scored(artifact: Path, scorer: Scorer) -> 
     assert tuple(scorer.schema.names) == scorer.columns
     assert {field.name for field in scorer.schema if not field.nullable} == {
         "price",
-        *([scorer.domain.column] if scorer.domain else []),
+        *([domain.column] if (domain := scorer.raw_columns.domain) else []),
     }
     assert scorer.score(scorer.schema.empty_table()).shape == (0,)
     rows = [row["row"] for row in vectors["rows"]]

@@ -1,18 +1,16 @@
 """FiBiNET: bilinear products of pairs of tokens, plain and reweighted, into a perceptron (arXiv 1905.09433)."""
 
 from collections.abc import Sequence
-from typing import Literal, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys.config.towers import FiBiNETTowerConfig
+from recsys.config.towers import Bilinear, FiBiNETTowerConfig
 from recsys.model.towers.mlp import MLP, PerceptronOptions, perceptron
 from recsys.model.towers.registry import Tokens, Tower, builds
 from recsys.model.towers.wide import FirstOrder
-
-Bilinear = Literal["all", "each", "interaction"]
 
 
 class SqueezeExcitation(nn.Module):
