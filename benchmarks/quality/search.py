@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -196,7 +197,7 @@ def _check_freeze(given: argparse.Namespace, base: Config) -> None:
     path: Path = given.freeze
     if base.data.test is None:
         raise ConfigError(f"--freeze {path}: data.test is not set, and a grid compares on held-out data; set it")
-    if not path.stem.isidentifier():
+    if not re.fullmatch(r"[A-Za-z0-9_]+", path.stem):
         raise UserError(f"--freeze {path}: its name is to be the grid's, so take letters, digits and _ alone")
     if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(_FROZEN):
         raise UserError(f"--freeze {path}: is there, and no grid of a search; name another file")

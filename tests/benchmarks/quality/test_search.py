@@ -95,7 +95,7 @@ def test_a_killed_search_goes_on_and_prunes_what_is_worse(folder: Path) -> None:
     settings = {"overrides": overrides, "trials": 2, "sampler_seed": 3}  # which draws the better one first
     write_study(folder, space, **settings, pruning={"startup_trials": 1, "warmup_evaluations": 10})
     process = start(folder)
-    until = time.monotonic() + 200
+    until = time.monotonic() + 400
     while not evaluations(folder, 1) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
     (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
