@@ -96,11 +96,12 @@ def tiny_config(directory: Path, output_dir: Path) -> dict[str, Any]:
 
 
 def take_tower(config: dict[str, Any], tower: dict[str, Any]) -> None:
-    """Give a tiny config a tower, and one width to all tokens if it multiplies them or reads first-order weights."""
+    """Give a tiny config a tower, and one width to all tokens if it multiplies, cuts or reads first-order weights."""
     config["model"]["tower"] = tower
     classes = {get_args(cls.model_fields["type"].annotation): cls for cls in TowerSettings.__subclasses__()}
     settings = classes[(tower["type"],)]
-    if settings.pairwise or "wide" in settings.model_fields:
+    cut = tower.get("num_heads", 1) > 1 and tower["type"] == "qnn_alpha"
+    if settings.pairwise or cut or "wide" in settings.model_fields:
         config["model"]["dense_dim"] = 8
         for table in config["tables"].values():
             table["embedding_dim"] = 8

@@ -263,7 +263,7 @@ def test_single_experts_and_batch_norms_are_merged_and_answer_as_before(
     monkeypatch.setattr("recsys.serving.scorer.merge_experts", lambda module: [])
     apart = Scorer(artifact)
     assert expert_layers(apart.dense_arch)
-    assert len(norms(apart.dense_arch)) == {"mlp": 2, "dcn_v2": 1}.get(tower, 0)
+    assert len(norms(apart.dense_arch)) == {"mlp": 2, "dcn_v2": 1, "qnn_alpha": 1}.get(tower, 0)
     np.testing.assert_allclose(merged.score(table), apart.score(table), rtol=0, atol=1e-6)
 
 
