@@ -436,12 +436,12 @@ class Trainer:
             self.ranks,
             on_batch=partial(self.monitor.evaluating, split),
         )
-        self.monitor.evaluation(source, split, progress.step, found.model)
+        self.monitor.evaluation(source, split, progress.step, progress.epoch, found.model)
         if found.counts != progress.counts[split]:  # they are the same each time
             progress.counts[split] = found.counts
             self.monitor.say(f"warning: {split}: {in_words(found.counts)}")
         if found.reference is not None and split == "test":
-            self.monitor.evaluation("reference", split, progress.step, found.reference)
+            self.monitor.evaluation("reference", split, progress.step, progress.epoch, found.reference)
         return found
 
     @property

@@ -48,8 +48,8 @@ class Recorder(Monitor):
     def routing(self, step: int, window: Mapping[str, Any]) -> None:
         self.told[f"{step} routing"] = {name: (s.as_dict(), s.scores.tolist()) for name, s in window.items()}
 
-    def evaluation(self, source: str, split: str, step: int, metrics: Any) -> None:
-        self.told[f"{step} {source} {split}"] = metrics
+    def evaluation(self, source: str, split: str, step: int, epochs: int, metrics: Any) -> None:
+        self.told[f"{step} {source} {split}"] = (epochs, metrics)
 
 
 def without_times(value: Any) -> Any:
@@ -203,11 +203,15 @@ def test_a_run_that_was_cut_off_is_gone_on_with_and_a_finished_one_is_kept_aside
     (done,) = run_module(1, "recsys.train", "--config", str(path))
     assert done.code == 0, done.stderr
     figures = json.loads((tmp_path / "out" / "summary.json").read_text())
+    evaluations = (tmp_path / "out" / "evaluations.jsonl").read_text()
     cut_off(tmp_path / "out", 35)
+    with (tmp_path / "out" / "evaluations.jsonl").open("a") as file:
+        file.write('{"source": "joi')  # as it was being written
     (again,) = run_module(1, "recsys.train", "--config", str(path))
     assert again.code == 0, again.stderr
     assert f"Resumed from {tmp_path}/out/checkpoints/step-35: " in again.stdout
     assert without_times(json.loads((tmp_path / "out" / "summary.json").read_text())) == without_times(figures)
+    assert (tmp_path / "out" / "evaluations.jsonl").read_text() == evaluations
     assert_one_tail(tmp_path / "out" / "tensorboard")
     (third,) = run_module(1, "recsys.train", "--config", str(path), "stages.joint.steps=6")
     assert third.code == 0 and "An earlier run was in" in third.stdout and "Resumed" not in third.stdout
