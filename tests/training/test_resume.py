@@ -172,6 +172,17 @@ def _resume_from_each(log: Path, tmp_path: Path, world_size: int, every: int, **
         shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize("mode", ["decoupled", pytest.param("coupled", marks=pytest.mark.slow)])
+def test_resumed_equals_uninterrupted_with_decay_of_all_rows(log: Path, tmp_path: Path, mode: str) -> None:
+    """Of which rows lack some steps, or a sweep is due, in most checkpoints."""
+    tables = tiny_config(log, tmp_path)["tables"]
+    tables["user"]["max_norm"] = 0.5
+    decay, every = (0.5, None) if mode == "decoupled" else (1e-3, 7)
+    sparse = {"weight_decay": decay, "weight_decay_mode": mode, "coupled_every": every}
+    optimizers = {"dense": {"max_grad_norm": 0.2}, "sparse": sparse}
+    _resume_from_each(log, tmp_path, 2, 8, tables=tables, optimizers=optimizers)
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
 def test_on_another_number_of_ranks_the_rows_left_are_trained_once(
     log: Path, tmp_path: Path, before: int, after: int
