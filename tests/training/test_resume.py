@@ -152,7 +152,8 @@ def _resume_from_each(log: Path, tmp_path: Path, world_size: int, every: int, **
     assert len(steps) > 8 and last == summary[0]["steps"]
     windows = {int(key.split()[0]): value for key, value in told[0].items() if key.endswith("window")}
     rates = {step: scalars["learning_rate/dense"] for step, (of, _, scalars) in windows.items() if of == "backbone"}
-    assert {rates[min(rates)], rates[max(rates)]} == {0.01, 0.005}  # at a plateau they were cut
+    if "optimizers" not in changes:  # else the valid split may say something else
+        assert {rates[min(rates)], rates[max(rates)]} == {0.01, 0.005}  # at a plateau they were cut
     expected = tensors_of(tmp_path / "whole" / "checkpoints" / f"step-{last}", tmp_path)
     for step in steps[::every]:
         folder = tmp_path / f"from-{step}"
