@@ -13,7 +13,8 @@ from test_types import whole
 from tiny import tiny_config, write_tiny_log
 from torch import Tensor
 
-from recsys.checkpoint.pending import LAST, LOGS, PREFIX
+from recsys.checkpoint.index import UnreadableError
+from recsys.checkpoint.pending import LAST, LOGS, PREFIX, SWEEP, PendingRows
 from recsys.checkpoint.unsharding import unshard
 from recsys.config import Config
 from recsys.data.splits import open_splits
@@ -133,3 +134,36 @@ def test_evaluations_settle_rows_and_frozen_tables_do_not_decay(log: Path, tmp_p
         weight = WEIGHT.format(name)
         assert not torch.equal(states[5][weight], states[6][weight])
         assert all(torch.equal(states[6][weight], states[step][weight]) for step in (7, 8, 9))
+
+
+class _Reader:
+    """A checkpoint of a few tensors, as `TensorReader` tells them."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors, self.names = tensors, tuple(tensors)
+
+    def shape(self, name: str) -> torch.Size:
+        return self.tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        return self.tensors[name] if rows is None else self.tensors[name][rows]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({LOGS: torch.zeros(3)}, "logs is of torch.float32"),
+        ({SWEEP: torch.tensor([0.1, torch.nan], dtype=torch.float64)}, "sweep is no sum of learning rates"),
+        ({f"{LAST}item": torch.tensor([0, 3, 0, 0], dtype=torch.int32)}, "counts steps that are not in"),
+        ({f"{LAST}item": torch.tensor([0, -1, 0, 0], dtype=torch.int32)}, "counts steps that are not in"),
+        ({f"{LAST}item": torch.zeros(3, dtype=torch.int32)}, "has no rows of its table"),
+    ],
+)
+def test_what_cannot_be_pending_is_refused(changes: dict[str, Tensor], expected: str) -> None:
+    whole = {LOGS: torch.zeros(3, dtype=torch.float64), f"{LAST}item": torch.zeros(4, dtype=torch.int32)}
+    reader: Any = _Reader({**whole, **changes})
+    with pytest.raises(UnreadableError, match=expected):
+        PendingRows(reader).settle_(WEIGHT.format("item"), torch.ones(4, 8))
