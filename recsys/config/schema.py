@@ -52,6 +52,8 @@ ShardingType = Literal[
     "grid_shard",
     "data_parallel",
 ]
+WHOLE_ROWS = ("table_wise", "row_wise", "table_row_wise")
+"""Sharding types that keep the columns of a row together, on one rank."""
 Salt = Seed
 ComputeKernel = Literal["dense", "fused", "fused_uvm", "fused_uvm_caching"]
 
@@ -78,7 +80,8 @@ class TableConfig(Section):
 
     `embedding_dim` must divide by 4 (fbgemm's kernels read vectors of four floats). `sharding` and `compute_kernel`
     restrict the planner, null leaves it free; `min_partition` is the least width of a column-wise shard. `init` is how
-    weights are drawn at the beginning.
+    weights are drawn at the beginning. `max_norm` is the largest L2 norm with which training looks a row up; a row of a
+    larger one is scaled down to it, as torch's `nn.Embedding` does, for which all its columns lie together.
     """
 
     num_embeddings: Annotated[int, Field(gt=0, le=MAX_NUM_EMBEDDINGS)]
@@ -88,6 +91,7 @@ class TableConfig(Section):
     sharding: Annotated[tuple[ShardingType, ...], Field(min_length=1)] | None = None
     compute_kernel: ComputeKernel | None = None
     min_partition: Annotated[int, Field(gt=0, le=2**16, multiple_of=4)] | None = None
+    max_norm: PositiveFloat | None = None
 
     @property
     def data_parallel(self) -> bool:
@@ -103,6 +107,19 @@ class TableConfig(Section):
             )
         if (self.compute_kernel == "dense") != self.data_parallel and self.compute_kernel is not None:
             raise ValueError("compute_kernel dense goes with sharding [data_parallel], and only with it")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_have_a_norm(self) -> Self:
+        if self.max_norm is None:
+            return self
+        if lacking := sorted(set(self.sharding or ()) - set(WHOLE_ROWS)):
+            raise ValueError(
+                f"max_norm needs whole rows and a fused optimizer, which sharding {', '.join(lacking)} does not have; "
+                f"take {', '.join(WHOLE_ROWS)}, or leave max_norm out"
+            )
+        if self.compute_kernel == "fused_uvm_caching":
+            raise ValueError("max_norm does not go with compute_kernel fused_uvm_caching; take fused or fused_uvm")
         return self
 
 
@@ -383,25 +400,55 @@ class ModelConfig(Section):
 
 
 class SparseOptimizerConfig(Section):
-    """The optimizer fused into the backward pass of the sharded tables; a CPU has neither adam nor weight decay.
+    """The optimizer fused into the backward pass of the sharded tables; a CPU has no adam.
 
-    `weight_decay` moves only the rows that a step looks up; for rowwise_adagrad it is an L2 term of the gradient.
+    By `weight_decay_mode`, `weight_decay` is `fused`, fbgemm's own, which a CPU lacks and which moves only the rows
+    that a step looks up, for rowwise_adagrad as an L2 term; `decoupled`, by which every step multiplies every row by
+    1 - rate x decay; or `coupled`, an L2 term of every row's gradient, taken every `coupled_every` steps (32 if null).
     `max_gradient` is the largest magnitude of a number in the gradient by what a feature of a row looks up, pooled.
     """
 
     type: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
     weight_decay: NonNegativeFloat = 0.0
+    weight_decay_mode: Literal["fused", "decoupled", "coupled"] = "fused"
+    coupled_every: Count | None = None
     max_gradient: PositiveFloat | None = None
     eps: PositiveFloat = 1e-8
     betas: tuple[Probability, Probability] = (0.9, 0.999)
 
     @model_validator(mode="after")
     def _decay_is_not_ignored(self) -> Self:
-        if self.weight_decay and self.type in ("adagrad", "sgd"):
+        if self.coupled_every is not None and self.weight_decay_mode != "coupled":
             raise ValueError(
-                f"fbgemm's fused {self.type} ignores weight_decay; set it to 0 or take rowwise_adagrad or adam"
+                f"coupled_every is for weight_decay_mode coupled, and it is {self.weight_decay_mode}; "
+                "leave one of them out"
+            )
+        if not self.weight_decay:
+            return self
+        if self.weight_decay_mode == "fused" and self.type in ("adagrad", "sgd"):
+            raise ValueError(
+                f"fbgemm's fused {self.type} ignores weight_decay; set it to 0 or take rowwise_adagrad or adam, "
+                "or weight_decay_mode decoupled or coupled"
+            )
+        if self.weight_decay_mode == "coupled" and self.type == "adam":
+            raise ValueError(
+                "weight_decay_mode coupled is not for adam, whose averages are of gradients alone; take decoupled, "
+                "or another type"
             )
         return self
+
+    def decay_of(self, rate: float) -> float:
+        """The share of a row that the decay takes at once at a learning rate; 0 where that depends on the gradient."""
+        if self.weight_decay_mode == "decoupled":
+            return rate * self.weight_decay
+        if self.weight_decay_mode == "coupled" and self.type == "sgd":
+            return rate * self.weight_decay * self.sweep_steps
+        return 0.0
+
+    @property
+    def sweep_steps(self) -> int:
+        """Steps between two sweeps of a coupled decay."""
+        return self.coupled_every or 32
 
 
 class DataParallelOptimizerConfig(Section):
@@ -603,6 +650,27 @@ class Config(Section):
         if not output_dir or os.path.normpath(output_dir) == ".":
             raise ValueError("is the working directory; name a directory of the run's own, such as outputs/default")
         return output_dir
+
+    @model_validator(mode="after")
+    def _decay_leaves_something(self) -> Self:
+        sparse = self.optimizers.sparse
+        for name, stage in self.stages.items():
+            share = sparse.decay_of(stage.sparse_learning_rate or 0.0)
+            if share >= 1:
+                raise ValueError(
+                    f"optimizers.sparse.weight_decay: {sparse.weight_decay:g} at "
+                    f"stages.{name}.sparse_learning_rate {stage.sparse_learning_rate:g} takes {share:g} of each row at "
+                    "once, which must be below 1; lower one of them"
+                    + (", or coupled_every" if sparse.weight_decay_mode == "coupled" else "")
+                )
+        if sparse.weight_decay and sparse.weight_decay_mode != "fused":
+            for name, table in self.tables.items():
+                if table.compute_kernel == "fused_uvm_caching":
+                    raise ValueError(
+                        f"tables.{name}.compute_kernel: fused_uvm_caching does not go with weight_decay_mode "
+                        f"{sparse.weight_decay_mode}, which changes rows beside the cache; take fused or fused_uvm"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _references_resolve(self) -> Self:

@@ -30,6 +30,7 @@ from recsys.checkpoint import layout
 from recsys.checkpoint.dcp import load_tensors
 from recsys.checkpoint.index import UnreadableError
 from recsys.checkpoint.layout import CheckpointError, CheckpointMeta, Digest
+from recsys.checkpoint.pending import PendingRows
 from recsys.checkpoint.tensors import TensorReader
 from recsys.config import CheckpointsConfig, Config, TableConfig
 from recsys.data.storage import THREADS, Place, naming
@@ -38,7 +39,14 @@ from recsys.model.names import table_name
 from recsys.model.ranker import Ranker, build_ranker
 from recsys.runtime import Ranks
 from recsys.sharding.plan import plan_as_dict
-from recsys.sharding.shard import ShardedRanker, forget_cached_rows, set_steps_counted, shard_to_read, steps_counted
+from recsys.sharding.shard import (
+    ShardedRanker,
+    forget_cached_rows,
+    local_parts,
+    set_steps_counted,
+    shard_to_read,
+    steps_counted,
+)
 from recsys.training import reshard
 
 State = dict[str, Tensor | ShardedTensor]
@@ -354,7 +362,13 @@ def load_model(directory: Path, sharded: ShardedRanker, dense_arch: nn.Module) -
     Raises:
         CheckpointError: a tensor is missing or has another shape than the config's model.
     """
-    _load(directory, model_state(sharded, dense_arch))
+    state = model_state(sharded, dense_arch)
+    _load(directory, state)
+    with _refusing(directory):
+        pending = PendingRows(_open(directory))
+        for name, value in state.items():
+            for part, row, _ in local_parts(value):
+                pending.settle_(name, part, row)
     forget_cached_rows(sharded)
 
 
@@ -398,7 +412,15 @@ def load_model_and_tables_optimizers(
     as_they_are = {
         name: value for name, value in state.items() if name in saved.names and saved.shape(name) == value.size()
     }
-    _load(directory, {**model_state(sharded, dense_arch), **as_they_are})
+    model = model_state(sharded, dense_arch)
+    _load(directory, {**model, **as_they_are})
+    with _refusing(directory):
+        pending = PendingRows(saved)
+        sharded.rows.load(pending)
+        for name, value in model.items():
+            if not (sharded.rows.keeps_decay and isinstance(value, ShardedTensor)):
+                for part, row, _ in local_parts(value):
+                    pending.decay_(name, part, row)
     forget_cached_rows(sharded)
     if _STEPS in as_they_are:
         set_steps_counted(sharded, as_they_are[_STEPS])
@@ -464,6 +486,16 @@ def table_optimizer_state(sharded: ShardedRanker) -> State:
     if sharded.data_parallel_optimizer is not None:
         state.update(_optimizer_state("data_parallel", sharded.data_parallel_optimizer))
     return state
+
+
+def pending_state(sharded: ShardedRanker) -> State:
+    """What rows of sharded tables have not had yet; nothing where all are settled."""
+    weights = {
+        name.split(".")[-2]: value
+        for collection in sharded.ranker.collections.values()
+        for name, value in collection.state_dict().items()
+    }
+    return sharded.rows.state(weights)
 
 
 def dense_optimizer_state(optimizer: KeyedOptimizer) -> State:

@@ -39,6 +39,7 @@ from recsys.training.checkpoint import (
     load_model_and_tables_optimizers,
     load_own,
     model_state,
+    pending_state,
     table_optimizer_state,
     together,
     verified,
@@ -322,6 +323,7 @@ class Trainer:
                 while not trainer.is_over:
                     trainer.train_epoch(self._epoch(progress.epoch), loader)
                 trainer.detach()
+                self.sharded.rows.settle()
                 self._check_weights()  # which names them, as predictions cannot
                 if "valid" not in self.splits:
                     check_predictions(self.sharded.ranker, loader, self.ranks, self._moment())
@@ -429,6 +431,7 @@ class Trainer:
     def _evaluate(self, source: str, split: str) -> Evaluation:
         """Figures of a split and of its reference column, shown and recorded under a stage's name or `final`."""
         progress = self.progress
+        self.sharded.rows.settle()
         found = evaluate(
             self.sharded.ranker,
             self.splits[split],
@@ -482,6 +485,7 @@ class Trainer:
         state = {
             **model_state(self.sharded, self.dense_arch),
             **table_optimizer_state(self.sharded),
+            **pending_state(self.sharded),
             **dense_optimizer_state(trainer.optimizers.dense),
             **{rank + name: value for name, value in own.items()},
         }

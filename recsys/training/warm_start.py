@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from recsys.checkpoint.index import UnreadableError
 from recsys.checkpoint.layout import VOCABULARIES, CheckpointError, CheckpointMeta
+from recsys.checkpoint.pending import PendingRows
 from recsys.checkpoint.tensors import TensorReader
 from recsys.config import Config, WarmStartConfig, load_checkpoint_config
 from recsys.data.ids import HashedIds, IdMapping, PlainIds, VocabularyIds, build_ids
@@ -147,6 +148,7 @@ def _fill_tables(
     reader: TensorReader, settings: WarmStartConfig, sharded: ShardedRanker, then: _Side, now: _Side
 ) -> Iterator[str]:
     """Fill this rank's parts of tables; a line for each table."""
+    pending = PendingRows(reader)
     for collection, module in sharded.ranker.collections.items():
         for name, value in module.state_dict(prefix=f"model.{collection}.").items():
             table = table_name(name.split(".")[-2])
@@ -159,22 +161,22 @@ def _fill_tables(
             rows = _rows(table, then, now)
             yield f"table {table}: {rows.told}"
             for local, row, column in local_parts(value):
-                _fill_part(local, row, column, reader, name, rows)
+                _fill_part(local, row, column, pending, name, rows)
     if settings.tables is None:
         others = [table for table in then.config.tables if table not in now.config.tables]
         yield from (f"table {table} of the checkpoint: there is none here" for table in others)
 
 
-def _fill_part(local: Tensor, row: int, column: int, reader: TensorReader, name: str, rows: _Rows) -> None:
+def _fill_part(local: Tensor, row: int, column: int, saved: PendingRows, name: str, rows: _Rows) -> None:
     """Fill a piece of a table that begins at a row and a column."""
-    for start in range(0, reader.shape(name)[0], _BLOCK_ROWS):
+    for start in range(0, saved.reader.shape(name)[0], _BLOCK_ROWS):
         targets, sources = rows.between(start, start + _BLOCK_ROWS)
         mine = (targets >= row) & (targets < row + len(local))
         if not mine.any():
             continue
         targets, sources = targets[mine], sources[mine]
         first = int(sources[0])
-        block = reader.read(name, slice(first, int(sources[-1]) + 1))[:, column : column + local.shape[1]]
+        block = saved.read(name, slice(first, int(sources[-1]) + 1))[:, column : column + local.shape[1]]
         taken = block[torch.from_numpy(sources - first)]
         local.index_copy_(0, torch.from_numpy(targets - row).to(local.device), taken.to(local.device, local.dtype))
 
