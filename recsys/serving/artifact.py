@@ -191,7 +191,7 @@ def write_artifact(checkpoint: Path, output: Path, *, tables: Precision = "float
             written / DENSE,
             names=lambda name: name.removeprefix(_DENSE_ARCH) if name.startswith(_DENSE_ARCH) else None,
         )
-        reader = TensorReader(checkpoint)
+        reader = TensorReader(checkpoint, averaged=True)
         sources = [
             Source(
                 name,
