@@ -174,6 +174,22 @@ def test_what_is_evaluated_exported_and_begun_with_is_the_average(
     assert_equal(tensors(tmp_path / "warm", 0, "model."), expected)
 
 
+def test_averages_go_on_on_another_number_of_ranks_and_with_another_decay(
+    runs: tuple[Path, Path, Config], tmp_path: Path
+) -> None:
+    averaged, _, _ = runs
+    within = checkpoint(averaged, 12)
+    ranks = 3 - read_meta(within).world_size
+    changes = [f"resume={within}", f"output_dir={tmp_path}/out", "stages.one.steps=14", "optimizers.average.decay=0.5"]
+    done = run_module(ranks, "recsys.train", "--config", str(averaged / "config-under-test.yaml"), *changes)
+    assert not any(of_rank.code for of_rank in done), done
+    assert "optimizers.average.decay: 0.8 -> 0.5" in " ".join(done[0].stdout.split())
+    before, now = tensors(averaged, 12, "average."), tensors(tmp_path, 13, "model.")
+    for name, value in tensors(tmp_path, 13, "average.").items():
+        d = 1.0 if name in (table_weight("user"), table_weight("item")) else 0.5
+        torch.testing.assert_close(value, d * before[name] + (1 - d) * now[name], rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.slow
 def test_an_export_of_a_checkpoint_within_a_stage_has_the_figures_of_its_evaluation(
     runs: tuple[Path, Path, Config], tmp_path: Path
