@@ -111,13 +111,15 @@ class PendingRows:
         """Make of rows of a tensor, as they were read, what the model has there, in place.
 
         Args:
-            name: of the tensor in the checkpoint; of all but tables nothing is owed.
+            name: of the tensor in the checkpoint; of all but tables nothing is owed, nor of a table's averages.
             rows: (N, D), on any device, or any tensor that is no table's. Of a table with `max_norm`, whole rows.
             first: number of the first one.
 
         Raises:
             UnreadableError: the checkpoint is damaged.
         """
+        if name in self.reader.index.averaged:
+            return
         self.decay_(name, rows, first)
         max_norm = self._whole(MAX_NORM + (_table_of(name) or ""), 0)
         if max_norm is not None:

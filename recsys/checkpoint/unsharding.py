@@ -76,8 +76,8 @@ def unshard(
 ) -> dict[str, tuple[int, ...]]:
     """Write tensors of a checkpoint, whole, to one safetensors file; no more than the largest is in memory at a time.
 
-    The file appears whole or not at all, and replaces what was there. Its `__metadata__` has `format` (`pt`), `stage`
-    and `step`.
+    Of weights that have an average, it is this that is written, under the weight's name. The file appears whole or not
+    at all, and replaces what was there. Its `__metadata__` has `format` (`pt`), `stage` and `step`.
 
     Args:
         directory: the checkpoint, of any number of ranks, any plan and any format; its digests are verified first.
@@ -91,7 +91,7 @@ def unshard(
         CheckpointError: the checkpoint is damaged, two tensors would have one name, or the file cannot be written.
     """
     meta = layout.verified(directory)
-    reader = open_tensors(directory)
+    reader = open_tensors(directory, averaged=True)
     pairs = [(new, name) for name in reader.names if (new := names(name)) is not None]
     if twice := next((new for new, count in Counter(new for new, _ in pairs).items() if count > 1), None):
         raise CheckpointError(f"{directory}: two tensors would be called {twice}; give them names of their own")

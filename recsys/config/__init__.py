@@ -7,6 +7,7 @@ from recsys.config.load import DEFAULT_CONFIG, load_checkpoint_config, load_conf
 from recsys.config.schema import (
     MAX_NUM_EMBEDDINGS,
     WHOLE_ROWS,
+    AverageConfig,
     BucketizeIdsConfig,
     CheckpointsConfig,
     Config,
@@ -40,6 +41,7 @@ __all__ = [
     "DEFAULT_CONFIG",
     "MAX_NUM_EMBEDDINGS",
     "WHOLE_ROWS",
+    "AverageConfig",
     "BucketizeIdsConfig",
     "CheckpointsConfig",
     "Config",

@@ -473,12 +473,27 @@ class DenseOptimizerConfig(Section):
     betas: tuple[Probability, Probability] = (0.9, 0.999)
 
 
+class AverageConfig(Section):
+    """Exponential averages of what a stage trains, which are evaluated, served and what the stage ends with.
+
+    Averaging begins after `start` steps. With `warmup` the n-th step after them has min(decay, (1 + n) / (10 + n)) for
+    `decay`. `tables` is how sharded tables are averaged: not at all, or by a sweep over all rows every `every` steps.
+    """
+
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
+    start: Number = 0
+    warmup: bool = True
+    tables: Literal["none", "sweep"] = "none"
+    every: Count = 10
+
+
 class OptimizersConfig(Section):
-    """The three optimizers; their learning rates belong to the stages."""
+    """The three optimizers, whose learning rates belong to the stages, and averages of what they train."""
 
     sparse: SparseOptimizerConfig = SparseOptimizerConfig()
     data_parallel: DataParallelOptimizerConfig = DataParallelOptimizerConfig()
     dense: DenseOptimizerConfig = DenseOptimizerConfig()
+    average: AverageConfig | None = None
 
 
 class PlateauConfig(Section):

@@ -192,7 +192,7 @@ def write_artifact(checkpoint: Path, output: Path, *, tables: Precision = "float
             written / DENSE,
             names=lambda name: name.removeprefix(_DENSE_ARCH) if name.startswith(_DENSE_ARCH) else None,
         )
-        reader = PendingRows(TensorReader(checkpoint))
+        reader = PendingRows(TensorReader(checkpoint, averaged=True))
         sources = [
             Source(
                 name,

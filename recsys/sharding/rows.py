@@ -115,11 +115,17 @@ class Rows:
     @torch.no_grad()
     def settle(self) -> None:
         """Have all rows had all steps, so that a lookup without training finds the model as it is by definition."""
-        if self._steps:
-            for held in self._held:
-                held.settle(self._logs, self._log, decays=self.keeps_decay)
+        self.catch_up()
         self._sweep()
-        self._forget()
+        self._due = None
+
+    @torch.no_grad()
+    def catch_up(self) -> None:
+        """As `settle`, but for the coupled decay, whose next sweep comes when it would."""
+        for held in self._held if self._steps else []:
+            held.settle(self._logs, self._log, decays=self.keeps_decay)
+            held.last.zero_()
+        self._steps, self._log, self._log_before = 0, 0.0, 0.0
 
     def state(self, weights: Mapping[str, Tensor | ShardedTensor]) -> dict[str, Tensor | ShardedTensor]:
         """What is pending, by name in a checkpoint, for `load`; nothing where all rows are settled.
@@ -148,7 +154,9 @@ class Rows:
         Raises:
             UnreadableError: the checkpoint is damaged.
         """
-        self._forget()
+        self._steps, self._log, self._due = 0, 0.0, None
+        for held in self._held:
+            held.last.zero_()
         self._rates, self._since = pending.sweep if self._l2 else (0.0, 0)
         if pending.logs is None or not self._is_lazy:
             return
@@ -157,11 +165,6 @@ class Rows:
         self._logs = torch.cat([pending.logs, spare]).to(self._logs.device)
         for held in self._held if self.keeps_decay else []:
             held.load(pending, self._steps)
-
-    def _forget(self) -> None:
-        self._steps, self._log, self._rates, self._since, self._due = 0, 0.0, 0.0, 0, None
-        for held in self._held:
-            held.last.zero_()
 
     def _before(self, held: "_Held", _: object, args: Sequence[Tensor], kwargs: Mapping[str, Tensor]) -> None:
         if self._is_lazy and torch.is_grad_enabled():

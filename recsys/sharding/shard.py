@@ -20,7 +20,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     WeightDecayMode,
 )
 from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbeddingBag
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -287,6 +287,25 @@ def local_parts(value: Tensor | ShardedTensor) -> list[tuple[Tensor, int, int]]:
     if isinstance(value, ShardedTensor):
         return [(part.tensor, *part.metadata.shard_offsets) for part in value.local_shards()]  # type: ignore[misc]
     return [(value, 0, 0)]
+
+
+def with_parts(value: Tensor | ShardedTensor, parts: list[Tensor]) -> Tensor | ShardedTensor:
+    """A tensor that lies on the ranks as `value` does, and has `parts` on this one, in the order of `local_parts`."""
+    if not isinstance(value, ShardedTensor):
+        (whole,) = parts
+        return whole
+    shards = [Shard(part, of.metadata) for part, of in zip(parts, value.local_shards(), strict=True)]
+    return ShardedTensor._init_from_local_shards_and_global_metadata(
+        shards, value.metadata(), process_group=value._process_group
+    )
+
+
+def new_like(part: Tensor) -> Tensor:
+    """Memory like that of a piece of a table: on the host where a GPU's table lies there."""
+    if part.is_cuda and torch.ops.fbgemm.is_uvm_tensor(part):
+        of_host: Tensor = torch.ops.fbgemm.new_unified_tensor(part, part.shape, False)
+        return of_host
+    return torch.empty_like(part, memory_format=torch.contiguous_format)
 
 
 def _table_of(name: str) -> str:

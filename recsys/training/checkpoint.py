@@ -357,15 +357,15 @@ def verified(directory: Path, ranks: Ranks) -> CheckpointMeta:
 
 
 def load_model(directory: Path, sharded: ShardedRanker, dense_arch: nn.Module) -> None:
-    """Read the model's weights, on any number of ranks; a collective call.
+    """Read the model's weights, averages where there are any, on any number of ranks; a collective call.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape than the config's model.
     """
     state = model_state(sharded, dense_arch)
-    _load(directory, state)
+    _load(directory, state, averaged=True)
     with _refusing(directory):
-        pending = PendingRows(_open(directory))
+        pending = PendingRows(TensorReader(directory, averaged=True))
         for name, value in state.items():
             for part, row, _ in local_parts(value):
                 pending.settle_(name, part, row)
@@ -393,7 +393,9 @@ def load_ranker(directory: Path, config: Config, ranks: Ranks) -> Ranker:
 def load_model_and_tables_optimizers(
     directory: Path, sharded: ShardedRanker, dense_arch: nn.Module, tables: Mapping[str, TableConfig]
 ) -> list[str]:
-    """As `load_model`, with the state of the tables' optimizers, on any number of ranks and for any plan.
+    """Read weights as training goes on with them, never averages, and the state of the tables' optimizers.
+
+    A collective call, on any number of ranks and for any plan.
 
     Args:
         directory: of the checkpoint.
@@ -459,6 +461,12 @@ def load_dense_optimizer(directory: Path, optimizer: KeyedOptimizer) -> None:
         _load(directory, dense_optimizer_state(optimizer))
 
 
+def load_averages(directory: Path, averages: State) -> None:
+    """Read what a checkpoint has of the averages of weights; a collective call. The others stay as they are."""
+    names = _open(directory).names
+    _load(directory, {name: value for name, value in averages.items() if name in names})
+
+
 def load_own(directory: Path, prefix: str) -> dict[str, Tensor]:
     """The plain tensors whose name has the prefix, by what follows it, on the CPU; not a collective call.
 
@@ -518,10 +526,10 @@ def _flatten(path: str, value: Any) -> Iterator[tuple[str, Tensor | ShardedTenso
         raise TypeError(f"{path}: optimizer state of type {type(value).__name__} cannot be checkpointed")
 
 
-def _load(directory: Path, state: Mapping[str, Any]) -> None:
+def _load(directory: Path, state: Mapping[str, Any], *, averaged: bool = False) -> None:
     """Fill the tensors of `state`, which share memory with the model, in place."""
     with _refusing(directory):
-        load_tensors(directory, dict(state))
+        load_tensors(directory, dict(state), averaged=averaged)
 
 
 def _open(directory: Path) -> TensorReader:

@@ -69,7 +69,7 @@ def warm_start(
 
     def fill() -> list[str]:
         with _naming(directory):
-            reader = TensorReader(directory)
+            reader = TensorReader(directory, averaged=True)
             _check(reader, meta, ranks)
             lines = list(_fill_tables(reader, settings, sharded, then, now))
             return lines + (list(_fill_dense(reader, dense_arch)) if settings.dense else [])

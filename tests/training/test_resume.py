@@ -134,6 +134,17 @@ def test_resumed_equals_uninterrupted(log: Path, tmp_path: Path, world_size: int
     _resume_from_each(log, tmp_path, world_size, every)
 
 
+AVERAGED = {"dense": {"max_grad_norm": 0.2}, "average": {"decay": 0.9, "start": 3, "tables": "sweep", "every": 4}}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "every"), [(1, 17), *(pytest.param(world_size, 1, marks=pytest.mark.slow) for world_size in (1, 2))]
+)
+def test_resumed_equals_uninterrupted_with_averages(log: Path, tmp_path: Path, world_size: int, every: int) -> None:
+    """From before they begin, between sweeps, at ends of epochs and at best states to which the run goes back."""
+    _resume_from_each(log, tmp_path, world_size, every, optimizers=AVERAGED)
+
+
 @pytest.mark.slow
 def test_resumed_equals_uninterrupted_with_large_tables_on_every_rank(log: Path, tmp_path: Path) -> None:
     """Their gradients are added up by a DDP of TorchRec's own."""
@@ -386,6 +397,7 @@ def assert_one_tail(folder: Path) -> None:
     ("override", "told"),
     [
         ("seed=3", "seed: 17 -> 3"),
+        ("optimizers.average.tables=sweep", "optimizers.average: None -> {"),
         ("stages.joint.learning_rate=0.5", "stages.joint.learning_rate: 0.003 -> 0.5"),
         ("features.sparse.tags.max_length=1", "features.sparse.tags.max_length: 2 -> 1"),
     ],
