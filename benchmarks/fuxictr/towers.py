@@ -62,7 +62,7 @@ class Case:
         tower: what `model.tower` says.
         model: name of FuxiCTR's class.
         settings: its arguments, beside those of all models.
-        file: name of the class's folder and file, the class's own unless it is given.
+        file: name of the class's folder and file, or both names; the class's own unless it is given.
         numbers: dense features.
     """
 
@@ -138,6 +138,13 @@ CASES = (
         {"type": "qnn", "num_layers": 2, "norm": "none", "hidden": []},
         "QNN",
         {"num_cross_layers": 2, "neuron_type": "T23", "hidden_activations": None},
+    ),
+    Case(
+        "QNN-alpha",
+        {"type": "qnn_alpha", "num_layers": 2, "num_rows": 3, "num_heads": 2, "normalization": "batch"},
+        "QNN_alpha",
+        {"num_layers": 2, "num_row": 3, "num_heads": 2, "batch_norm": True},
+        file="QNN/QNN_alpha",
     ),
     _case("xDeepFM", {"type": "xdeepfm", "cin_hidden": [7, 5, 3]}, "xDeepFM", {"cin_hidden_units": [7, 5, 3]}),
     *_FIBINET,
@@ -263,7 +270,8 @@ def _fuxictr_model(case: Case, checkout: Path, features: Features) -> Any:
         feature_map.features[name] = {"type": "numeric"} if number else {"type": "categorical", "vocab_size": _VALUES}
     feature_map.num_fields = feature_map.get_num_fields()
     name = case.file or case.model
-    module = _load(zoo_folder(checkout, name) / "src" / f"{name}.py")
+    folder, _, file = name.rpartition("/")
+    module = _load(zoo_folder(checkout, folder or file) / "src" / f"{file}.py")
     model = getattr(module, case.model)(feature_map, **_ALL_MODELS, **case.settings).double().eval()
     with torch.no_grad():
         for weight in model.parameters():
@@ -272,7 +280,7 @@ def _fuxictr_model(case: Case, checkout: Path, features: Features) -> Any:
         if case.model == "FinalMLP":  # its gates have tables of their own, where ours read the tokens
             for feature, table in tables(model.fs_module.fs2_ctx_emb).items():
                 table.weight.copy_(tables(model.embedding_layer)[feature].weight)
-    if case.model == "QNN":
+    if case.model.startswith("QNN"):
         # As shipped it gives its embedding layer an argument that this does not take, and means `flatten_emb`.
         embed = model.embedding_layer.forward
         model.embedding_layer.forward = lambda batch, dynamic_emb_dim: embed(batch, flatten_emb=dynamic_emb_dim)

@@ -75,6 +75,10 @@ def _copy_tower(kind: str, theirs: Any, tower: Any) -> Affine:
                 ):
                     _set(linear, weight, bias)
             return _beside(theirs.qnn.fc)
+        case "qnn_alpha":
+            for ours, layer in zip(tower.layers, theirs.qnn.layer, strict=True):
+                _copy_all((ours.linear, ours.norm), layer.linear[:2])
+            return _beside(theirs.qnn.fc)
         case "xdeepfm":
             _copy_all(tower.cin.layers, theirs.cin.cin_layer.values())
             return _beside(*_copy_perceptron(tower.mlp, theirs.dnn), theirs.cin.fc)

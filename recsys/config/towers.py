@@ -336,3 +336,30 @@ class QNNTowerConfig(TowerSettings):
     num_layers: Layers = 3
     norm: Literal["layer", "none"] = "layer"
     hidden: Hidden = (256, 128)
+
+
+class QNNAlphaTowerConfig(TowerSettings):
+    """Quadratic layers, x + sum_r x * relu(A_r x), beside a perceptron (QNN-alpha, arXiv 2505.17999).
+
+    `num_rows` is how many A_r each layer has. With `num_heads` above 1 each token is cut in as many slices, and x in
+    the product is put in the order of slices, so that a number of the residual meets another's product.
+    """
+
+    expert_linears = ("tower.layers.*.linear",)
+
+    type: Literal["qnn_alpha"]
+    num_layers: Layers = 1
+    num_rows: Width = 4
+    num_heads: Width = 1
+    hidden: Hidden = ()
+
+    def check_tokens(self, tokens: Sequence[tuple[str, int]]) -> None:
+        """As `TowerSettings`."""
+        super().check_tokens(tokens)
+        first, width = tokens[0]
+        for path, other in tokens if self.num_heads > 1 else ():
+            if other != width or other % self.num_heads:
+                raise ValueError(
+                    f"num_heads: {self.num_heads} heads need tokens of one width that they divide, and {path} is "
+                    f"{other} where {first} is {width}; change them, or set num_heads to 1"
+                )

@@ -101,16 +101,7 @@ def convert_movielens_1m(source: Path, output: Path, *, overwrite: bool = False)
         ValueError: a file does not say what it should; the message names file and line.
     """
     check_free(output, overwrite)
-    files = Source(source, "ml-1m", _WHERE_1M)
-    users = _users_1m(files.read("users.dat"))
-    movies = _movies_1m(files.read("movies.dat"))
-    if files.has("ratings.csv") and not files.has("ratings.dat"):
-        file = files.read("ratings.csv", header="user,movie,rating")
-        ratings = file.numbers(_RATING_FIELDS[:3], ",")
-    else:
-        file = files.read("ratings.dat")
-        ratings = file.numbers(_RATING_FIELDS, "::")
-    raw = _join(file, ratings, users, movies)
+    raw, users, movies = _read_1m(source)
     write_data_set(
         output,
         raw,
@@ -123,6 +114,19 @@ def convert_movielens_1m(source: Path, output: Path, *, overwrite: bool = False)
         domain=_DOMAIN,
         overwrite=overwrite,
     )
+
+
+def read_movielens_1m(source: Path) -> pa.Table:
+    """All ratings of MovieLens-1M, in the order of their file, with the raw values of their user and movie beside them.
+
+    Args:
+        source: as `convert_movielens_1m` takes it.
+
+    Raises:
+        FileNotFoundError: `source` or one of its files is missing.
+        DataError: a file does not say what it should; the message names file and line.
+    """
+    return _read_1m(source)[0]
 
 
 def convert_movielens_100k(source: Path, output: Path, *, overwrite: bool = False) -> None:
@@ -222,6 +226,19 @@ class _Movies:
     genres: pa.ListArray
     first_genre: pa.StringArray
     genre_names: Sequence[str]
+
+
+def _read_1m(source: Path) -> tuple[pa.Table, _Users, _Movies]:
+    files = Source(source, "ml-1m", _WHERE_1M)
+    users = _users_1m(files.read("users.dat"))
+    movies = _movies_1m(files.read("movies.dat"))
+    if files.has("ratings.csv") and not files.has("ratings.dat"):
+        file = files.read("ratings.csv", header="user,movie,rating")
+        ratings = file.numbers(_RATING_FIELDS[:3], ",")
+    else:
+        file = files.read("ratings.dat")
+        ratings = file.numbers(_RATING_FIELDS, "::")
+    return _join(file, ratings, users, movies), users, movies
 
 
 def _users_1m(file: SourceFile) -> _Users:

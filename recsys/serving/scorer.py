@@ -28,7 +28,7 @@ from recsys.errors import UserError
 from recsys.files import FileError, read_regular
 from recsys.model.dense_arch import build_dense_arch
 from recsys.model.experts import expert_layers, merge_experts
-from recsys.model.towers.mlp import MLP
+from recsys.model.towers.normalization import Folds
 from recsys.serving.artifact import Artifact, ArtifactError
 from recsys.serving.candidates import Sharing, shared_rows
 from recsys.serving.schema import ARROW_SCHEMA, read_as_meant, times_and_integers
@@ -522,6 +522,6 @@ def _dense_arch(artifact: Artifact) -> torch.nn.Module:
     for layer in expert_layers(dense_arch).values():
         layer.experts_active, layer.record_routing = True, False
     merge_experts(dense_arch)
-    for perceptron in [module for module in dense_arch.modules() if isinstance(module, MLP)]:
-        perceptron.fold_norms()
+    for part in [module for module in dense_arch.modules() if isinstance(module, Folds)]:
+        part.fold_norms()
     return dense_arch.eval().requires_grad_(False)

@@ -31,8 +31,8 @@ def load(tmp_path: Path) -> Callable[..., Config]:
 
 
 TYPES = (
-    "autoint, dcn, dcn_v2, deepfm, dlrm, fibinet, final_mlp, gdcn, masknet, mlp, nfm, pnn, qnn, transformer, wdl, "
-    "xdeepfm"
+    "autoint, dcn, dcn_v2, deepfm, dlrm, fibinet, final_mlp, gdcn, masknet, mlp, nfm, pnn, qnn, qnn_alpha, "
+    "transformer, wdl, xdeepfm"
 )
 
 

@@ -270,6 +270,7 @@ def test_tables_follow_the_config(config: Config) -> None:
         "{type: masknet, hidden: [4]}",
         "{type: gdcn, hidden: [4]}",
         "{type: qnn, hidden: [4]}",
+        "{type: qnn_alpha, num_heads: 2}",
     ],
 )
 @pytest.mark.parametrize("num_dense_features", [0, 2])

@@ -284,7 +284,8 @@ def test_single_experts_and_batch_norms_are_merged_and_answer_as_before(
     monkeypatch.setattr("recsys.serving.scorer.merge_experts", lambda module: [])
     apart = Scorer(artifact)
     assert expert_layers(apart.dense_arch)
-    assert len(norms(apart.dense_arch)) == {"mlp": 2, "dcn_v2": 1, "paths": 2}.get(tower, 0)
+    expected = {"mlp": 2, "dcn_v2": 1, "qnn_alpha": 1, "paths": 2}
+    assert len(norms(apart.dense_arch)) == expected.get(tower, 0)
     np.testing.assert_allclose(merged.score(table), apart.score(table), rtol=0, atol=1e-6)
 
 

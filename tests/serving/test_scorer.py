@@ -63,6 +63,7 @@ TOWERS: dict[str, dict[str, Any]] = {
     "masknet": {"type": "masknet", "num_blocks": 2, "block_dim": 8, "hidden": [16]},
     "gdcn": {"type": "gdcn", "structure": "parallel", "num_cross_layers": 2, "hidden": [16]},
     "qnn": {"type": "qnn", "num_layers": 2, "hidden": [16]},
+    "qnn_alpha": {"type": "qnn_alpha", "num_rows": 2, "num_heads": 2, "normalization": "batch", "hidden": [16]},
 }
 PLANS: dict[str, dict[str, Any]] = {
     "table": {"sharding": ["table_wise"]},

@@ -7,7 +7,7 @@ from typing import TypedDict
 from torch import Tensor, nn
 
 from recsys.config.towers import Activation, MLPTowerConfig, Normalization, PerceptronSettings
-from recsys.model.towers.normalization import BatchNorm, build_normalization
+from recsys.model.towers.normalization import Folds, build_normalization, folded
 from recsys.model.towers.registry import Tokens, Tower, builds
 
 
@@ -28,7 +28,7 @@ def perceptron(settings: PerceptronSettings) -> PerceptronOptions:
     }
 
 
-class MLP(Tower):
+class MLP(Tower, Folds):
     """Linear, normalisation, activation, dropout for each hidden width; no widths give the identity."""
 
     def __init__(
@@ -55,10 +55,9 @@ class MLP(Tower):
         return x
 
     def fold_norms(self) -> None:
-        """Leave batch norms to the linears before them, where these are plain: the same in evaluation, in one pass."""
+        """As `Folds`."""
         for layer, (linear, norm) in enumerate(zip(self.linears, self.norms, strict=True)):
-            if isinstance(norm, BatchNorm) and type(linear) is nn.Linear:
-                self.linears[layer], self.norms[layer] = norm.folded_into(linear), nn.Identity()
+            self.linears[layer], self.norms[layer] = folded(linear, norm)
 
 
 class PReLU(nn.PReLU):

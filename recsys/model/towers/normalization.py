@@ -1,5 +1,6 @@
 """Normalisation between a linear and its activation: none, by layer, or by batch over all ranks."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -74,6 +75,21 @@ class BatchNorm(nn.Module):
     def extra_repr(self) -> str:
         """As of `nn.BatchNorm1d`."""
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
+
+
+class Folds(ABC):
+    """A module with batch norms behind linears, which serving has it leave to them."""
+
+    @abstractmethod
+    def fold_norms(self) -> None:
+        """Leave batch norms to the linears before them, where these are plain: the same in evaluation, in one pass."""
+
+
+def folded(linear: nn.Module, norm: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A linear and the norm behind it, the norm left to the linear where that is plain and this a batch norm."""
+    if isinstance(norm, BatchNorm) and type(linear) is nn.Linear:
+        return norm.folded_into(linear), nn.Identity()
+    return linear, norm
 
 
 def build_normalization(kind: Normalization, width: int) -> nn.Module:

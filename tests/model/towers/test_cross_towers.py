@@ -11,6 +11,7 @@ from tiny import write_tiny_config
 from torch import Tensor, nn
 
 from recsys.config import ConfigError, load_config
+from recsys.config.towers import Normalization
 from recsys.model.cost import cost_report
 from recsys.model.experts import attach_experts
 from recsys.model.towers import Tower
@@ -19,7 +20,7 @@ from recsys.model.towers.fibinet import BilinearInteraction, FiBiNET
 from recsys.model.towers.gdcn import GDCN
 from recsys.model.towers.masknet import MaskNet
 from recsys.model.towers.mlp import MLP
-from recsys.model.towers.qnn import QNN
+from recsys.model.towers.qnn import QNN, QNNAlpha
 from recsys.model.towers.xdeepfm import CompressedInteractionNetwork, XDeepFM
 
 ROWS, FIELDS, DIM = 5, 4, 3
@@ -192,6 +193,36 @@ def test_qnn_follows_its_formula(norm: bool) -> None:
     follows(tower, 6, literal)
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("normalization", ["none", "layer"])
+def test_qnn_alpha_follows_its_formula(heads: int, normalization: Normalization) -> None:
+    tokens, dim, rows = 3, 4, 2
+    tower = QNNAlpha(tokens * dim, 2, [5], num_rows=rows, token_dim=dim, num_heads=heads, normalization=normalization)
+    shake(tower)
+    width = dim // heads
+
+    def literal(row: Tensor) -> list[Tensor]:
+        x = row
+        for layer in tower.layers:
+            z = layer.linear.weight @ x + layer.linear.bias
+            factors = (z if normalization == "none" else layer_norm(layer.norm, z)).clamp(min=0)
+            out = x.clone()
+            place = 0  # in the order of slices
+            for head in range(heads):
+                for token in range(tokens):
+                    for number in range(width):
+                        within = token * width + number
+                        first = head * rows * tokens * width
+                        of_rows = [factors[first + r * tokens * width + within] for r in range(rows)]
+                        out[place] = x[place] + x[token * dim + head * width + number] * sum(of_rows)
+                        place += 1
+            x = out
+        deep = perceptron(tower.mlp, row) if normalization == "none" else tower.mlp(row[None])[0]
+        return [deep, x]
+
+    follows(tower, tokens * dim, literal)
+
+
 @pytest.mark.parametrize(
     ("build", "width"),
     [
@@ -200,6 +231,7 @@ def test_qnn_follows_its_formula(norm: bool) -> None:
         (lambda hidden: GDCN(DIM * FIELDS, 1, hidden), DIM * FIELDS),
         (lambda hidden: GDCN(DIM * FIELDS, 1, hidden, parallel=True), DIM * FIELDS),
         (lambda hidden: QNN(DIM * FIELDS, 1, hidden), DIM * FIELDS),
+        (lambda hidden: QNNAlpha(DIM * FIELDS, 1, hidden, num_rows=2, token_dim=DIM), DIM * FIELDS),
     ],
 )
 def test_without_hidden_layers_the_interactions_stand_alone(build: Callable[[list[int]], Tower], width: int) -> None:
@@ -231,6 +263,7 @@ def test_every_kind_of_fibinet_is_a_program_for_any_number_of_rows(kind: str) ->
         ),
         ("{type: autoint}", "model.tower.type: autoint needs one width, and tables.tag.embedding_dim is 4"),
         ("{type: xdeepfm}", "model.tower.wide: the first-order weight takes 4 numbers of each token"),
+        ("{type: qnn_alpha, num_heads: 2}", "model.tower.num_heads: 2 heads need tokens of one width that they divide"),
         ("{type: autoint, num_heads: 3}", "num_heads 3 does not divide attention_dim 32"),
     ],
 )
@@ -261,6 +294,7 @@ and what a perceptron of one layer of 10 costs for each of its inputs."""
         ("masknet, num_blocks: 2, block_dim: 7", 2 * 2 * (2 * W * W + W * 7) + 2 * 7 * MLP_FLOPS, 0),
         ("gdcn, num_cross_layers: 2", 2 * 2 * 2 * W**2 + W * MLP_FLOPS, 0),
         ("qnn, num_layers: 2", 2 * 2 * 2 * W**2 + W * MLP_FLOPS, 0),
+        ("qnn_alpha, num_layers: 2, num_rows: 3", 2 * 3 * 2 * W**2 + W * MLP_FLOPS, 0),
     ],
 )
 def test_towers_cost_what_the_formulas_say(tmp_path: Path, tower: str, linears: int, rest: int) -> None:

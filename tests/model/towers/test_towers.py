@@ -23,7 +23,7 @@ from recsys.model.towers.masknet import MaskNet
 from recsys.model.towers.mlp import MLP, build_activation
 from recsys.model.towers.nfm import NFM
 from recsys.model.towers.pnn import PNN
-from recsys.model.towers.qnn import QNN
+from recsys.model.towers.qnn import QNN, QNNAlpha
 from recsys.model.towers.registry import Tower
 from recsys.model.towers.transformer import Transformer, TransformerBlock
 from recsys.model.towers.wdl import WDL
@@ -50,6 +50,8 @@ TOWERS: dict[str, tuple[Callable[[], Tower], int, int]] = {
     "gdcn in parallel": (lambda: GDCN(WIDTH, 2, [10], parallel=True), WIDTH + 10, 5),
     "qnn": (lambda: QNN(WIDTH, 2, [10]), WIDTH + 10, 5),
     "qnn without norms": (lambda: QNN(WIDTH, 2, [], norm=False), WIDTH, 4),
+    "qnn_alpha": (lambda: QNNAlpha(WIDTH, 2, [10], num_rows=3, token_dim=8, num_heads=4), WIDTH + 10, 3),
+    "qnn_alpha of one head": (lambda: QNNAlpha(WIDTH, 1, [], num_rows=2, token_dim=4), WIDTH, 1),
     "transformer": (lambda: Transformer(TOKENS, 8, 2, 4, 12), 24, 15),
     "transformer of one head": (lambda: Transformer(TOKENS, 6, 1, 1, 5), 18, 9),
     "final_mlp": (
@@ -148,6 +150,7 @@ def test_rows_do_not_see_one_another(name: str, x: Tensor) -> None:
         lambda p: MaskNet(TOKENS, 1, 9, 1, [], dropout=p),
         lambda p: GDCN(WIDTH, 1, [9], dropout=p),
         lambda p: QNN(WIDTH, 1, [], dropout=p),
+        lambda p: QNNAlpha(WIDTH, 1, [], num_rows=2, token_dim=4, dropout=p),
     ],
 )
 def test_dropout_acts_in_training_only(build: Callable[[float], nn.Module], x: Tensor) -> None:

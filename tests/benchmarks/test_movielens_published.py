@@ -1,0 +1,57 @@
+"""The rows that papers report on MovieLens-1M, worked out again line by line."""
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks.movielens_published import convert
+from recsys.config import load_config
+from recsys.data.splits import open_splits
+
+FIELDS = ["user_id", "gender", "age", "occupation", "movie_id", "year", "genres", "label"]
+SPLITS = ("train", "valid", "test")
+AGES = ["1", "18", "25", "35", "45", "50", "56"]
+
+
+def literal(source: Path) -> dict[str, list[list[Any]]]:
+    """The rows of each split."""
+
+    def lines(name: str, separator: str = "::") -> list[list[str]]:
+        return [line.split(separator) for line in (source / name).read_text("latin-1").splitlines()]
+
+    users = {user: (int(gender == "M"), AGES.index(age), int(job)) for user, gender, age, job, _ in lines("users.dat")}
+    genres = sorted({genre for *_, told in lines("movies.dat") for genre in told.split("|")})
+    movies = {}
+    for movie, *title, told in lines("movies.dat"):
+        year = int("::".join(title)[-5:-1])
+        movies[movie] = max(year // 10 - 192, 0), [genres.index(genre) for genre in told.split("|")]
+    kept = []
+    for user, movie, rating in lines("ratings.csv", ",")[1:]:
+        if rating != "3":
+            kept.append([int(user), *users[user], int(movie), *movies[movie], int(rating > "3")])
+    random.seed(2019)
+    random.shuffle(kept)
+    first, second = len(kept) * 8 // 10, len(kept) * 8 // 10 + len(kept) // 10
+    return dict(zip(SPLITS, (kept[:first], kept[first:second], kept[second:]), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("HILOREC_DATA" not in os.environ, reason="HILOREC_DATA names no folder with ml-1m/")
+def test_the_rows_are_those_of_the_protocol(tmp_path: Path) -> None:
+    source, output = Path(os.environ["HILOREC_DATA"]) / "ml-1m", tmp_path / "out"
+    convert(source, output)
+    for split, rows in literal(source).items():
+        found = pq.read_table(output / split).select(FIELDS)
+        assert list(zip(*(found[field].to_pylist() for field in FIELDS), strict=True)) == [tuple(row) for row in rows]
+    assert [pq.read_table(output / split).num_rows for split in SPLITS] == [591_209, 73_901, 73_902]
+
+    text = Path("benchmarks/configs/movielens_1m_published.yaml").read_text(encoding="utf-8")
+    config_file = tmp_path / "config.yaml"
+    config_file.write_text(text.replace("../../data/movielens_1m_published", str(output)), encoding="utf-8")
+    config = load_config(config_file)
+    assert config.features.sparse["genres"].max_length == 5
+    assert sum(open_splits(config, SPLITS)["train"].row_counts) == 591_209
