@@ -4,7 +4,8 @@
 
 Runs alone or under torchrun. The same tables are trained under a dense tower and under a HiLoMoE tower in each kind of
 stage, in turns, so that whatever else slows the machine slows all of them; so is the dense tower with averages of its
-weights, and of the tables' as well. Each turn measures
+weights, and of the tables' as well. Where the config has `model.replaces`, that tower is measured as well: two
+`model.paths`, say, beside one tower of as many FLOPs. Each turn measures
 
 - whole steps through the pipeline and the loader, as the trainer takes them, metrics included, log lines not;
 - steps on batches at hand and without the pipeline, in parts. The graph is cut before the dense arch and the device
@@ -39,6 +40,8 @@ from recsys.data.batch import Batch
 from recsys.data.order import Epoch
 from recsys.data.parquet import ParquetShards
 from recsys.data.splits import open_loader, open_splits
+from recsys.model.cost import PARTS as COST_PARTS
+from recsys.model.cost import CostReport, cost_report
 from recsys.model.ranker import Ranker, build_ranker
 from recsys.prepare.synthetic import write_embedded
 from recsys.runtime import Ranks, once_on_each_machine, process_group
@@ -62,6 +65,8 @@ STAGES: dict[str, dict[str, Any]] = {
 
 AVERAGED = ("dense tower, averages", "dense tower, averages of tables too")
 """Cases of the dense tower, by how the default averages take its sharded tables: not at all, and by sweeps."""
+REPLACED = "replaced tower"
+"""The case of `model.replaces`."""
 
 PARTS = ("sparse forward", "sparse backward", "dense forward", "dense backward", "dense optimizer")
 
@@ -111,6 +116,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
             _load(arguments, {"joint": STAGES["joint"]}, *log, "model.hilomoe=null", f"optimizers.average={average}")
             for average in ("null", "{tables: none}", "{tables: sweep}")
         )
+        costs = cost_report(plain)
         once_on_each_machine(ranks, partial(write_embedded, config))
         shards = open_splits(config, ["train"])["train"]
         ranker, dense_arch = build_ranker(config, seed=0), build_ranker(plain, seed=0).dense_arch.to(ranks.device)
@@ -119,6 +125,11 @@ def _benchmark(arguments: argparse.Namespace) -> None:
             *(Case(name, of, "joint", dense_arch) for name, of in zip(AVERAGED, averaged, strict=True)),
             *(Case(f"HiLoMoE, {stage}", config, stage, ranker.dense_arch) for stage in STAGES),
         ]
+        if plain.model.replaces is not None:
+            of_it = {"tower": plain.model.replaces, "paths": None, "replaces": None}
+            replaced = plain.model_copy(update={"model": plain.model.model_copy(update=of_it)})
+            dense_arch = build_ranker(replaced, seed=0).dense_arch.to(ranks.device)
+            cases.append(Case(REPLACED, replaced, "joint", dense_arch))
         sharded = shard(ranker, config, ranks, seed=0)
         turns: dict[str, list[dict[str, float]]] = {case.name: [] for case in cases}
         with ExitStack() as stack:
@@ -130,7 +141,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
                     print(f"turn {turn + 1} of {arguments.turns}", flush=True)
         dist.barrier()  # no rank may take the log away while another still reads it
         if ranks.is_first:
-            _report(arguments, config, ranks, turns)
+            _report(arguments, config, costs, ranks, turns)
 
 
 def _load(arguments: argparse.Namespace, stages: Mapping[str, Any], *overrides: str) -> Config:
@@ -311,7 +322,11 @@ def _clock(ranks: Ranks) -> float:
 
 
 def _report(
-    arguments: argparse.Namespace, config: Config, ranks: Ranks, turns: Mapping[str, Sequence[Mapping[str, float]]]
+    arguments: argparse.Namespace,
+    config: Config,
+    costs: CostReport,
+    ranks: Ranks,
+    turns: Mapping[str, Sequence[Mapping[str, float]]],
 ) -> None:
     cases = {
         name: {figure: median(turn[figure] for turn in measured) for figure in measured[0]}
@@ -327,6 +342,8 @@ def _report(
         "experts stage / joint stage": ratio("HiLoMoE, experts", "HiLoMoE, joint", "step"),
         "backbone stage / joint stage": ratio("HiLoMoE, backbone", "HiLoMoE, joint", "step"),
     }
+    if REPLACED in turns:
+        ratios["dense step / step of the tower that is replaced"] = ratio("dense tower", REPLACED, "step")
     command = ["torchrun", "--nproc-per-node", str(ranks.world_size)] if ranks.world_size > 1 else ["python"]
     command += ["-m", "benchmarks.step", "--config", shown_path(arguments.config)]
     command += ["--steps", str(arguments.steps), "--turns", str(arguments.turns)]
@@ -338,6 +355,7 @@ def _report(
         "threads_per_rank": torch.get_num_threads(),
         "device": ranks.device.type,
         "batch_size": config.data.batch_size,
+        "flops_per_example": {cost.model: cost.over(COST_PARTS)[0] for cost in (costs.cost, costs.against) if cost},
         **environment(),
     }
     lines: list[Line] = [{"kind": "case", "case": name, "medians": figures} for name, figures in cases.items()]

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import zoneinfo
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, Union
 
 import yaml
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 else:  # whichever settings there are, told apart by their type
     TowerConfig = Annotated[Union[tuple(TowerSettings.__subclasses__())], Field(discriminator="type")]  # noqa: UP007
 
+_MAX_PATHS = 2**4
 ShardingType = Literal[
     "table_wise",
     "column_wise",
@@ -359,8 +361,8 @@ class HiLoMoEConfig(Section):
 
     The options are those of `HiLoMoELinear`. Two defaults differ from its own, the paper's plainest reading: queries
     are normalised and keys start with unit variance, without which routing stays uniform (docs/hilomoe.md).
-    `experts_in` are patterns of the linears' names (`tower.linears.0`, `tower.cross.*`, `head`); each must match one.
-    Null takes the tower's own choice, its `expert_linears`.
+    `experts_in` are patterns of the linears' names (`tower.linears.0`, `tower.cross.*`, `head`, with paths `paths.0.*`,
+    `heads.0`); each must match one. Null takes each tower's own choice, its `expert_linears`.
     """
 
     retired: ClassVar = {
@@ -389,14 +391,61 @@ class HiLoMoEConfig(Section):
 class ModelConfig(Section):
     """The replicated part of the ranker; dense features are projected to `dense_dim`, null `hilomoe` is a baseline.
 
-    `replaces` is the dense tower that this one stands in for, with whose cost its own is compared; null is the same
-    tower without experts. It is never trained.
+    There is either one `tower`, or two at least on the same tokens, `paths`, the mean of whose probabilities is the
+    model's. `replaces` is the dense tower that these stand in for, with whose cost theirs is compared; null is the same
+    without experts. It is never trained.
     """
 
-    tower: TowerConfig
+    tower: TowerConfig | None = None
+    paths: Annotated[tuple[TowerConfig, ...], Field(min_length=2, max_length=_MAX_PATHS)] | None = None
     hilomoe: HiLoMoEConfig | None = None
     replaces: TowerConfig | None = None
     dense_dim: Width = 16
+
+    @property
+    def towers(self) -> dict[str, TowerConfig]:
+        """The tower, or each of the paths, by its key here, which is also the name of its module in the dense arch."""
+        if self.tower is not None:
+            return {"tower": self.tower}
+        return {f"paths.{place}": tower for place, tower in enumerate(self.paths or ())}
+
+    @property
+    def padding(self) -> int:
+        """Of the towers, which all have first-order weights or none (`TowerSettings.padding`)."""
+        return next(iter(self.towers.values())).padding
+
+    @model_validator(mode="after")
+    def _tower_or_paths(self) -> Self:
+        if self.tower is None and self.paths is None:
+            raise ValueError("has neither tower nor paths; give it a tower, or two at least as paths")
+        if self.tower is not None and self.paths is not None:
+            raise ValueError("has a tower and paths; set one of them to null, such as model.tower=null")
+        return self
+
+    def check_inputs(self, sparse: Sequence[str], tokens: Sequence[tuple[str, int]]) -> None:
+        """Refuse towers that cannot read the tokens, or that would read them in different ways.
+
+        Args:
+            sparse: names of the sparse features.
+            tokens: width of each token, behind the path of the config that sets it.
+
+        Raises:
+            ValueError: one cannot; the message begins with its key.
+        """
+        for key, tower in {**self.towers, "replaces": self.replaces}.items():
+            if tower is not None:
+                try:
+                    tower.check_features(sparse)
+                    tower.check_tokens(tokens)
+                except ValueError as error:
+                    raise ValueError(f"{key}.{error}") from None
+        wide, plain = ([key for key, t in self.towers.items() if bool(t.padding) is has] for has in (True, False))
+        if wide and plain:
+            raise ValueError(
+                f"{wide[0]}.wide: the last four numbers of each token are a first-order weight to this tower, and part "
+                f"of the embedding to model.{plain[0]} ({self.towers[plain[0]].type}); take towers with wide in all "
+                "paths or in none"
+            )
 
 
 class SparseOptimizerConfig(Section):
@@ -532,6 +581,7 @@ class StageConfig(Section):
     balance_weight: NonNegativeFloat = 0.0
     z_weight: NonNegativeFloat = 0.0
     diversity_weight: NonNegativeFloat = 0.0
+    agreement_weight: NonNegativeFloat = 0.0
     patience: Count | None = None
     monitor: Literal["log_loss", "auc"] = "log_loss"
 
@@ -712,13 +762,10 @@ class Config(Section):
         ]
         if self.features.dense:
             tokens.append((DENSE_DIM, self.model.dense_dim))
-        for key, tower in (("tower", self.model.tower), ("replaces", self.model.replaces)):
-            if tower is not None:
-                try:
-                    tower.check_features(list(self.features.sparse))
-                    tower.check_tokens(tokens)
-                except ValueError as error:
-                    raise ValueError(f"model.{key}.{error}") from None
+        try:
+            self.model.check_inputs(list(self.features.sparse), tokens)
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from None
         if both := set(self.features.sparse) & set(self.features.dense):
             raise ValueError(f"features: {min(both)!r} is both a sparse and a dense feature; rename one")
         any_sharded = not all(table.data_parallel for table in self.tables.values())
@@ -731,6 +778,11 @@ class Config(Section):
                 raise ValueError(
                     f"stages.{name} trains experts but model.hilomoe is null; "
                     f"leave the stage out with stages.{name}=null"
+                )
+            if stage.agreement_weight and self.model.paths is None:
+                raise ValueError(
+                    f"stages.{name}.agreement_weight: weighs what model.paths differ by, and the model has one tower; "
+                    "set it to 0, or give model.paths"
                 )
             if stage.chosen_by is not None and self.data.valid is None:
                 raise ValueError(f"stages.{name}.{stage.chosen_by} needs a valid split; set data.valid")

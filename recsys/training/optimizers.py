@@ -173,8 +173,8 @@ def _settle_buckets(dense_arch: DistributedDataParallel, config: Config, stage: 
     buffers = [(buffer, buffer.clone()) for buffer in dense_arch.buffers()]  # which zeros must not move
     inputs = (torch.zeros(2, width, device=device), torch.zeros(2, len(config.features.dense), device=device))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # of which dropout draws
-        logits, losses = dense_arch(*inputs, stage.loss_weights)
-        (logits.sum() + sum(losses.values())).backward()
+        logits, losses, paths = dense_arch(*inputs, stage.loss_weights)
+        ((logits if paths is None else paths).sum() + sum(losses.values())).backward()
     for buffer, before in buffers:
         buffer.copy_(before)
     for parameter in dense_arch.parameters():

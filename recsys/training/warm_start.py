@@ -192,7 +192,7 @@ def _check_shape(reader: TensorReader, name: str, table: str, then: _Side, now: 
             f"warm_start: table {table} has embedding_dim {was.embedding_dim} in {reader.index.directory}, but {dim} "
             f"here; set tables.{table}.embedding_dim to {was.embedding_dim}, or leave it out of warm_start.tables"
         )
-    had, has = (bool(side.config.model.tower.padding) for side in (then, now))
+    had, has = (bool(side.config.model.padding) for side in (then, now))
     if had is not has:
         told = ("has", "none") if had else ("has no", "some")
         raise CheckpointError(

@@ -94,7 +94,6 @@ def test_names_of_tables_that_resemble_schema_words_stay_in_the_path(load: Calla
         ("tables=null", "tables", "object, found null"),
         ("tables=[user]", "tables", "object, found"),
         ("stages=[joint]", "stages", "object, found"),
-        ("model.tower=null", "model.tower", "object, found null"),
         ("features.dense.x.fill=none_at_all", "features.dense.x.fill", "valid number"),
         ("tables.user.sharding=table_wise", "tables.user.sharding", "valid array"),
         ("optimizers.dense.betas=[0.9]", "optimizers.dense.betas.1", "missing"),
