@@ -373,13 +373,15 @@ class ModelConfig(Section):
     """The replicated part of the ranker; dense features are projected to `dense_dim`, null `hilomoe` is a baseline.
 
     `replaces` is the dense tower that this one stands in for, with whose cost its own is compared; null is the same
-    tower without experts. It is never trained.
+    tower without experts. It is never trained. `embedding_dropout` is the probability with which, in training, a number
+    of a pooled embedding is 0 where it enters the tower.
     """
 
     tower: TowerConfig
     hilomoe: HiLoMoEConfig | None = None
     replaces: TowerConfig | None = None
     dense_dim: Width = 16
+    embedding_dropout: Probability = 0.0
 
 
 class SparseOptimizerConfig(Section):

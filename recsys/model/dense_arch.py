@@ -8,11 +8,41 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from recsys.config import ConfigError, HiLoMoEConfig, ModelConfig
+from recsys.config.towers import FIRST_ORDER_WIDTH
 from recsys.model.experts import attach_experts, expert_layers
 from recsys.model.losses import Losses, auxiliary_losses
 from recsys.model.towers import Tokens, build_tower
+
+
+class EmbeddingDropout(nn.Module):
+    """Dropout of the numbers of pooled embeddings, in training only; first-order weights stay as they are.
+
+    These are a linear model's, and no embedding: each is a whole summand of the logit.
+
+    Args:
+        p: probability with which a number is 0; the others are divided by 1 - p.
+        dims: width of each pooled embedding.
+        wide: whether its last `FIRST_ORDER_WIDTH` numbers are its first-order weight and padding.
+    """
+
+    def __init__(self, p: float, dims: Sequence[int], wide: bool) -> None:
+        super().__init__()
+        self.p = p
+        self._dims = [dim - FIRST_ORDER_WIDTH for dim in dims] if wide else []
+        self._parts = [part for dim in self._dims for part in (dim, FIRST_ORDER_WIDTH)]
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(B, sum of dims) -> (B, sum of dims)."""
+        if not self.training:
+            return pooled
+        if not self._parts:
+            return F.dropout(pooled, self.p)
+        parts = pooled.split(self._parts, 1)
+        embeddings = F.dropout(torch.cat(parts[::2], 1), self.p).split(self._dims, 1)
+        return torch.cat([part for pair in zip(embeddings, parts[1::2], strict=True) for part in pair], 1)
 
 
 class DenseArch(nn.Module):
@@ -24,12 +54,20 @@ class DenseArch(nn.Module):
         tower: module from (B, W) to (B, `out_features`).
         out_features: the tower's output width.
         num_logits: how many of its last outputs the head begins by adding as they are.
+        embedding_dropout: of what the tables give, None where it enters the tower as it is.
     """
 
     def __init__(
-        self, num_dense_features: int, dense_dim: int, tower: nn.Module, out_features: int, num_logits: int = 0
+        self,
+        num_dense_features: int,
+        dense_dim: int,
+        tower: nn.Module,
+        out_features: int,
+        num_logits: int = 0,
+        embedding_dropout: EmbeddingDropout | None = None,
     ) -> None:
         super().__init__()
+        self.embedding_dropout = embedding_dropout
         self.dense_projection = nn.Linear(num_dense_features, dense_dim) if num_dense_features else None
         self.tower = tower
         self.head = nn.Linear(out_features, 1)
@@ -48,7 +86,7 @@ class DenseArch(nn.Module):
         Returns:
             Logits (B,) and the auxiliary losses.
         """
-        parts = [pooled]
+        parts = [pooled if self.embedding_dropout is None else self.embedding_dropout(pooled)]
         if self.dense_projection is not None:
             parts.append(self.dense_projection(dense_features))
         logits: Tensor = self.head(self.tower(torch.cat(parts, 1))).squeeze(-1)
@@ -71,7 +109,12 @@ def build_dense_arch(config: ModelConfig, embedding_dims: Mapping[str, int], *, 
         tuple(embedding_dims), (*embedding_dims.values(), *([config.dense_dim] if num_dense_features else []))
     )
     tower = build_tower(config.tower, tokens)
-    dense_arch = DenseArch(num_dense_features, config.dense_dim, tower, tower.out_features, tower.num_logits)
+    dropout = (
+        EmbeddingDropout(config.embedding_dropout, list(embedding_dims.values()), bool(config.tower.padding))
+        if config.embedding_dropout
+        else None
+    )
+    dense_arch = DenseArch(num_dense_features, config.dense_dim, tower, tower.out_features, tower.num_logits, dropout)
     if config.hilomoe is not None:
         _attach(dense_arch, config.hilomoe, config.hilomoe.experts_in or config.tower.expert_linears)
     return dense_arch

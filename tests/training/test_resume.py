@@ -104,6 +104,7 @@ def config_of(log: Path, output_dir: Path, scratch: Path, **changes: Any) -> Con
     raw["data"]["reader_threads"] = 1
     # Gradients of several tens of KiB: how three ranks add up depends on where in a bucket they are.
     raw["model"]["tower"] |= {"hidden": [160, 64], "normalization": "batch"}
+    raw["model"]["embedding_dropout"] = 0.1
     plateau = {"schedule": "plateau", "plateau": {"factor": 0.5, "restore_best": True}}
     raw["stages"]["backbone"] |= {"patience": 2, "epochs": 4, **plateau}
     raw["stages"]["experts"] |= {"patience": 1, "monitor": "auc"}
