@@ -2,8 +2,9 @@
 
     python -m benchmarks.step [--config PATH] [path.to.key=value ...]
 
-Runs alone or under torchrun. The same tables are trained under a dense tower and under a HiLoMoE tower in each kind of
-stage, in turns, so that whatever else slows the machine slows all of them. Each turn measures
+Runs alone or under torchrun. The same tables are trained under a dense tower, with AdamW and with Muon, and under a
+HiLoMoE tower in each kind of stage, in turns, so that whatever else slows the machine slows all of them. Each turn
+measures
 
 - whole steps through the pipeline and the loader, as the trainer takes them, metrics included, log lines not;
 - steps on batches at hand and without the pipeline, in parts. The graph is cut before the dense arch and the device
@@ -18,6 +19,7 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
@@ -105,8 +107,10 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         once_on_each_machine(ranks, partial(write_embedded, config))
         shards = open_splits(config, ["train"])["train"]
         ranker, dense_arch = build_ranker(config, seed=0), build_ranker(plain, seed=0).dense_arch.to(ranks.device)
+        muon = _load(arguments, {"joint": STAGES["joint"]}, *log, "model.hilomoe=null", "optimizers.dense.type=muon")
         cases = [
             Case("dense tower", plain, "joint", dense_arch),
+            Case("dense tower, Muon", muon, "joint", deepcopy(dense_arch)),
             *(Case(f"HiLoMoE, {stage}", config, stage, ranker.dense_arch) for stage in STAGES),
         ]
         sharded = shard(ranker, config, ranks, seed=0)
@@ -297,6 +301,7 @@ def _report(
         return median(a[figure] / b[figure] for a, b in zip(turns[name], turns[other], strict=True))
 
     ratios = {
+        "dense step with Muon / with AdamW": ratio("dense tower, Muon", "dense tower", "step"),
         "HiLoMoE step / dense step": ratio("HiLoMoE, joint", "dense tower", "step"),
         "experts stage / joint stage": ratio("HiLoMoE, experts", "HiLoMoE, joint", "step"),
         "backbone stage / joint stage": ratio("HiLoMoE, backbone", "HiLoMoE, joint", "step"),
@@ -334,9 +339,9 @@ def _report(
     )
     borders = (
         "Sparse: input distribution, lookup, output distribution; gradients' way back and the tables' update. Dense: "
-        "forward and backward of projection, tower, head and losses with DDP's reduction, and AdamW. Both are taken "
-        "without the pipeline; the rest is what they and the data wait leave of the whole step, negative where the "
-        "pipeline overlaps them. In the experts stage the embeddings are frozen, so they have no backward."
+        "forward and backward of projection, tower, head and losses with DDP's reduction, and the optimizer. Both are "
+        "taken without the pipeline; the rest is what they and the data wait leave of the whole step, negative where "
+        "the pipeline overlaps them. In the experts stage the embeddings are frozen, so they have no backward."
     )
     note = [arguments.note] if arguments.note else []
     stem = arguments.output / f"step_{ranks.device.type}"

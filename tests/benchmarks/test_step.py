@@ -60,9 +60,15 @@ def test_step_tells_the_parts_of_every_case_and_their_ratios(folder: Path) -> No
         result["about"][0]["command"] == "python -m benchmarks.step --config tiny.yaml --steps 8 --turns 3 device=cpu"
     )
     cases = {line["case"]: line["medians"] for line in result["case"]}
-    assert list(cases) == ["dense tower", "HiLoMoE, backbone", "HiLoMoE, experts", "HiLoMoE, joint"]
+    assert list(cases) == [
+        "dense tower",
+        "dense tower, Muon",
+        "HiLoMoE, backbone",
+        "HiLoMoE, experts",
+        "HiLoMoE, joint",
+    ]
     assert all(math.isfinite(number) for number in numbers(result))
-    assert all(line["median"] > 0 for line in result["ratio"]) and len(result["ratio"]) == 3
+    assert all(line["median"] > 0 for line in result["ratio"]) and len(result["ratio"]) == 4
     for name, figures in cases.items():
         assert f"| {name} |" in page
         assert f"│ {name}" in ended.stdout
