@@ -90,6 +90,8 @@ def _against_literal(
         wrapped = ranker.dense_arch
         F.binary_cross_entropy_with_logits(wrapped(pooled, dense)[0], labels.round().flatten()).backward()
         phase.dense.step()
+    phase.begin_anew()
+    assert not phase.dense.state and all(group["lr"] == 0 for group in phase.dense.param_groups)
     moved = [name for name, value in arch.state_dict().items() if not torch.equal(value, start[name])]
     expected = literal.state_dict()
     return told, moved, [name for name, value in arch.state_dict().items() if not torch.equal(value, expected[name])]
