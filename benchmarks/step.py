@@ -3,7 +3,9 @@
     python -m benchmarks.step [--config PATH] [path.to.key=value ...]
 
 Runs alone or under torchrun. The same tables are trained under a dense tower and under a HiLoMoE tower in each kind of
-stage, in turns, so that whatever else slows the machine slows all of them. Each turn measures
+stage, in turns, so that whatever else slows the machine slows all of them; so is the dense tower with averages of its
+weights, and of the tables' as well. Where the config has `model.replaces`, that tower is measured as well: two
+`model.paths`, say, beside one tower of as many FLOPs. Each turn measures
 
 - whole steps through the pipeline and the loader, as the trainer takes them, metrics included, log lines not;
 - steps on batches at hand and without the pipeline, in parts. The graph is cut before the dense arch and the device
@@ -16,7 +18,7 @@ import argparse
 import json
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -38,12 +40,16 @@ from recsys.data.batch import Batch
 from recsys.data.order import Epoch
 from recsys.data.parquet import ParquetShards
 from recsys.data.splits import open_loader, open_splits
+from recsys.model.cost import PARTS as COST_PARTS
+from recsys.model.cost import CostReport, cost_report
 from recsys.model.ranker import Ranker, build_ranker
 from recsys.prepare.synthetic import write_embedded
 from recsys.runtime import Ranks, once_on_each_machine, process_group
 from recsys.sharding.shard import ShardedRanker, shard
+from recsys.training.averages import Averages
 from recsys.training.metrics import BinaryMetrics
 from recsys.training.optimizers import PhaseOptimizers, begin_phase
+from recsys.training.progress import Progress
 
 WARM_UP = 10
 """Steps before the clock starts: they trace the model, make the optimizers' state and use up what was read ahead."""
@@ -56,6 +62,11 @@ STAGES: dict[str, dict[str, Any]] = {
     "joint": {"trains": "all", **_RATES, **_LOSSES},
 }
 """One of each kind; the config's own may lack one, and what they are for does not change a step's time."""
+
+AVERAGED = ("dense tower, averages", "dense tower, averages of tables too")
+"""Cases of the dense tower, by how the default averages take its sharded tables: not at all, and by sweeps."""
+REPLACED = "replaced tower"
+"""The case of `model.replaces`."""
 
 PARTS = ("sparse forward", "sparse backward", "dense forward", "dense backward", "dense optimizer")
 
@@ -101,14 +112,24 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         raise ConfigError("--data is for the synthetic log, and data.synthetic is not set")
     with process_group(config.device) as ranks, _log_directory(config, arguments.data, ranks) as log:
         config = _load(arguments, STAGES, *log)
-        plain = _load(arguments, {"joint": STAGES["joint"]}, *log, "model.hilomoe=null")
+        plain, *averaged = (
+            _load(arguments, {"joint": STAGES["joint"]}, *log, "model.hilomoe=null", f"optimizers.average={average}")
+            for average in ("null", "{tables: none}", "{tables: sweep}")
+        )
+        costs = cost_report(plain)
         once_on_each_machine(ranks, partial(write_embedded, config))
         shards = open_splits(config, ["train"])["train"]
         ranker, dense_arch = build_ranker(config, seed=0), build_ranker(plain, seed=0).dense_arch.to(ranks.device)
         cases = [
             Case("dense tower", plain, "joint", dense_arch),
+            *(Case(name, of, "joint", dense_arch) for name, of in zip(AVERAGED, averaged, strict=True)),
             *(Case(f"HiLoMoE, {stage}", config, stage, ranker.dense_arch) for stage in STAGES),
         ]
+        if plain.model.replaces is not None:
+            of_it = {"tower": plain.model.replaces, "paths": None, "replaces": None}
+            replaced = plain.model_copy(update={"model": plain.model.model_copy(update=of_it)})
+            dense_arch = build_ranker(replaced, seed=0).dense_arch.to(ranks.device)
+            cases.append(Case(REPLACED, replaced, "joint", dense_arch))
         sharded = shard(ranker, config, ranks, seed=0)
         turns: dict[str, list[dict[str, float]]] = {case.name: [] for case in cases}
         with ExitStack() as stack:
@@ -120,7 +141,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
                     print(f"turn {turn + 1} of {arguments.turns}", flush=True)
         dist.barrier()  # no rank may take the log away while another still reads it
         if ranks.is_first:
-            _report(arguments, config, ranks, turns)
+            _report(arguments, config, costs, ranks, turns)
 
 
 def _load(arguments: argparse.Namespace, stages: Mapping[str, Any], *overrides: str) -> Config:
@@ -184,7 +205,14 @@ def _turn(case: Case, sharded: ShardedRanker, stream: _Stream, ranks: Ranks, ste
     """Measure a case: seconds per step, whole and in parts, over all ranks; a collective call."""
     stage = begin_phase(sharded, case.dense_arch, case.config, case.stage, num_steps=WARM_UP + steps)
     sharded.ranker.train()
-    whole = _whole_steps(sharded.ranker, stage, stream, ranks, steps)
+    progress = Progress()
+    averages = Averages(case.config.optimizers.average, sharded, case.dense_arch, progress)
+
+    def after_step() -> None:
+        progress.phase_steps += 1
+        averages.step_done()
+
+    whole = _whole_steps(sharded.ranker, stage, stream, ranks, steps, after_step)
     parts = _divided_steps(sharded.ranker, stage, list(islice(stream.batches, 1 + steps)), ranks)
     figures = torch.tensor(
         [whole["examples"], whole["step"], whole["data wait"], *(parts[name] for name in PARTS)], dtype=torch.float64
@@ -201,7 +229,14 @@ def _turn(case: Case, sharded: ShardedRanker, stream: _Stream, ranks: Ranks, ste
     }
 
 
-def _whole_steps(ranker: Ranker, stage: PhaseOptimizers, stream: _Stream, ranks: Ranks, steps: int) -> dict[str, float]:
+def _whole_steps(
+    ranker: Ranker,
+    stage: PhaseOptimizers,
+    stream: _Stream,
+    ranks: Ranks,
+    steps: int,
+    after_step: Callable[[], None],
+) -> dict[str, float]:
     """Take steps as the trainer does: this rank's examples in all; mean seconds per step and of its wait for data."""
     pipeline = TrainPipelineSparseDist(ranker, stage.all, ranks.device)
     metrics = BinaryMetrics(exact_examples=1 << 22, num_bins=1 << 16)
@@ -211,6 +246,7 @@ def _whole_steps(ranker: Ranker, stage: PhaseOptimizers, stream: _Stream, ranks:
             began, waited, examples = _clock(ranks), stream.wait_seconds, 0
         stage.set_learning_rates(step)
         output = pipeline.progress(stream.batches)
+        after_step()
         metrics.update(output.logits, output.labels)
         examples += len(output.labels)
     seconds = _clock(ranks) - began
@@ -286,7 +322,11 @@ def _clock(ranks: Ranks) -> float:
 
 
 def _report(
-    arguments: argparse.Namespace, config: Config, ranks: Ranks, turns: Mapping[str, Sequence[Mapping[str, float]]]
+    arguments: argparse.Namespace,
+    config: Config,
+    costs: CostReport,
+    ranks: Ranks,
+    turns: Mapping[str, Sequence[Mapping[str, float]]],
 ) -> None:
     cases = {
         name: {figure: median(turn[figure] for turn in measured) for figure in measured[0]}
@@ -298,9 +338,12 @@ def _report(
 
     ratios = {
         "HiLoMoE step / dense step": ratio("HiLoMoE, joint", "dense tower", "step"),
+        **{f"{name} / dense step": ratio(name, "dense tower", "step") for name in AVERAGED},
         "experts stage / joint stage": ratio("HiLoMoE, experts", "HiLoMoE, joint", "step"),
         "backbone stage / joint stage": ratio("HiLoMoE, backbone", "HiLoMoE, joint", "step"),
     }
+    if REPLACED in turns:
+        ratios["dense step / step of the tower that is replaced"] = ratio("dense tower", REPLACED, "step")
     command = ["torchrun", "--nproc-per-node", str(ranks.world_size)] if ranks.world_size > 1 else ["python"]
     command += ["-m", "benchmarks.step", "--config", shown_path(arguments.config)]
     command += ["--steps", str(arguments.steps), "--turns", str(arguments.turns)]
@@ -312,6 +355,7 @@ def _report(
         "threads_per_rank": torch.get_num_threads(),
         "device": ranks.device.type,
         "batch_size": config.data.batch_size,
+        "flops_per_example": {cost.model: cost.over(COST_PARTS)[0] for cost in (costs.cost, costs.against) if cost},
         **environment(),
     }
     lines: list[Line] = [{"kind": "case", "case": name, "medians": figures} for name, figures in cases.items()]

@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "recsys.model.experts": {"recsys.model.experts"},
     "recsys.model.experts.hilomoe": set(),
     "recsys.model.towers": {"recsys.config", "recsys.model.towers"},
-    "recsys.sharding": BASE | {"recsys.model", "recsys.sharding"},
+    "recsys.sharding": BASE | {"recsys.checkpoint.pending", "recsys.model", "recsys.sharding"},
     "recsys.training": BASE
     | {
         "recsys.versions",

@@ -95,16 +95,18 @@ def tiny_config(directory: Path, output_dir: Path) -> dict[str, Any]:
     }
 
 
-def take_tower(config: dict[str, Any], tower: dict[str, Any]) -> None:
-    """Give a tiny config a tower, and one width to all tokens if it multiplies, cuts or reads first-order weights."""
-    config["model"]["tower"] = tower
+def take_tower(config: dict[str, Any], *towers: dict[str, Any]) -> None:
+    """Give a tiny config a tower, or paths, and one width to all tokens if one multiplies, cuts or reads wide terms."""
+    del config["model"]["tower"]
+    config["model"] |= {"paths": list(towers)} if len(towers) > 1 else {"tower": towers[0]}
     classes = {get_args(cls.model_fields["type"].annotation): cls for cls in TowerSettings.__subclasses__()}
-    settings = classes[(tower["type"],)]
-    cut = tower.get("num_heads", 1) > 1 and tower["type"] == "qnn_alpha"
-    if settings.pairwise or cut or "wide" in settings.model_fields:
-        config["model"]["dense_dim"] = 8
-        for table in config["tables"].values():
-            table["embedding_dim"] = 8
+    for tower in towers:
+        settings = classes[(tower["type"],)]
+        cut = tower.get("num_heads", 1) > 1 and tower["type"] == "qnn_alpha"
+        if settings.pairwise or cut or "wide" in settings.model_fields:
+            config["model"]["dense_dim"] = 8
+            for table in config["tables"].values():
+                table["embedding_dim"] = 8
 
 
 def write_tiny_config(path: Path, directory: Path, output_dir: Path) -> Path:

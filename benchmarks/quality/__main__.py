@@ -4,7 +4,7 @@
 
 Each run is a process of its own. The report has every case's mean and spread and the differences that the grid's tables
 ask for; docs/benchmarks.md has the keys of a grid. A run that is complete under the same settings is not run again, so
-an interrupted grid goes on where it was.
+an interrupted grid goes on where it was. `search STUDY.yaml` instead finds settings: see `benchmarks.quality.search`.
 """
 
 import argparse
@@ -30,7 +30,15 @@ _LOG_LINES = 15
 
 def main() -> None:
     """Train and compare what the command line asks for."""
-    parser = argparse.ArgumentParser(prog="benchmarks.quality", description="Train a grid of cases, compare them.")
+    if sys.argv[1:2] == ["search"]:
+        from benchmarks.quality import search  # with optuna, which no grid needs
+
+        search.main(sys.argv[2:])
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.quality",
+        description="Train a grid of cases, compare them.",
+        epilog="search STUDY.yaml finds settings instead; search --help has its options.",
+    )
     parser.add_argument("grid", metavar="GRID.yaml", help="cases, seeds and questions; docs/benchmarks.md has the keys")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
     parser.add_argument("--only", nargs="+", metavar="CASE", help="train these cases alone; the report has all")

@@ -7,20 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, model_validator
 
-from recsys.config import Config, ConfigError, Name, load_config, read_yaml, validate
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
+from recsys.config import Config, ConfigError, Name, Section, load_config, read_yaml, validate
 
 Overrides = tuple[str, ...]
 Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
 
 
-class RivalsConfig(_Section):
+class RivalsConfig(Section):
     """Another program's figures: those of `model` in a file of JSON lines, of which two kinds are read.
 
     {"kind": "model", "model": "<model>", "name": "<its full name>"}
@@ -31,7 +26,7 @@ class RivalsConfig(_Section):
     model: str
 
 
-class CaseConfig(_Section):
+class CaseConfig(Section):
     """One thing to train and measure; null settings are the grid's, whose `overrides` come first.
 
     `search` maps config paths to the values to try: every combination is a trial with the case's first seed, ranked by
@@ -41,7 +36,7 @@ class CaseConfig(_Section):
     config: str | None = None
     overrides: Overrides = ()
     seeds: Seeds | None = None
-    search: dict[str, Annotated[tuple[JsonValue, ...], Field(min_length=1)]] = {}
+    search: dict[str, Annotated[tuple[JsonValue, ...], Field(min_length=1)]] = Field(default_factory=dict)
     rivals: RivalsConfig | None = None
 
     @model_validator(mode="after")
@@ -51,7 +46,7 @@ class CaseConfig(_Section):
         return self
 
 
-class TableConfig(_Section):
+class TableConfig(Section):
     """One question: `cases`, each against `baseline`; `text` is put below the figures."""
 
     question: str
@@ -60,7 +55,7 @@ class TableConfig(_Section):
     text: str | None = None
 
 
-class GridConfig(_Section):
+class GridConfig(Section):
     """A whole grid; paths are relative to the working directory. See docs/benchmarks.md for every key."""
 
     name: Name
@@ -166,7 +161,7 @@ def _expand(grid: GridConfig, section: str, runs: Path) -> Iterator[Case]:
     for values in itertools.product(*case.search.values()):
         trial = {key: json.dumps(value) for key, value in zip(case.search, values, strict=True)}
         overrides = (*grid.overrides, *case.overrides, *(f"{key}={value}" for key, value in trial.items()))
-        name = f"{section}[{', '.join(f'{_short(key, case.search)}={value}' for key, value in trial.items())}]"
+        name = f"{section}[{', '.join(f'{short_path(key, case.search)}={value}' for key, value in trial.items())}]"
         yield Case(name, section, path, overrides, _runs(name, path, overrides, seeds[:1], runs))
 
 
@@ -185,7 +180,7 @@ def _runs(case: str, path: str, overrides: Overrides, seeds: Sequence[int], runs
     return tuple(made)
 
 
-def _short(path: str, others: Iterable[str]) -> str:
+def short_path(path: str, others: Iterable[str]) -> str:
     """The last part of a config path where that tells it from the others."""
     last = path.rpartition(".")[2]
     return last if sum(other.rpartition(".")[2] == last for other in others) == 1 else path

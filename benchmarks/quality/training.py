@@ -1,5 +1,6 @@
-"""Runs of a grid as processes of their own, some at a time, each under a lock and with a log."""
+"""Runs as processes of their own, some at a time, each under a lock and with a log."""
 
+import ctypes
 import fcntl
 import os
 import signal
@@ -7,13 +8,15 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
+from functools import partial
 
 from benchmarks.quality.grid import Case, Run
 from recsys.errors import UserError
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 60
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def in_turns(cases: Sequence[Case]) -> list[Run]:
@@ -52,23 +55,36 @@ def train(runs: Sequence[Run], nproc: int, jobs: int) -> Generator[tuple[Run, in
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for process, _ in running.values():
-            process.terminate()
-        for process, _ in running.values():
-            try:
-                process.wait(_GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        end([process for process, _ in running.values()])
 
 
-def start(run: Run, nproc: int, threads: int) -> subprocess.Popen[bytes]:
+def end(processes: Collection[subprocess.Popen[bytes]]) -> None:
+    """End runs: all are asked to, and those that do not within a minute are killed."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def start(run: Run, nproc: int, threads: int, *, dies_with_us: bool = False) -> subprocess.Popen[bytes]:
     """Start a run that holds the lock on its log as long as it lives.
+
+    Args:
+        run: what to train.
+        nproc: its ranks.
+        threads: of each rank, unless OMP_NUM_THREADS says otherwise.
+        dies_with_us: whether the run is asked to end when this process does, however that ends.
 
     Raises:
         UserError: a process started earlier still does.
     """
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)] if nproc > 1 else []
     command = [sys.executable, *launch, "-m", "recsys.train", "--config", run.path, *run.overrides]
+    # Looked up here: between fork and exec nothing may be loaded.
+    bind = partial(ctypes.CDLL(None).prctl, _PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) if dies_with_us else None
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"}
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with run.log.open("ab") as log:
@@ -79,5 +95,10 @@ def start(run: Run, nproc: int, threads: int) -> subprocess.Popen[bytes]:
             raise UserError(f"{run.log}: an earlier process still trains this run; wait for it or end it") from None
         log.truncate(0)
         return subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=bind,
         )

@@ -24,19 +24,20 @@ from recsys.checkpoint.index import Index, UnreadableError, read_index
 from recsys.checkpoint.tensors import Region, read_parts
 
 
-def load_tensors(directory: Path, state: dict[str, Any]) -> None:
+def load_tensors(directory: Path, state: dict[str, Any], *, averaged: bool = False) -> None:
     """Fill every tensor of `state` in place from the one of its name; a collective call.
 
     Args:
         directory: a checkpoint, written by any number of ranks.
         state: tensors and sharded tensors by name.
+        averaged: as `recsys.checkpoint.index.read_index` has it.
 
     Raises:
         UnreadableError: a tensor is missing, damaged or of another shape, or the index is damaged or names what it may
             not.
     """
     try:
-        dcp.load(state, storage_reader=_Reader(read_index(directory)), planner=DefaultLoadPlanner())
+        dcp.load(state, storage_reader=_Reader(read_index(directory, averaged=averaged)), planner=DefaultLoadPlanner())
     except (dcp.CheckpointException, RuntimeError, ValueError) as error:
         # DCP wraps what went wrong on each rank.
         failures = error.failures.values() if isinstance(error, dcp.CheckpointException) else ()

@@ -8,7 +8,7 @@ those hold.
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ from recsys.checkpoint.pickles import Made, Name, PickleError, read_pickle
 from recsys.files import FileError, open_regular, read_regular
 
 INDEX = ".metadata"
+AVERAGE = "average."
+"""Begins the name of the average of a weight, whose own name begins with `model.` instead."""
 MAX_BYTES = 256 << 20
 MAX_OVERHEAD = 1 << 16
 """Bytes that `torch.save` may add to those of a tensor; it adds less than 2 KiB."""
@@ -73,14 +75,20 @@ class Index:
     Attributes:
         directory: of the checkpoint.
         tensors: by name, in the order of the index.
+        averaged: names of the weights that are averages.
     """
 
     directory: Path
     tensors: Mapping[str, Entry]
+    averaged: frozenset[str] = frozenset()
 
 
-def read_index(directory: Path) -> Index:
+def read_index(directory: Path, *, averaged: bool = False) -> Index:
     """Read the index of a checkpoint and look at the files that it speaks of.
+
+    Args:
+        directory: of the checkpoint.
+        averaged: whether weights that have an average are to be this, as for whoever does not go on with the training.
 
     Raises:
         UnreadableError: there is none, it is not what DCP writes, it is not consistent, or a file is not there, is no
@@ -99,7 +107,20 @@ def read_index(directory: Path) -> Index:
     except PickleError as error:
         raise UnreadableError(f"the index cannot be read: {error}") from None
     _check_files(directory, tensors)
-    return Index(directory, tensors)
+    index = Index(directory, tensors)
+    return _averaged(index) if averaged else index
+
+
+def _averaged(index: Index) -> Index:
+    """Weights by what their averages say, where there are any; no averages beside them."""
+    named = {name: f"{AVERAGE}{name.removeprefix('model.')}" for name in index.tensors if name.startswith("model.")}
+    tensors = {
+        name: index.tensors.get(named.get(name, name), entry)
+        for name, entry in index.tensors.items()
+        if not name.startswith(AVERAGE)
+    }
+    averaged = frozenset(name for name, average in named.items() if average in index.tensors)
+    return replace(index, tensors=tensors, averaged=averaged)
 
 
 _METADATA = "torch.distributed.checkpoint.metadata"

@@ -128,7 +128,8 @@ class Stored:
 
     Attributes:
         name: of the tensor.
-        group: `tables`, `dense`, `optimizer.<which>`, or `ranks` for what each rank has of its own.
+        group: `tables`, `dense`, `average.tables` or `average.dense` for averages of these, `optimizer.<which>`, or
+            `ranks` for what each rank has of its own.
         shape: of the whole.
         dtype: as torch calls it, such as `float32`.
         bytes: of its elements.
@@ -209,21 +210,22 @@ def inspect(directory: Path) -> Contents:
 def group_of(name: str) -> str:
     """The group of a tensor, as `Stored` has it."""
     first, *others = name.split(".")
-    if first == "model":
-        return "dense" if others[:1] == ["dense_arch"] else "tables"
+    if first in ("model", "average"):
+        part = "dense" if others[:1] == ["dense_arch"] else "tables"
+        return part if first == "model" else f"{first}.{part}"
     if first == "optimizer":
         return ".".join([first, *others[:1]]).removesuffix("_steps")
     return "ranks"
 
 
-def open_tensors(directory: Path) -> TensorReader:
-    """The tensors of a checkpoint.
+def open_tensors(directory: Path, *, averaged: bool = False) -> TensorReader:
+    """The tensors of a checkpoint; `averaged` as `recsys.checkpoint.index.read_index` has it.
 
     Raises:
         CheckpointError: its index cannot be read, or does not go with its files.
     """
     try:
-        return TensorReader(directory)
+        return TensorReader(directory, averaged=averaged)
     except UnreadableError as error:
         raise CheckpointError(f"{directory}: its tensors cannot be read: {error}; take another checkpoint") from None
 

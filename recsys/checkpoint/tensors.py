@@ -33,6 +33,7 @@ class TensorReader:
 
     Args:
         directory: the checkpoint, written by any number of ranks.
+        averaged: as `recsys.checkpoint.index.read_index` has it.
 
     Raises:
         UnreadableError: there is no index, or it and the files do not belong together.
@@ -41,8 +42,8 @@ class TensorReader:
         names: of all tensors, in the order of the index.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.index = read_index(directory)
+    def __init__(self, directory: Path, *, averaged: bool = False) -> None:
+        self.index = read_index(directory, averaged=averaged)
         self.names = tuple(self.index.tensors)
 
     def shape(self, name: str) -> torch.Size:

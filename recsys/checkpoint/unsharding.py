@@ -24,6 +24,7 @@ from torch import Tensor
 from recsys.checkpoint import layout
 from recsys.checkpoint.index import UnreadableError
 from recsys.checkpoint.layout import CheckpointError
+from recsys.checkpoint.pending import PREFIX, PendingRows
 from recsys.checkpoint.report import open_tensors
 
 _TYPES: Mapping[torch.dtype, str] = {
@@ -50,7 +51,8 @@ def model_name(name: str) -> str | None:
 
 def model_or_optimizer_name(name: str) -> str | None:
     """As `model_name`, and the state of optimizers by the name that it has."""
-    return name if name.startswith("optimizer.") else model_name(name)
+    is_state = name.startswith("optimizer.") and not name.startswith(PREFIX)  # of what is settled
+    return name if is_state else model_name(name)
 
 
 class Source(NamedTuple):
@@ -74,8 +76,8 @@ def unshard(
 ) -> dict[str, tuple[int, ...]]:
     """Write tensors of a checkpoint, whole, to one safetensors file; no more than the largest is in memory at a time.
 
-    The file appears whole or not at all, and replaces what was there. Its `__metadata__` has `format` (`pt`), `stage`
-    and `step`.
+    Of weights that have an average, it is this that is written, under the weight's name. The file appears whole or not
+    at all, and replaces what was there. Its `__metadata__` has `format` (`pt`), `stage` and `step`.
 
     Args:
         directory: the checkpoint, of any number of ranks, any plan and any format; its digests are verified first.
@@ -89,16 +91,19 @@ def unshard(
         CheckpointError: the checkpoint is damaged, two tensors would have one name, or the file cannot be written.
     """
     meta = layout.verified(directory)
-    reader = open_tensors(directory)
+    reader = open_tensors(directory, averaged=True)
     pairs = [(new, name) for name in reader.names if (new := names(name)) is not None]
     if twice := next((new for new, count in Counter(new for new, _ in pairs).items() if count > 1), None):
         raise CheckpointError(f"{directory}: two tensors would be called {twice}; give them names of their own")
 
-    def whole(name: str) -> list[Tensor]:
-        return [reader.read(name)]
+    def whole(pending: PendingRows, name: str) -> list[Tensor]:
+        return [pending.read(name)]
 
-    sources = [Source(new, reader.dtype(name), tuple(reader.shape(name)), partial(whole, name)) for new, name in pairs]
     try:
+        read = partial(whole, PendingRows(reader))
+        sources = [
+            Source(new, reader.dtype(name), tuple(reader.shape(name)), partial(read, name)) for new, name in pairs
+        ]
         return write_safetensors(output, sources, {"format": "pt", "stage": meta.stage, "step": str(meta.step)})
     except UnreadableError as error:
         raise CheckpointError(f"{directory} is damaged: {error}; take another checkpoint") from None

@@ -6,6 +6,8 @@ from recsys.config.faults import ConfigError, shortened, validate
 from recsys.config.load import DEFAULT_CONFIG, load_checkpoint_config, load_config
 from recsys.config.schema import (
     MAX_NUM_EMBEDDINGS,
+    WHOLE_ROWS,
+    AverageConfig,
     BucketizeIdsConfig,
     CheckpointsConfig,
     Config,
@@ -38,6 +40,8 @@ from recsys.config.towers import TowerSettings
 __all__ = [
     "DEFAULT_CONFIG",
     "MAX_NUM_EMBEDDINGS",
+    "WHOLE_ROWS",
+    "AverageConfig",
     "BucketizeIdsConfig",
     "CheckpointsConfig",
     "Config",

@@ -149,7 +149,7 @@ def _user_path(
         model = candidates[0] if len(candidates) == 1 else None
         if model is not None and part in model.model_fields:
             annotation = model.model_fields[str(part)].annotation
-        elif model is None:
+        elif model is None and isinstance(part, str):  # a place in a list leads to what its kind does
             arguments = get_args(annotation)
             annotation = arguments[-1] if arguments else None
     return path, model, annotation

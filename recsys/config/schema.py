@@ -9,6 +9,7 @@ import json
 import os
 import re
 import zoneinfo
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, Union
 
 import yaml
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 else:  # whichever settings there are, told apart by their type
     TowerConfig = Annotated[Union[tuple(TowerSettings.__subclasses__())], Field(discriminator="type")]  # noqa: UP007
 
+_MAX_PATHS = 2**4
 ShardingType = Literal[
     "table_wise",
     "column_wise",
@@ -52,6 +54,8 @@ ShardingType = Literal[
     "grid_shard",
     "data_parallel",
 ]
+WHOLE_ROWS = ("table_wise", "row_wise", "table_row_wise")
+"""Sharding types that keep the columns of a row together, on one rank."""
 Salt = Seed
 ComputeKernel = Literal["dense", "fused", "fused_uvm", "fused_uvm_caching"]
 
@@ -78,7 +82,8 @@ class TableConfig(Section):
 
     `embedding_dim` must divide by 4 (fbgemm's kernels read vectors of four floats). `sharding` and `compute_kernel`
     restrict the planner, null leaves it free; `min_partition` is the least width of a column-wise shard. `init` is how
-    weights are drawn at the beginning.
+    weights are drawn at the beginning. `max_norm` is the largest L2 norm with which training looks a row up; a row of a
+    larger one is scaled down to it, as torch's `nn.Embedding` does, for which all its columns lie together.
     """
 
     num_embeddings: Annotated[int, Field(gt=0, le=MAX_NUM_EMBEDDINGS)]
@@ -88,6 +93,7 @@ class TableConfig(Section):
     sharding: Annotated[tuple[ShardingType, ...], Field(min_length=1)] | None = None
     compute_kernel: ComputeKernel | None = None
     min_partition: Annotated[int, Field(gt=0, le=2**16, multiple_of=4)] | None = None
+    max_norm: PositiveFloat | None = None
 
     @property
     def data_parallel(self) -> bool:
@@ -103,6 +109,19 @@ class TableConfig(Section):
             )
         if (self.compute_kernel == "dense") != self.data_parallel and self.compute_kernel is not None:
             raise ValueError("compute_kernel dense goes with sharding [data_parallel], and only with it")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_have_a_norm(self) -> Self:
+        if self.max_norm is None:
+            return self
+        if lacking := sorted(set(self.sharding or ()) - set(WHOLE_ROWS)):
+            raise ValueError(
+                f"max_norm needs whole rows and a fused optimizer, which sharding {', '.join(lacking)} does not have; "
+                f"take {', '.join(WHOLE_ROWS)}, or leave max_norm out"
+            )
+        if self.compute_kernel == "fused_uvm_caching":
+            raise ValueError("max_norm does not go with compute_kernel fused_uvm_caching; take fused or fused_uvm")
         return self
 
 
@@ -342,8 +361,8 @@ class HiLoMoEConfig(Section):
 
     The options are those of `HiLoMoELinear`. Two defaults differ from its own, the paper's plainest reading: queries
     are normalised and keys start with unit variance, without which routing stays uniform (docs/hilomoe.md).
-    `experts_in` are patterns of the linears' names (`tower.linears.0`, `tower.cross.*`, `head`); each must match one.
-    Null takes the tower's own choice, its `expert_linears`.
+    `experts_in` are patterns of the linears' names (`tower.linears.0`, `tower.cross.*`, `head`, with paths `paths.0.*`,
+    `heads.0`); each must match one. Null takes each tower's own choice, its `expert_linears`.
     """
 
     retired: ClassVar = {
@@ -372,36 +391,113 @@ class HiLoMoEConfig(Section):
 class ModelConfig(Section):
     """The replicated part of the ranker; dense features are projected to `dense_dim`, null `hilomoe` is a baseline.
 
-    `replaces` is the dense tower that this one stands in for, with whose cost its own is compared; null is the same
-    tower without experts. It is never trained.
+    There is either one `tower`, or two at least on the same tokens, `paths`, the mean of whose probabilities is the
+    model's. `replaces` is the dense tower that these stand in for, with whose cost theirs is compared; null is the same
+    without experts. It is never trained.
     """
 
-    tower: TowerConfig
+    tower: TowerConfig | None = None
+    paths: Annotated[tuple[TowerConfig, ...], Field(min_length=2, max_length=_MAX_PATHS)] | None = None
     hilomoe: HiLoMoEConfig | None = None
     replaces: TowerConfig | None = None
     dense_dim: Width = 16
 
+    @property
+    def towers(self) -> dict[str, TowerConfig]:
+        """The tower, or each of the paths, by its key here, which is also the name of its module in the dense arch."""
+        if self.tower is not None:
+            return {"tower": self.tower}
+        return {f"paths.{place}": tower for place, tower in enumerate(self.paths or ())}
+
+    @property
+    def padding(self) -> int:
+        """Of the towers, which all have first-order weights or none (`TowerSettings.padding`)."""
+        return next(iter(self.towers.values())).padding
+
+    @model_validator(mode="after")
+    def _tower_or_paths(self) -> Self:
+        if self.tower is None and self.paths is None:
+            raise ValueError("has neither tower nor paths; give it a tower, or two at least as paths")
+        if self.tower is not None and self.paths is not None:
+            raise ValueError("has a tower and paths; set one of them to null, such as model.tower=null")
+        return self
+
+    def check_inputs(self, sparse: Sequence[str], tokens: Sequence[tuple[str, int]]) -> None:
+        """Refuse towers that cannot read the tokens, or that would read them in different ways.
+
+        Args:
+            sparse: names of the sparse features.
+            tokens: width of each token, behind the path of the config that sets it.
+
+        Raises:
+            ValueError: one cannot; the message begins with its key.
+        """
+        for key, tower in {**self.towers, "replaces": self.replaces}.items():
+            if tower is not None:
+                try:
+                    tower.check_features(sparse)
+                    tower.check_tokens(tokens)
+                except ValueError as error:
+                    raise ValueError(f"{key}.{error}") from None
+        wide, plain = ([key for key, t in self.towers.items() if bool(t.padding) is has] for has in (True, False))
+        if wide and plain:
+            raise ValueError(
+                f"{wide[0]}.wide: the last four numbers of each token are a first-order weight to this tower, and part "
+                f"of the embedding to model.{plain[0]} ({self.towers[plain[0]].type}); take towers with wide in all "
+                "paths or in none"
+            )
+
 
 class SparseOptimizerConfig(Section):
-    """The optimizer fused into the backward pass of the sharded tables; a CPU has neither adam nor weight decay.
+    """The optimizer fused into the backward pass of the sharded tables; a CPU has no adam.
 
-    `weight_decay` moves only the rows that a step looks up; for rowwise_adagrad it is an L2 term of the gradient.
+    By `weight_decay_mode`, `weight_decay` is `fused`, fbgemm's own, which a CPU lacks and which moves only the rows
+    that a step looks up, for rowwise_adagrad as an L2 term; `decoupled`, by which every step multiplies every row by
+    1 - rate x decay; or `coupled`, an L2 term of every row's gradient, taken every `coupled_every` steps (32 if null).
     `max_gradient` is the largest magnitude of a number in the gradient by what a feature of a row looks up, pooled.
     """
 
     type: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
     weight_decay: NonNegativeFloat = 0.0
+    weight_decay_mode: Literal["fused", "decoupled", "coupled"] = "fused"
+    coupled_every: Count | None = None
     max_gradient: PositiveFloat | None = None
     eps: PositiveFloat = 1e-8
     betas: tuple[Probability, Probability] = (0.9, 0.999)
 
     @model_validator(mode="after")
     def _decay_is_not_ignored(self) -> Self:
-        if self.weight_decay and self.type in ("adagrad", "sgd"):
+        if self.coupled_every is not None and self.weight_decay_mode != "coupled":
             raise ValueError(
-                f"fbgemm's fused {self.type} ignores weight_decay; set it to 0 or take rowwise_adagrad or adam"
+                f"coupled_every is for weight_decay_mode coupled, and it is {self.weight_decay_mode}; "
+                "leave one of them out"
+            )
+        if not self.weight_decay:
+            return self
+        if self.weight_decay_mode == "fused" and self.type in ("adagrad", "sgd"):
+            raise ValueError(
+                f"fbgemm's fused {self.type} ignores weight_decay; set it to 0 or take rowwise_adagrad or adam, "
+                "or weight_decay_mode decoupled or coupled"
+            )
+        if self.weight_decay_mode == "coupled" and self.type == "adam":
+            raise ValueError(
+                "weight_decay_mode coupled is not for adam, whose averages are of gradients alone; take decoupled, "
+                "or another type"
             )
         return self
+
+    def decay_of(self, rate: float) -> float:
+        """The share of a row that the decay takes at once at a learning rate; 0 where that depends on the gradient."""
+        if self.weight_decay_mode == "decoupled":
+            return rate * self.weight_decay
+        if self.weight_decay_mode == "coupled" and self.type == "sgd":
+            return rate * self.weight_decay * self.sweep_steps
+        return 0.0
+
+    @property
+    def sweep_steps(self) -> int:
+        """Steps between two sweeps of a coupled decay."""
+        return self.coupled_every or 32
 
 
 class DataParallelOptimizerConfig(Section):
@@ -426,12 +522,27 @@ class DenseOptimizerConfig(Section):
     betas: tuple[Probability, Probability] = (0.9, 0.999)
 
 
+class AverageConfig(Section):
+    """Exponential averages of what a stage trains, which are evaluated, served and what the stage ends with.
+
+    Averaging begins after `start` steps. With `warmup` the n-th step after them has min(decay, (1 + n) / (10 + n)) for
+    `decay`. `tables` is how sharded tables are averaged: not at all, or by a sweep over all rows every `every` steps.
+    """
+
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
+    start: Number = 0
+    warmup: bool = True
+    tables: Literal["none", "sweep"] = "none"
+    every: Count = 10
+
+
 class OptimizersConfig(Section):
-    """The three optimizers; their learning rates belong to the stages."""
+    """The three optimizers, whose learning rates belong to the stages, and averages of what they train."""
 
     sparse: SparseOptimizerConfig = SparseOptimizerConfig()
     data_parallel: DataParallelOptimizerConfig = DataParallelOptimizerConfig()
     dense: DenseOptimizerConfig = DenseOptimizerConfig()
+    average: AverageConfig | None = None
 
 
 class PlateauConfig(Section):
@@ -470,6 +581,7 @@ class StageConfig(Section):
     balance_weight: NonNegativeFloat = 0.0
     z_weight: NonNegativeFloat = 0.0
     diversity_weight: NonNegativeFloat = 0.0
+    agreement_weight: NonNegativeFloat = 0.0
     patience: Count | None = None
     monitor: Literal["log_loss", "auc"] = "log_loss"
 
@@ -605,6 +717,27 @@ class Config(Section):
         return output_dir
 
     @model_validator(mode="after")
+    def _decay_leaves_something(self) -> Self:
+        sparse = self.optimizers.sparse
+        for name, stage in self.stages.items():
+            share = sparse.decay_of(stage.sparse_learning_rate or 0.0)
+            if share >= 1:
+                raise ValueError(
+                    f"optimizers.sparse.weight_decay: {sparse.weight_decay:g} at "
+                    f"stages.{name}.sparse_learning_rate {stage.sparse_learning_rate:g} takes {share:g} of each row at "
+                    "once, which must be below 1; lower one of them"
+                    + (", or coupled_every" if sparse.weight_decay_mode == "coupled" else "")
+                )
+        if sparse.weight_decay and sparse.weight_decay_mode != "fused":
+            for name, table in self.tables.items():
+                if table.compute_kernel == "fused_uvm_caching":
+                    raise ValueError(
+                        f"tables.{name}.compute_kernel: fused_uvm_caching does not go with weight_decay_mode "
+                        f"{sparse.weight_decay_mode}, which changes rows beside the cache; take fused or fused_uvm"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _references_resolve(self) -> Self:
         used = {feature.table for feature in self.features.sparse.values()}
         for name, feature in self.features.sparse.items():
@@ -629,13 +762,10 @@ class Config(Section):
         ]
         if self.features.dense:
             tokens.append((DENSE_DIM, self.model.dense_dim))
-        for key, tower in (("tower", self.model.tower), ("replaces", self.model.replaces)):
-            if tower is not None:
-                try:
-                    tower.check_features(list(self.features.sparse))
-                    tower.check_tokens(tokens)
-                except ValueError as error:
-                    raise ValueError(f"model.{key}.{error}") from None
+        try:
+            self.model.check_inputs(list(self.features.sparse), tokens)
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from None
         if both := set(self.features.sparse) & set(self.features.dense):
             raise ValueError(f"features: {min(both)!r} is both a sparse and a dense feature; rename one")
         any_sharded = not all(table.data_parallel for table in self.tables.values())
@@ -648,6 +778,11 @@ class Config(Section):
                 raise ValueError(
                     f"stages.{name} trains experts but model.hilomoe is null; "
                     f"leave the stage out with stages.{name}=null"
+                )
+            if stage.agreement_weight and self.model.paths is None:
+                raise ValueError(
+                    f"stages.{name}.agreement_weight: weighs what model.paths differ by, and the model has one tower; "
+                    "set it to 0, or give model.paths"
                 )
             if stage.chosen_by is not None and self.data.valid is None:
                 raise ValueError(f"stages.{name}.{stage.chosen_by} needs a valid split; set data.valid")

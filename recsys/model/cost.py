@@ -27,15 +27,15 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from recsys.config import Config, ConfigError, HiLoMoEConfig, ModelConfig, TowerConfig
+from recsys.config import Config, ConfigError, ModelConfig, TowerConfig
 from recsys.config.towers import PerceptronSettings
 from recsys.model.dense_arch import DenseArch, build_dense_arch
 from recsys.model.experts import expert_layers
 
 PARTS = ("embedding", "projection", "tower", "interaction", "experts", "routing", "head")
-"""`projection` is that of the dense features. `tower` are the tower's linears without their experts, `interaction` the
-rest of the tower: matrix products that no linear makes (attention, bilinear fusion) and parameters that no linear holds
-(of norms, of a fusion)."""
+"""`projection` is that of the dense features. `tower` are the linears of the tower, or of all paths,
+without their experts, `interaction` the rest of these: matrix products that no linear makes (attention, bilinear
+fusion) and parameters that no linear holds (of norms, of a fusion)."""
 _STACK = ("tower", "interaction", "experts", "routing")
 _DENSE_ARCH = ("projection", *_STACK, "head")
 
@@ -163,7 +163,7 @@ class CostReport:
 
 
 def cost_report(config: Config, ids_per_example: Mapping[str, float] | None = None) -> CostReport:
-    """Count a config's ranker and the dense one it is compared with: `model.replaces`, or its tower without experts.
+    """Count a config's ranker and the dense one it is compared with: `model.replaces`, or its towers without experts.
 
     Args:
         config: the run. Nothing of it is allocated.
@@ -176,7 +176,8 @@ def cost_report(config: Config, ids_per_example: Mapping[str, float] | None = No
     cost = _cost(config, model, ids_per_example or {})
     if model.hilomoe is None and model.replaces is None:
         return CostReport(cost, None, config.data.batch_size)
-    dense = model.model_copy(update={"tower": model.replaces or model.tower, "hilomoe": None})
+    towers = {"tower": model.replaces, "paths": None} if model.replaces else {}
+    dense = model.model_copy(update={**towers, "hilomoe": None})
     return CostReport(cost, _cost(config, dense, ids_per_example or {}), config.data.batch_size)
 
 
@@ -197,7 +198,7 @@ def _cost(config: Config, model: ModelConfig, ids_per_example: Mapping[str, floa
         parameters = count_parameters(dense_arch)
     # What grows with the rows is an example's, what does not is the call's.
     flops = {part: (four[part] - two[part]) // 2 for part in PARTS}
-    unread = model.tower.padding
+    unread = model.padding
     parameters["embedding"] = sum(table.num_embeddings * table.embedding_dim for table in config.tables.values())
     padding = {
         "embedding": unread * sum(table.num_embeddings for table in config.tables.values()),
@@ -205,7 +206,7 @@ def _cost(config: Config, model: ModelConfig, ids_per_example: Mapping[str, floa
     }
     parameters.subtract(padding)
     return Cost(
-        model=model_name(model.tower, model.hilomoe),
+        model=model_name(model),
         flops={**flops, "embedding": looked_up},
         parameters={part: parameters[part] for part in PARTS},
         padding=sum(padding.values()),
@@ -261,32 +262,37 @@ def count_parameters(dense_arch: DenseArch) -> Counter[str]:
     return found
 
 
-def model_name(tower: TowerConfig, hilomoe: HiLoMoEConfig | None) -> str:
-    """A tower by its sizes, such as `mlp 400x400`, with experts `hilomoe mlp 400x400 L3 K8`.
+def model_name(model: ModelConfig) -> str:
+    """A model by its sizes, such as `mlp 400x400`, with experts `hilomoe mlp 400x400 L3 K8`; paths are joined by `+`.
 
     Rates are left out, and choices such as the activation where they are the default.
     """
-
-    def shown(value: Any) -> str:
-        if not isinstance(value, tuple):
-            return str(value)
-        return ("x" if all(isinstance(part, int) for part in value) else ",").join(map(str, value))
-
-    words: list[str] = ["hilomoe", tower.type] if hilomoe else [tower.type]
-    for field, value in sorted(tower, key=lambda one: one[0] in PerceptronSettings.model_fields):  # sizes first
-        if field == "hidden":
-            words.append(shown(value) or "without hidden layers")
-        elif isinstance(value, str) and value == type(tower).model_fields[field].default:
-            continue
-        elif field != "type" and value not in (None, ()) and not isinstance(value, float):
-            words.append(f"{field}={shown(value)}")
-    if hilomoe is not None:
-        words += [f"L{hilomoe.num_layers}", f"K{hilomoe.num_experts}"]
+    words = [" + ".join(map(_tower_name, model.towers.values()))]
+    if (hilomoe := model.hilomoe) is not None:
+        words = ["hilomoe", *words, f"L{hilomoe.num_layers}", f"K{hilomoe.num_experts}"]
         for field, value in hilomoe:
             default = type(hilomoe).model_fields[field].default
             if field not in ("num_layers", "num_experts") and value != default:
-                words.append(f"{field}={shown(value)}")
+                words.append(f"{field}={_shown(value)}")
     return " ".join(words)
+
+
+def _tower_name(tower: TowerConfig) -> str:
+    words = [tower.type]
+    for field, value in sorted(tower, key=lambda one: one[0] in PerceptronSettings.model_fields):  # sizes first
+        if field == "hidden":
+            words.append(_shown(value) or "without hidden layers")
+        elif isinstance(value, str) and value == type(tower).model_fields[field].default:
+            continue
+        elif field != "type" and value not in (None, ()) and not isinstance(value, float):
+            words.append(f"{field}={_shown(value)}")
+    return " ".join(words)
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, tuple):
+        return str(value)
+    return ("x" if all(isinstance(part, int) for part in value) else ",").join(map(str, value))
 
 
 def _parts_of_linears(dense_arch: DenseArch) -> dict[nn.Linear, str]:
@@ -301,7 +307,7 @@ def _parts_of_linears(dense_arch: DenseArch) -> dict[nn.Linear, str]:
                 visit(child, part)
 
     for name, child in dense_arch.named_children():
-        visit(child, {"head": "head", "dense_projection": "projection"}.get(name, "tower"))
+        visit(child, {"head": "head", "heads": "head", "dense_projection": "projection"}.get(name, "tower"))
     return found
 
 

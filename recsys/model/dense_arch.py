@@ -1,66 +1,104 @@
 """The dense arch: pooled embeddings and dense features -> tower -> click logit. Plain torch, as serving needs it too.
 
-Shapes: B rows, F_d dense features, W the tower's input width.
+Shapes: B rows, F_d dense features, W the towers' input width, P paths.
 """
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from recsys.config import ConfigError, HiLoMoEConfig, ModelConfig
 from recsys.model.experts import attach_experts, expert_layers
 from recsys.model.losses import Losses, auxiliary_losses
-from recsys.model.towers import Tokens, build_tower
+from recsys.model.towers import Tokens, Tower, build_tower
+
+
+class DenseOutput(NamedTuple):
+    """What the dense arch makes of a batch.
+
+    Attributes:
+        logits: (B,) of the click; with paths, that of the mean of their probabilities.
+        losses: the auxiliary losses of its experts.
+        paths: (P, B) logits of each path; None with one tower.
+    """
+
+    logits: Tensor
+    losses: Losses
+    paths: Tensor | None
 
 
 class DenseArch(nn.Module):
-    """Everything that is replicated and trained by the dense optimizer: dense projection, tower and head.
+    """Everything that is replicated and trained by the dense optimizer: dense projection, towers and their heads.
+
+    One tower is the child `tower`, and its head `head`. Several are `paths.0`, `paths.1` and so on, with `heads.0`,
+    `heads.1`: each has a logit of its own, and the mean of their probabilities is the model's.
 
     Args:
         num_dense_features: F_d, may be 0.
         dense_dim: width to which the dense features are projected.
-        tower: module from (B, W) to (B, `out_features`).
-        out_features: the tower's output width.
-        num_logits: how many of its last outputs the head begins by adding as they are.
+        towers: one at least, each from (B, W).
     """
 
-    def __init__(
-        self, num_dense_features: int, dense_dim: int, tower: nn.Module, out_features: int, num_logits: int = 0
-    ) -> None:
+    tower: Tower
+    head: nn.Linear
+
+    def __init__(self, num_dense_features: int, dense_dim: int, *towers: Tower) -> None:
         super().__init__()
         self.dense_projection = nn.Linear(num_dense_features, dense_dim) if num_dense_features else None
-        self.tower = tower
-        self.head = nn.Linear(out_features, 1)
-        nn.init.ones_(self.head.weight[:, out_features - num_logits :])
+        self._has_paths = len(towers) > 1
+        if self._has_paths:
+            self.paths = nn.ModuleList(towers)
+            self.heads = nn.ModuleList(map(_head, towers))
+        else:
+            (self.tower,) = towers
+            self.head = _head(self.tower)
 
     def forward(
         self, pooled: Tensor, dense_features: Tensor, loss_weights: Mapping[str, float] = MappingProxyType({})
-    ) -> tuple[Tensor, Losses]:
+    ) -> DenseOutput:
         """From a batch to its logits, and what its experts' routing costs.
 
         Args:
             pooled: embeddings, (B, sum of dims).
             dense_features: (B, F_d).
             loss_weights: factors by name, which decide what auxiliary losses are computed.
-
-        Returns:
-            Logits (B,) and the auxiliary losses.
         """
         parts = [pooled]
         if self.dense_projection is not None:
             parts.append(self.dense_projection(dense_features))
-        logits: Tensor = self.head(self.tower(torch.cat(parts, 1))).squeeze(-1)
+        x, paths = torch.cat(parts, 1), None
+        if self._has_paths:
+            # A view for each path: if one of them copies a request's context into all rows, the others need not.
+            each = [head(path(x[:, :])).squeeze(-1) for path, head in zip(self.paths, self.heads, strict=True)]
+            paths = torch.stack(each)
+            logits = logit_of_mean(paths)
+        else:
+            logits = self.head(self.tower(x)).squeeze(-1)
         layers = [layer for layer in expert_layers(self).values() if layer.experts_active]
-        return logits, auxiliary_losses(layers, loss_weights, logits)
+        return DenseOutput(logits, auxiliary_losses(layers, loss_weights, logits), paths)
+
+
+def logit_of_mean(logits: Tensor) -> Tensor:
+    """Logit (B,) of the mean of probabilities, whose own are (P, B); finite and exact where a probability is 0 or 1."""
+    return torch.logsumexp(F.logsigmoid(logits), 0) - torch.logsumexp(F.logsigmoid(-logits), 0)
+
+
+def _head(tower: Tower) -> nn.Linear:
+    """From what a tower gives to its logit; what are summands of it already begin by being added as they are."""
+    head = nn.Linear(tower.out_features, 1)
+    nn.init.ones_(head.weight[:, tower.out_features - tower.num_logits :])
+    return head
 
 
 def build_dense_arch(config: ModelConfig, embedding_dims: Mapping[str, int], *, num_dense_features: int) -> DenseArch:
     """The replicated part: tokens are the sparse features' pooled embeddings and the projected dense features.
 
     Args:
-        config: tower and experts.
+        config: towers and experts.
         embedding_dims: width of each sparse feature's pooled embedding, in the order in which they enter the tower.
         num_dense_features: F_d, may be 0.
 
@@ -70,10 +108,15 @@ def build_dense_arch(config: ModelConfig, embedding_dims: Mapping[str, int], *, 
     tokens = Tokens(
         tuple(embedding_dims), (*embedding_dims.values(), *([config.dense_dim] if num_dense_features else []))
     )
-    tower = build_tower(config.tower, tokens)
-    dense_arch = DenseArch(num_dense_features, config.dense_dim, tower, tower.out_features, tower.num_logits)
+    towers = [build_tower(tower, tokens) for tower in config.towers.values()]
+    dense_arch = DenseArch(num_dense_features, config.dense_dim, *towers)
     if config.hilomoe is not None:
-        _attach(dense_arch, config.hilomoe, config.hilomoe.experts_in or config.tower.expert_linears)
+        own = [
+            f"{name}.{pattern.removeprefix('tower.')}"
+            for name, tower in config.towers.items()
+            for pattern in tower.expert_linears
+        ]
+        _attach(dense_arch, config.hilomoe, config.hilomoe.experts_in or own)
     return dense_arch
 
 

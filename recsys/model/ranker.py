@@ -27,7 +27,8 @@ class RankerOutput(NamedTuple):
         labels: (B,) as in the batch.
         domain: (B,) or (0,) as in the batch.
         losses: scalars by name: this rank's share of the step's mean binary cross entropy (the mean over ranks is the
-            step's), each row's multiplied by its weight, and auxiliary losses; see `recsys.model.losses`.
+            step's), each row's multiplied by its weight, of paths what they have beside it, and auxiliary losses; see
+            `recsys.model.losses`.
         dense_features: (B, F_d) as in the batch.
     """
 
@@ -114,8 +115,8 @@ class Ranker(nn.Module):
             (features,) = KeyedTensor.regroup([pooled], [self.feature_names])
             if self.mean_pooling is not None:
                 features = self.mean_pooling(features, batch.sparse_features)
-        logits, auxiliary = self.dense_arch(features, batch.dense_features, self.loss_weights)
-        total, losses = self.total_loss(logits, auxiliary, batch, self.loss_weights)
+        logits, auxiliary, paths = self.dense_arch(features, batch.dense_features, self.loss_weights)
+        total, losses = self.total_loss(logits, auxiliary, batch, self.loss_weights, paths)
         return total, RankerOutput(logits.detach(), batch.labels, batch.domain, losses, batch.dense_features)
 
 
@@ -158,5 +159,5 @@ def _check_memory(config: ModelConfig, embedding_dims: Mapping[str, int], *, num
     if needed > there:
         raise ConfigError(
             f"model: its dense part takes {needed / 2**30:,.1f} GiB, and this machine has {there / 2**30:,.1f}; make "
-            "the tower or model.hilomoe smaller"
+            f"the {'paths' if config.paths else 'tower'} or model.hilomoe smaller"
         )

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from recsys.checkpoint import layout
 from recsys.checkpoint.layout import CONFIG, VOCABULARIES, Digest
+from recsys.checkpoint.pending import PendingRows
 from recsys.checkpoint.tensors import TensorReader
 from recsys.checkpoint.unsharding import Source, unshard, write_safetensors
 from recsys.config import Config, load_checkpoint_config
@@ -191,7 +192,7 @@ def write_artifact(checkpoint: Path, output: Path, *, tables: Precision = "float
             written / DENSE,
             names=lambda name: name.removeprefix(_DENSE_ARCH) if name.startswith(_DENSE_ARCH) else None,
         )
-        reader = TensorReader(checkpoint)
+        reader = PendingRows(TensorReader(checkpoint, averaged=True))
         sources = [
             Source(
                 name,
@@ -260,10 +261,10 @@ def _held(directory: Path) -> list[str]:
     return [str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir()]
 
 
-def _stored_blocks(reader: TensorReader, name: str, precision: Precision) -> Iterator[Tensor]:
-    for rows in blocks(reader.shape(name)[0]):
+def _stored_blocks(saved: PendingRows, name: str, precision: Precision) -> Iterator[Tensor]:
+    for rows in blocks(saved.reader.shape(name)[0]):
         try:
-            yield stored(reader.read(name, rows), precision)
+            yield stored(saved.read(name, rows), precision)
         except OverflowError as error:
             raise ArtifactError(f"{name} has {error}; keep the tables in a higher precision") from None
 

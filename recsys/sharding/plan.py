@@ -1,6 +1,6 @@
 """Which table lives where: TorchRec's planner under the config's constraints, and the plan as a report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, ShardingOption
 from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingPlan
 
-from recsys.config import ConfigError, TableConfig
+from recsys.config import WHOLE_ROWS, ConfigError, TableConfig
 from recsys.model.names import table_key
 from recsys.runtime import Ranks
 
@@ -112,7 +112,9 @@ def _constraint(table: TableConfig, *, on_cpu: bool) -> ParameterConstraints:
     if kernel is None and table.data_parallel:
         kernel = EmbeddingComputeKernel.DENSE.value
     # Data-parallel tables have an optimizer of their own, so they are never the planner's choice.
-    sharding = table.sharding or (_CPU_SHARDING if on_cpu else _GPU_SHARDING)
+    sharding: Sequence[str] = table.sharding or (_CPU_SHARDING if on_cpu else _GPU_SHARDING)
+    if table.max_norm is not None:  # of which the config has seen to it
+        sharding = tuple(kind for kind in sharding if kind in WHOLE_ROWS)
     return ParameterConstraints(
         sharding_types=list(sharding),
         compute_kernels=[kernel] if kernel else None,

@@ -20,18 +20,21 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     WeightDecayMode,
 )
 from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.nn.parallel import DistributedDataParallel
+from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbeddingBag
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.shard import shard as torchrec_shard
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
 from recsys.config import Config, ConfigError, DataParallelOptimizerConfig, SparseOptimizerConfig, TableConfig
-from recsys.model.names import table_name
+from recsys.model.names import table_key, table_name
 from recsys.model.ranker import Ranker
 from recsys.runtime import Ranks
 from recsys.sharding.plan import make_plan, possible_on_cpu
+from recsys.sharding.rows import Piece, Rows
 
 _FUSED = {
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
@@ -54,12 +57,14 @@ class ShardedRanker:
         plan: where each table is.
         sparse_optimizer: fused into the backward of the sharded tables; its step only passes on learning rates.
         data_parallel_optimizer: of the replicated tables, or None where there are none.
+        rows: of the sharded tables, and what happens to them between the steps that look them up.
     """
 
     ranker: Ranker
     plan: ShardingPlan
     sparse_optimizer: CombinedOptimizer
     data_parallel_optimizer: KeyedOptimizer | None
+    rows: Rows
 
 
 def shard(ranker: Ranker, config: Config, ranks: Ranks, *, seed: int) -> ShardedRanker:
@@ -92,6 +97,7 @@ def shard(ranker: Ranker, config: Config, ranks: Ranks, *, seed: int) -> Sharded
         plan=plan,
         sparse_optimizer=CombinedOptimizer(fused),
         data_parallel_optimizer=_data_parallel_optimizer(replicated, config.optimizers.data_parallel),
+        rows=_rows(ranker, config, plan, ranks.device),
     )
     for module in _that_count(sharded):
         module.register_forward_hook(_uncount_without_gradient)
@@ -107,12 +113,46 @@ def shard_to_read(ranker: Ranker, config: Config, ranks: Ranks) -> ShardedRanker
     Raises:
         ConfigError: tables that do not fit.
     """
-    sgd = config.optimizers.sparse.model_copy(update={"type": "sgd", "weight_decay": 0.0})
+    sgd = SparseOptimizerConfig(type="sgd")
     optimizers = config.optimizers.model_copy(update={"sparse": sgd})
     tables = config.tables
     if ranks.device.type == "cpu":
         tables = {name: possible_on_cpu(table) for name, table in tables.items()}
     return shard(ranker, config.model_copy(update={"tables": tables, "optimizers": optimizers}), ranks, seed=0)
+
+
+def _rows(ranker: Ranker, config: Config, plan: ShardingPlan, device: torch.device) -> Rows:
+    """The rows of all tables with a fused optimizer.
+
+    Raises:
+        ConfigError: they are changed between steps, and some are in a cache meanwhile.
+    """
+    sparse, max_norms = config.optimizers.sparse, {}
+    decays = bool(sparse.weight_decay) and sparse.weight_decay_mode != "fused"
+    for name, table in config.tables.items():
+        if table.max_norm is not None:
+            max_norms[table_key(name)] = table.max_norm
+        kernels = [of[table_key(name)].compute_kernel for of in plan.plan.values()]
+        if (decays or table.max_norm is not None) and EmbeddingComputeKernel.FUSED_UVM_CACHING.value in kernels:
+            raise ConfigError(
+                f"tables.{name}.compute_kernel: the planner takes fused_uvm_caching, which does not go with "
+                f"{'tables.' + name + '.max_norm' if table.max_norm is not None else 'weight_decay_mode'}; "
+                "set it to fused, or to fused_uvm"
+            )
+    modules = [
+        (kernel.emb_module, [_piece(table, max_norms) for table in kernel.config.embedding_tables])
+        for collection in ranker.collections.values()
+        for lookup in _lookups(collection)
+        for kernel in lookup.modules()
+        if isinstance(kernel, BatchedFusedEmbeddingBag)
+    ]
+    return Rows(modules, sparse, max_norms, device)
+
+
+def _piece(table: Any, max_norms: Mapping[str, float]) -> Piece:
+    metadata = table.local_metadata
+    row, column = metadata.shard_offsets if metadata is not None else (0, 0)
+    return Piece(table.name, row, column, max_norms.get(table.name))
 
 
 def steps_counted(sharded: ShardedRanker) -> Tensor | None:
@@ -179,17 +219,18 @@ def _fused_params(config: SparseOptimizerConfig, device: torch.device) -> dict[s
         raise ConfigError(
             f"optimizers.sparse.type: fbgemm has no fused {config.type} on a CPU; there are {', '.join(_FUSED_ON_CPU)}"
         )
-    if device.type == "cpu" and config.weight_decay:
+    is_fused = config.weight_decay_mode == "fused"
+    if device.type == "cpu" and config.weight_decay and is_fused:
         # Its CPU kernels take the argument and leave it unused.
         raise ConfigError(
-            "optimizers.sparse.weight_decay: fbgemm's fused optimizers ignore it on a CPU; set it to 0, or make the "
-            "tables data_parallel and set optimizers.data_parallel.weight_decay"
+            "optimizers.sparse.weight_decay: fbgemm's fused optimizers ignore it on a CPU; set it to 0, or "
+            "optimizers.sparse.weight_decay_mode to decoupled or coupled"
         )
     # The learning rate here is a placeholder: each stage sets it before every step.
     params: dict[str, object] = {"optimizer": _FUSED[config.type], "learning_rate": 0.0}
     if config.type != "sgd":
         params["eps"] = config.eps
-    if config.weight_decay:
+    if config.weight_decay and is_fused:
         params["weight_decay"] = config.weight_decay
         params["weight_decay_mode"] = WeightDecayMode.L2
     if config.max_gradient is not None:
@@ -246,6 +287,25 @@ def local_parts(value: Tensor | ShardedTensor) -> list[tuple[Tensor, int, int]]:
     if isinstance(value, ShardedTensor):
         return [(part.tensor, *part.metadata.shard_offsets) for part in value.local_shards()]  # type: ignore[misc]
     return [(value, 0, 0)]
+
+
+def with_parts(value: Tensor | ShardedTensor, parts: list[Tensor]) -> Tensor | ShardedTensor:
+    """A tensor that lies on the ranks as `value` does, and has `parts` on this one, in the order of `local_parts`."""
+    if not isinstance(value, ShardedTensor):
+        (whole,) = parts
+        return whole
+    shards = [Shard(part, of.metadata) for part, of in zip(parts, value.local_shards(), strict=True)]
+    return ShardedTensor._init_from_local_shards_and_global_metadata(
+        shards, value.metadata(), process_group=value._process_group
+    )
+
+
+def new_like(part: Tensor) -> Tensor:
+    """Memory like that of a piece of a table: on the host where a GPU's table lies there."""
+    if part.is_cuda and torch.ops.fbgemm.is_uvm_tensor(part):
+        of_host: Tensor = torch.ops.fbgemm.new_unified_tensor(part, part.shape, False)
+        return of_host
+    return torch.empty_like(part, memory_format=torch.contiguous_format)
 
 
 def _table_of(name: str) -> str:

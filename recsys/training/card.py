@@ -71,10 +71,11 @@ def model_card(
 
 
 def _identity(config: Config, meta: CheckpointMeta, tables: Precision) -> str:
-    features = config.features
+    features, paths = config.features, config.model.paths
+    averaged = f"; the probability is the mean of those of its {len(paths)} towers" if paths else ""
     return (
         f"Gives the probability of label 1 for rows of {len(features.sparse)} sparse and {len(features.dense)} dense "
-        f"features. Model: {model_name(config.model.tower, config.model.hilomoe)}. From the checkpoint of step "
+        f"features. Model: {model_name(config.model)}{averaged}. From the checkpoint of step "
         f"{meta.step:,} (stage {meta.stage}), trained on {meta.world_size} rank{'s' * (meta.world_size > 1)} with seed "
         f"{config.seed}. Its tables are kept in {tables}. `schema.json` and `schema.arrows` say what rows must look "
         "like, `vectors.json` what becomes of some."

@@ -30,6 +30,7 @@ from recsys.checkpoint import layout
 from recsys.checkpoint.dcp import load_tensors
 from recsys.checkpoint.index import UnreadableError
 from recsys.checkpoint.layout import CheckpointError, CheckpointMeta, Digest
+from recsys.checkpoint.pending import PendingRows
 from recsys.checkpoint.tensors import TensorReader
 from recsys.config import CheckpointsConfig, Config, TableConfig
 from recsys.data.storage import THREADS, Place, naming
@@ -38,7 +39,14 @@ from recsys.model.names import table_name
 from recsys.model.ranker import Ranker, build_ranker
 from recsys.runtime import Ranks
 from recsys.sharding.plan import plan_as_dict
-from recsys.sharding.shard import ShardedRanker, forget_cached_rows, set_steps_counted, shard_to_read, steps_counted
+from recsys.sharding.shard import (
+    ShardedRanker,
+    forget_cached_rows,
+    local_parts,
+    set_steps_counted,
+    shard_to_read,
+    steps_counted,
+)
 from recsys.training import reshard
 
 State = dict[str, Tensor | ShardedTensor]
@@ -349,12 +357,18 @@ def verified(directory: Path, ranks: Ranks) -> CheckpointMeta:
 
 
 def load_model(directory: Path, sharded: ShardedRanker, dense_arch: nn.Module) -> None:
-    """Read the model's weights, on any number of ranks; a collective call.
+    """Read the model's weights, averages where there are any, on any number of ranks; a collective call.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape than the config's model.
     """
-    _load(directory, model_state(sharded, dense_arch))
+    state = model_state(sharded, dense_arch)
+    _load(directory, state, averaged=True)
+    with _refusing(directory):
+        pending = PendingRows(TensorReader(directory, averaged=True))
+        for name, value in state.items():
+            for part, row, _ in local_parts(value):
+                pending.settle_(name, part, row)
     forget_cached_rows(sharded)
 
 
@@ -379,7 +393,9 @@ def load_ranker(directory: Path, config: Config, ranks: Ranks) -> Ranker:
 def load_model_and_tables_optimizers(
     directory: Path, sharded: ShardedRanker, dense_arch: nn.Module, tables: Mapping[str, TableConfig]
 ) -> list[str]:
-    """As `load_model`, with the state of the tables' optimizers, on any number of ranks and for any plan.
+    """Read weights as training goes on with them, never averages, and the state of the tables' optimizers.
+
+    A collective call, on any number of ranks and for any plan.
 
     Args:
         directory: of the checkpoint.
@@ -398,7 +414,15 @@ def load_model_and_tables_optimizers(
     as_they_are = {
         name: value for name, value in state.items() if name in saved.names and saved.shape(name) == value.size()
     }
-    _load(directory, {**model_state(sharded, dense_arch), **as_they_are})
+    model = model_state(sharded, dense_arch)
+    _load(directory, {**model, **as_they_are})
+    with _refusing(directory):
+        pending = PendingRows(saved)
+        sharded.rows.load(pending)
+        for name, value in model.items():
+            if not (sharded.rows.keeps_decay and isinstance(value, ShardedTensor)):
+                for part, row, _ in local_parts(value):
+                    pending.decay_(name, part, row)
     forget_cached_rows(sharded)
     if _STEPS in as_they_are:
         set_steps_counted(sharded, as_they_are[_STEPS])
@@ -437,6 +461,12 @@ def load_dense_optimizer(directory: Path, optimizer: KeyedOptimizer) -> None:
         _load(directory, dense_optimizer_state(optimizer))
 
 
+def load_averages(directory: Path, averages: State) -> None:
+    """Read what a checkpoint has of the averages of weights; a collective call. The others stay as they are."""
+    names = _open(directory).names
+    _load(directory, {name: value for name, value in averages.items() if name in names})
+
+
 def load_own(directory: Path, prefix: str) -> dict[str, Tensor]:
     """The plain tensors whose name has the prefix, by what follows it, on the CPU; not a collective call.
 
@@ -466,6 +496,16 @@ def table_optimizer_state(sharded: ShardedRanker) -> State:
     return state
 
 
+def pending_state(sharded: ShardedRanker) -> State:
+    """What rows of sharded tables have not had yet; nothing where all are settled."""
+    weights = {
+        name.split(".")[-2]: value
+        for collection in sharded.ranker.collections.values()
+        for name, value in collection.state_dict().items()
+    }
+    return sharded.rows.state(weights)
+
+
 def dense_optimizer_state(optimizer: KeyedOptimizer) -> State:
     """State of a phase's dense optimizer, as views."""
     return _optimizer_state("dense", optimizer)
@@ -486,10 +526,10 @@ def _flatten(path: str, value: Any) -> Iterator[tuple[str, Tensor | ShardedTenso
         raise TypeError(f"{path}: optimizer state of type {type(value).__name__} cannot be checkpointed")
 
 
-def _load(directory: Path, state: Mapping[str, Any]) -> None:
+def _load(directory: Path, state: Mapping[str, Any], *, averaged: bool = False) -> None:
     """Fill the tensors of `state`, which share memory with the model, in place."""
     with _refusing(directory):
-        load_tensors(directory, dict(state))
+        load_tensors(directory, dict(state), averaged=averaged)
 
 
 def _open(directory: Path) -> TensorReader:

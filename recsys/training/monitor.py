@@ -1,4 +1,4 @@
-"""What a person watches and a machine reads: the terminal, TensorBoard and summary.json, from rank 0."""
+"""What a person watches and a machine reads: the terminal, TensorBoard, evaluations and summary, from rank 0."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +19,8 @@ from recsys.training.routing import RoutingSummary
 
 _FIGURES = ("auc", "log_loss", "ne", "calibration")
 
+EVALUATIONS = "evaluations.jsonl"
+
 MAX_SHOWN_DOMAINS = 64
 """Rows of a heat map; of more domains those of the most inputs are shown."""
 
@@ -29,7 +31,7 @@ class Monitor:
     One live bar where the terminal is one, plain lines where it is not.
 
     Args:
-        output_dir: where `tensorboard/` and `summary.json` go.
+        output_dir: where `tensorboard/`, `evaluations.jsonl` and `summary.json` go.
         enabled: whether this is the first rank.
         check: called before figures are recorded, and by who else writes there; raises if that would go astray.
     """
@@ -54,6 +56,8 @@ class Monitor:
 
     def __enter__(self) -> Self:
         if self._enabled:
+            if self._first_step is not None:
+                _drop_evaluations(self.output_dir / EVALUATIONS, self._first_step)
             self._writer = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=self._first_step)
         self._progress.start()
         return self
@@ -180,9 +184,21 @@ class Monitor:
         if self._task is not None:
             self._progress.update(self._task, figures=f"evaluating {split}: {done:,}/{num_batches:,}")
 
-    def evaluation(self, source: str, split: str, step: int, metrics: Metrics) -> None:
-        """Figures of a held-out split; `source` is a stage's name, `final` or `reference`."""
+    def evaluation(self, source: str, split: str, step: int, epochs: int, metrics: Metrics) -> None:
+        """Figures of a held-out split: shown, recorded and a line of `evaluations.jsonl`.
+
+        Args:
+            source: a stage's name, `final` or `reference`.
+            split: `valid` or `test`.
+            step: of the run.
+            epochs: of the run that have ended.
+            metrics: the figures; those that are not finite are null in the file.
+        """
         self.check()
+        if self._writer is not None:
+            told = {"source": source, "split": split, "step": step, "epochs": epochs, **metrics.as_dict()}
+            with (self.output_dir / EVALUATIONS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_without_non_finite(told, "", []), allow_nan=False) + "\n")
         self._record(f"{split}_reference" if source == "reference" else split, step, metrics)
         if self._task is not None:
             self._progress.update(self._task, figures="")
@@ -214,7 +230,8 @@ class Monitor:
         self.text("stages", terminal.markdown(rows))
         self._progress.stop()
         self.say(terminal.table(rows, "Summary"))
-        self.say(f"Outputs in {self.output_dir}: summary.json, config.yaml, plan.txt, checkpoints/, tensorboard/")
+        files = f"summary.json, {EVALUATIONS}, config.yaml, plan.txt, checkpoints/, tensorboard/"
+        self.say(f"Outputs in {self.output_dir}: {files}")
         self.say(f"Last checkpoint: {summary['checkpoint']}")
 
     def _record(self, split: str, step: int, metrics: Metrics) -> None:
@@ -224,6 +241,14 @@ class Monitor:
             value = getattr(metrics, figure)
             if value is not None:
                 self._writer.add_scalar(f"{split}/{figure}", value, step)
+
+
+def _drop_evaluations(path: Path, first_step: int) -> None:
+    """Leave out what an interrupted run recorded from a step on, and what it was writing as it was cut off."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step]
+        path.write_text("".join(kept), encoding="utf-8")
 
 
 def _without_non_finite(value: Any, path: str, nulled: list[str]) -> Any:

@@ -13,6 +13,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimiz
 
 from recsys.config import Config, ConfigError, StageConfig
 from recsys.model.experts import expert_layers, parameter_groups
+from recsys.sharding.rows import Rows
 from recsys.sharding.shard import ShardedRanker
 from recsys.training.schedules import schedule_factor
 
@@ -94,6 +95,7 @@ class PhaseOptimizers:
         stage: settings.
         num_steps: optimizer steps the phase lasts at most.
         clipping: of the dense optimizer's gradients, None where they are not clipped.
+        rows: of the sharded tables.
     """
 
     all: CombinedOptimizer
@@ -102,6 +104,7 @@ class PhaseOptimizers:
     num_steps: int
     _rates: dict[str, tuple[Optimizer, float]]
     clipping: Clipping | None
+    rows: Rows
 
     @property
     def norm_before_clipping(self) -> Tensor | None:
@@ -116,12 +119,18 @@ class PhaseOptimizers:
             group["lr"] = 0.0
 
     def set_learning_rates(self, step: int, plateau_share: float = 1.0) -> dict[str, float]:
-        """Set every learning rate as `schedule_factor` has it for a step of the phase, and tell them by optimizer."""
+        """Set every learning rate as `schedule_factor` has it for a step of the phase, and tell them by optimizer.
+
+        Rows of the sharded tables go by that of theirs, so this is called once before each step.
+        """
         factor = schedule_factor(self.stage, step, self.num_steps, plateau_share)
         for optimizer, peak in self._rates.values():
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
-        return {name: peak * factor for name, (_, peak) in self._rates.items()}
+        rates = {name: peak * factor for name, (_, peak) in self._rates.items()}
+        if "sparse" in rates:
+            self.rows.begin_step(rates["sparse"])
+        return rates
 
 
 def begin_phase(
@@ -164,8 +173,8 @@ def _settle_buckets(dense_arch: DistributedDataParallel, config: Config, stage: 
     buffers = [(buffer, buffer.clone()) for buffer in dense_arch.buffers()]  # which zeros must not move
     inputs = (torch.zeros(2, width, device=device), torch.zeros(2, len(config.features.dense), device=device))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # of which dropout draws
-        logits, losses = dense_arch(*inputs, stage.loss_weights)
-        (logits.sum() + sum(losses.values())).backward()
+        logits, losses, paths = dense_arch(*inputs, stage.loss_weights)
+        ((logits if paths is None else paths).sum() + sum(losses.values())).backward()
     for buffer, before in buffers:
         buffer.copy_(before)
     for parameter in dense_arch.parameters():
@@ -197,4 +206,4 @@ def _optimizers(
             optimizers.append(("data_parallel", sharded.data_parallel_optimizer))
             rate = stage.data_parallel_learning_rate or stage.learning_rate
             rates["data_parallel"] = (sharded.data_parallel_optimizer, rate)
-    return PhaseOptimizers(CombinedOptimizer(optimizers), dense, stage, num_steps, rates, clipping)
+    return PhaseOptimizers(CombinedOptimizer(optimizers), dense, stage, num_steps, rates, clipping, sharded.rows)

@@ -33,7 +33,7 @@ FORMAT = 1
 MARKER = "run.json"
 LOCK = "run.lock"
 
-WRITTEN = ("config.yaml", "plan.txt", "summary.json", "tensorboard", "checkpoints")
+WRITTEN = ("config.yaml", "plan.txt", "evaluations.jsonl", "summary.json", "tensorboard", "checkpoints")
 """Names that a run writes beside its marker and lock; in a directory without a marker they are somebody else's."""
 
 PATIENCE_SECONDS = 5.0

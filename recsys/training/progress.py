@@ -86,6 +86,7 @@ class Progress:
         left: what of the epoch under way was read when the run was resumed within it, None where it was not.
         best: of the phase under way, where it is chosen by the valid split.
         plateau: what evaluations of the phase under way have made of its learning rates.
+        swept: steps of the phase that the averages of sharded tables know of.
         valid: figures of the valid split for the weights as the last stage left them, where they are known.
         totals: by stage, of those that have begun.
         counts: by split: values that were cut, replaced or left out, in all train rows so far, or in one pass.
@@ -105,6 +106,7 @@ class Progress:
     left: Position | None = None
     best: Best | None = None
     plateau: Plateau = field(default_factory=Plateau)
+    swept: int = 0
     valid: Metrics | None = None
     totals: dict[str, StageTotals] = field(default_factory=dict)
     counts: dict[str, _StoredCounts] = field(default_factory=dict)
@@ -140,7 +142,7 @@ class Progress:
     def begin_phase(self, number: int) -> None:
         """A phase of the stage begins."""
         self.phase, self.phase_steps, self.phase_epochs, self.best = number, 0, 0, None
-        self.plateau = Plateau()
+        self.plateau, self.swept = Plateau(), 0
         self.phase_over = False
 
     def step_done(self, examples: int) -> None:

@@ -31,6 +31,7 @@ from recsys.runtime import Ranks, derive_seed, once_on_each_machine, process_gro
 from recsys.sharding.plan import PLAN_TEXTS, plan_as_dict, plan_rows
 from recsys.sharding.shard import shard
 from recsys.terminal import markdown, table
+from recsys.training.averages import check_start
 from recsys.training.checkpoint import (
     Checkpoints,
     copy_checkpoint,
@@ -39,6 +40,7 @@ from recsys.training.checkpoint import (
     load_model_and_tables_optimizers,
     load_own,
     model_state,
+    pending_state,
     table_optimizer_state,
     together,
     verified,
@@ -132,7 +134,7 @@ class Trainer:
         self.dense_arch = ranker.dense_arch
         self.sharded = shard(ranker, config, ranks, seed=derive_seed(config.seed, "tables"))
         self.progress = Progress(counts={split: Counter() for split in splits})
-        phase_lengths(config.stages, self._epoch(0).num_steps)
+        check_start(config.optimizers.average, phase_lengths(config.stages, self._epoch(0).num_steps))
         self._cost = cost_report(config)
         self._versions = {**versions(), "commit": git_commit()}
         self.checkpoints = Checkpoints(
@@ -307,6 +309,7 @@ class Trainer:
         )
         if self._resumed is not None:
             load_dense_optimizer(self._resumed, trainer.optimizers.dense)
+            trainer.averages.load(self._resumed)
             if progress.is_within_epoch:
                 trainer.load_open_state(
                     {name.removeprefix("open."): value for name, value in self._own.items() if name.startswith("open.")}
@@ -322,6 +325,8 @@ class Trainer:
                 while not trainer.is_over:
                     trainer.train_epoch(self._epoch(progress.epoch), loader)
                 trainer.detach()
+                self.sharded.rows.settle()
+                trainer.averages.become_weights()
                 self._check_weights()  # which names them, as predictions cannot
                 if "valid" not in self.splits:
                     check_predictions(self.sharded.ranker, loader, self.ranks, self._moment())
@@ -365,7 +370,7 @@ class Trainer:
             if progress.valid is None or progress.phase_steps:
                 before = f"step {progress.phase_steps + 1:,}" if progress.phase_steps else "the first step"
                 self.monitor.say(f"{name:<10} valid before {before}:")
-                progress.valid = self._evaluate(name, "valid").model
+                progress.valid = self._evaluate_under_way(trainer)
             progress.best = Best(progress.phase_epochs, progress.step, progress.valid)
             if not self._is_saved:
                 self._save(trainer, valid=progress.valid)
@@ -377,7 +382,7 @@ class Trainer:
         while not is_over():
             trainer.train_epoch(self._epoch(progress.epoch), loader)
             trainer.detach()
-            metrics = self._evaluate(name, "valid").model
+            metrics = self._evaluate_under_way(trainer)
             is_better = _better(metrics, progress.best.metrics, settings)
             is_cut = progress.plateau.evaluated(settings, is_better=is_better)
             if is_better:
@@ -390,6 +395,7 @@ class Trainer:
         best = progress.best
         if best.step != progress.step:
             self._go_back(best, trainer)
+        trainer.averages.become_weights()
         progress.valid, progress.of_stage.best_epoch = best.metrics, best.epoch
 
     def _go_back(self, best: Best, trainer: PhaseTrainer) -> None:
@@ -398,6 +404,7 @@ class Trainer:
         directory = self.checkpoints.folder / f"step-{best.step}"
         verified(directory, self.ranks)
         load_model_and_tables_optimizers(directory, self.sharded, self.dense_arch, self.config.tables)
+        trainer.averages.load(directory)
         of = f"epoch {best.epoch}" if best.epoch else "the state it began with"
         self.monitor.say(f"{self.progress.stage:<10} back to its best, {of}")
         trainer.optimizers.begin_anew()
@@ -405,7 +412,7 @@ class Trainer:
             load_dense_optimizer(directory, trainer.optimizers.dense)
 
     def _evaluate_within_epoch(self, trainer: PhaseTrainer) -> None:
-        metrics = self._evaluate(self.progress.stage, "valid").model
+        metrics = self._evaluate_under_way(trainer)
         if self.config.checkpoints.keep_best:
             self._save(trainer, valid=metrics)
 
@@ -426,9 +433,16 @@ class Trainer:
         """The order of an epoch, or of what is left of it."""
         return self.progress.epoch_of(train_order(self.splits["train"], self.config, self.ranks.world_size, number))
 
+    def _evaluate_under_way(self, trainer: PhaseTrainer) -> Metrics:
+        """Figures of the valid split within a phase, of its averages where it has some."""
+        self.sharded.rows.settle()  # the weights, before they make way
+        with trainer.averages.in_place():
+            return self._evaluate(self.progress.stage, "valid").model
+
     def _evaluate(self, source: str, split: str) -> Evaluation:
         """Figures of a split and of its reference column, shown and recorded under a stage's name or `final`."""
         progress = self.progress
+        self.sharded.rows.settle()
         found = evaluate(
             self.sharded.ranker,
             self.splits[split],
@@ -436,12 +450,12 @@ class Trainer:
             self.ranks,
             on_batch=partial(self.monitor.evaluating, split),
         )
-        self.monitor.evaluation(source, split, progress.step, found.model)
+        self.monitor.evaluation(source, split, progress.step, progress.epoch, found.model)
         if found.counts != progress.counts[split]:  # they are the same each time
             progress.counts[split] = found.counts
             self.monitor.say(f"warning: {split}: {in_words(found.counts)}")
         if found.reference is not None and split == "test":
-            self.monitor.evaluation("reference", split, progress.step, found.reference)
+            self.monitor.evaluation("reference", split, progress.step, progress.epoch, found.reference)
         return found
 
     @property
@@ -482,7 +496,9 @@ class Trainer:
         state = {
             **model_state(self.sharded, self.dense_arch),
             **table_optimizer_state(self.sharded),
+            **pending_state(self.sharded),
             **dense_optimizer_state(trainer.optimizers.dense),
+            **trainer.averages.state(),
             **{rank + name: value for name, value in own.items()},
         }
         meta = CheckpointMeta(

@@ -23,6 +23,7 @@ from recsys.model.losses import Losses
 from recsys.model.ranker import RankerOutput
 from recsys.runtime import Ranks
 from recsys.sharding.shard import ShardedRanker
+from recsys.training.averages import Averages
 from recsys.training.counts import Counts, in_words, num_skipped, reduce_counts
 from recsys.training.finite import FirstNotFinite, NotFinite
 from recsys.training.metrics import BinaryMetrics
@@ -171,6 +172,7 @@ class PhaseTrainer:
 
     Attributes:
         optimizers: of the phase.
+        averages: of what they train.
     """
 
     def __init__(
@@ -198,6 +200,7 @@ class PhaseTrainer:
         self.optimizers: PhaseOptimizers = begin_phase(
             sharded, dense_arch, config, progress.stage, progress.phase, num_steps=num_steps
         )
+        self.averages = Averages(config.optimizers.average, sharded, dense_arch, progress)
         self._pipeline: TrainPipelineSparseDist[Any, Any] = TrainPipelineSparseDist(
             sharded.ranker, self.optimizers.all, ranks.device
         )
@@ -279,6 +282,7 @@ class PhaseTrainer:
         output: RankerOutput = self._pipeline.progress(batches)
         figures.add(output, examples, batches.step_done())
         self._progress.step_done(examples)
+        self.averages.step_done()
         # Not after, as what clipping leaves of an infinite norm can be finite.
         norm = self.optimizers.norm_before_clipping
         self._not_finite.observe(self._progress.step, output.losses, output.dense_features, norm)
@@ -327,6 +331,7 @@ class PhaseTrainer:
 
     def _end_epoch(self, figures: EpochFigures, loader: Loader) -> None:
         """An epoch is over, or the phase is within it: what it came to."""
+        self.averages.epoch_done()
         progress, totals = self._progress, self._progress.of_stage
         counts = reduce_counts(figures.counts, self._counted, self._ranks.device)
         trained = progress.epoch_examples - num_skipped(counts)

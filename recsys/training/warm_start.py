@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from recsys.checkpoint.index import UnreadableError
 from recsys.checkpoint.layout import VOCABULARIES, CheckpointError, CheckpointMeta
+from recsys.checkpoint.pending import PendingRows
 from recsys.checkpoint.tensors import TensorReader
 from recsys.config import Config, WarmStartConfig, load_checkpoint_config
 from recsys.data.ids import HashedIds, IdMapping, PlainIds, VocabularyIds, build_ids
@@ -68,7 +69,7 @@ def warm_start(
 
     def fill() -> list[str]:
         with _naming(directory):
-            reader = TensorReader(directory)
+            reader = TensorReader(directory, averaged=True)
             _check(reader, meta, ranks)
             lines = list(_fill_tables(reader, settings, sharded, then, now))
             return lines + (list(_fill_dense(reader, dense_arch)) if settings.dense else [])
@@ -147,6 +148,7 @@ def _fill_tables(
     reader: TensorReader, settings: WarmStartConfig, sharded: ShardedRanker, then: _Side, now: _Side
 ) -> Iterator[str]:
     """Fill this rank's parts of tables; a line for each table."""
+    pending = PendingRows(reader)
     for collection, module in sharded.ranker.collections.items():
         for name, value in module.state_dict(prefix=f"model.{collection}.").items():
             table = table_name(name.split(".")[-2])
@@ -159,22 +161,22 @@ def _fill_tables(
             rows = _rows(table, then, now)
             yield f"table {table}: {rows.told}"
             for local, row, column in local_parts(value):
-                _fill_part(local, row, column, reader, name, rows)
+                _fill_part(local, row, column, pending, name, rows)
     if settings.tables is None:
         others = [table for table in then.config.tables if table not in now.config.tables]
         yield from (f"table {table} of the checkpoint: there is none here" for table in others)
 
 
-def _fill_part(local: Tensor, row: int, column: int, reader: TensorReader, name: str, rows: _Rows) -> None:
+def _fill_part(local: Tensor, row: int, column: int, saved: PendingRows, name: str, rows: _Rows) -> None:
     """Fill a piece of a table that begins at a row and a column."""
-    for start in range(0, reader.shape(name)[0], _BLOCK_ROWS):
+    for start in range(0, saved.reader.shape(name)[0], _BLOCK_ROWS):
         targets, sources = rows.between(start, start + _BLOCK_ROWS)
         mine = (targets >= row) & (targets < row + len(local))
         if not mine.any():
             continue
         targets, sources = targets[mine], sources[mine]
         first = int(sources[0])
-        block = reader.read(name, slice(first, int(sources[-1]) + 1))[:, column : column + local.shape[1]]
+        block = saved.read(name, slice(first, int(sources[-1]) + 1))[:, column : column + local.shape[1]]
         taken = block[torch.from_numpy(sources - first)]
         local.index_copy_(0, torch.from_numpy(targets - row).to(local.device), taken.to(local.device, local.dtype))
 
@@ -190,7 +192,7 @@ def _check_shape(reader: TensorReader, name: str, table: str, then: _Side, now: 
             f"warm_start: table {table} has embedding_dim {was.embedding_dim} in {reader.index.directory}, but {dim} "
             f"here; set tables.{table}.embedding_dim to {was.embedding_dim}, or leave it out of warm_start.tables"
         )
-    had, has = (bool(side.config.model.tower.padding) for side in (then, now))
+    had, has = (bool(side.config.model.padding) for side in (then, now))
     if had is not has:
         told = ("has", "none") if had else ("has no", "some")
         raise CheckpointError(

@@ -16,6 +16,8 @@ from recsys.model.cost import PARTS, CostReport, cost_report, count_flops, count
 from recsys.model.dense_arch import DenseArch
 from recsys.model.experts.hilomoe import HiLoMoELinear
 from recsys.model.ranker import build_ranker
+from recsys.model.towers import Tower
+from recsys.model.towers.mlp import MLP
 
 EMBEDDINGS = {"user": 8, "item": 8, "tags": 4}
 DENSE, DENSE_DIM = 2, 4
@@ -186,8 +188,10 @@ def test_routing_in_expert_space_costs_less_than_the_papers_formulas(load: Any) 
     assert 2 * (d**2 + (4 * L - 2) * K * d) - ours == 4 * (L - 1) * K * d - cost.flops["routing"]
 
 
-class Bilinear(nn.Module):
+class Bilinear(Tower):
     """A tower of what no config has: one linear used twice, a product of its own, a product of parameters alone."""
+
+    out_features = 1
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -212,7 +216,7 @@ class ProjectedQuery(HiLoMoELinear):
 
 
 def test_any_module_is_counted(load: Any) -> None:
-    arch = DenseArch(0, 0, Bilinear(nn.Linear(4, 4)), 1)
+    arch = DenseArch(0, 0, Bilinear(nn.Linear(4, 4)))
     counts = count_flops(arch, torch.randn(3, 4), torch.empty(3, 0))
     assert counts["tower"] == 3 * 2 * 2 * 16
     assert counts["interaction"] == flops_of(lambda: arch(torch.randn(3, 4), torch.empty(3, 0))) - 3 * (2 * 2 * 16 + 2)
@@ -222,7 +226,9 @@ def test_any_module_is_counted(load: Any) -> None:
 
 
 def test_whatever_else_an_expert_layer_does_is_routing(load: Any) -> None:
-    arch = DenseArch(0, 0, nn.Sequential(ProjectedQuery()), 4)
+    tower = MLP(4, (4,))
+    tower.linears[0] = ProjectedQuery()
+    arch = DenseArch(0, 0, tower)
     counts = count_flops(arch, torch.randn(3, 4), torch.empty(3, 0))
     experts, routing = of_experts(4, 4)
     assert counts["experts"] == 3 * experts
@@ -341,4 +347,4 @@ def test_rows_are_the_parts_that_there_are_and_their_sums(load: Any) -> None:
 )
 def test_a_model_is_named_by_its_sizes(load: Any, tower: str, hilomoe: str, name: str) -> None:
     model = load(f"model.tower={tower}", f"model.hilomoe={hilomoe}").model
-    assert model_name(model.tower, model.hilomoe) == name
+    assert model_name(model) == name

@@ -13,15 +13,15 @@ from tiny import tiny_config, write_tiny_log
 
 from recsys.config import Config, StageConfig
 from recsys.model import losses
-from recsys.model.losses import AUXILIARY, CLICK, Auxiliary
+from recsys.model.losses import AGREEMENT, AUXILIARY, CLICK, Auxiliary
 from recsys.runtime import Ranks
 
 
 def test_every_auxiliary_loss_has_a_weight_in_a_stage_and_every_weight_a_loss() -> None:
     stage = StageConfig(trains="all", steps=1, learning_rate=1.0)
-    assert set(stage.loss_weights) == set(AUXILIARY)
+    assert set(stage.loss_weights) == {*AUXILIARY, AGREEMENT}
     weighed = StageConfig(trains="all", steps=1, learning_rate=1.0, z_weight=0.5)
-    assert weighed.loss_weights == {"balance": 0.0, "z": 0.5, "diversity": 0.0}
+    assert weighed.loss_weights == {"balance": 0.0, "z": 0.5, "diversity": 0.0, "agreement": 0.0}
 
 
 def _train_with_another(ranks: Ranks, config: Config) -> dict[str, Any]:

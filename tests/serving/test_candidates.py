@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from runs import as_config
-from test_scorer import TOWERS
+from test_scorer import MODELS, TOWERS
 from tiny import take_tower, tiny_config, tiny_table
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,10 +36,17 @@ def norms(module: torch.nn.Module) -> list[BatchNorm]:
     return [child for child in module.modules() if isinstance(child, BatchNorm)]
 
 
-def make(folder: Path, tower: dict[str, Any], experts: int = 3, *, dense: bool = True, **sparse: Any) -> Artifact:
-    """An artefact of the tiny config, in memory, of random weights."""
+def make(
+    folder: Path,
+    tower: dict[str, Any] | Sequence[dict[str, Any]],
+    experts: int = 3,
+    *,
+    dense: bool = True,
+    **sparse: Any,
+) -> Artifact:
+    """An artefact of the tiny config, in memory, of random weights; several towers are paths."""
     raw = tiny_config(folder, folder)
-    take_tower(raw, tower)
+    take_tower(raw, *([tower] if isinstance(tower, dict) else tower))
     raw["model"]["hilomoe"] = {"num_layers": 2, "num_experts": experts} if experts else None
     if not experts:
         del raw["stages"]["experts"]
@@ -88,9 +95,9 @@ GATED = {**TOWERS["final_mlp"], "first_context": ["user"], "second_context": ["i
 
 
 @pytest.mark.parametrize("experts", [0, 3])
-@pytest.mark.parametrize("tower", [*TOWERS, "gated"])
+@pytest.mark.parametrize("tower", [*MODELS, "gated"])
 def test_candidates_have_the_probabilities_of_rows(tmp_path: Path, tower: str, experts: int) -> None:
-    scorer = Scorer(make(tmp_path, {**TOWERS, "gated": GATED}[tower], experts))
+    scorer = Scorer(make(tmp_path, {**MODELS, "gated": (GATED,)}[tower], experts))
     for context in CONTEXTS:
         for rows in (0, 1, 1000):
             given, table = request(rows, context)
@@ -118,12 +125,13 @@ def test_candidates_come_in_any_form(tmp_path: Path) -> None:
         np.testing.assert_array_equal(scorer.score_candidates(context, form), expected)
 
 
-@pytest.mark.parametrize("tower", ["mlp", "gated"])
+@pytest.mark.parametrize("tower", ["mlp", "gated", "both"])
 @pytest.mark.parametrize("experts", [0, 3])
 def test_the_context_is_not_copied(tmp_path: Path, tower: str, experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is looked up once, and towers that begin with linears never see it in each row."""
     gated = {**GATED, "second_context": []}
-    scorer = Scorer(make(tmp_path, {**TOWERS, "gated": gated}[tower], experts))
+    towers = {"mlp": [TOWERS["mlp"]], "gated": [gated], "both": [gated, TOWERS["mlp"]]}
+    scorer = Scorer(make(tmp_path, towers[tower], experts))
     context, table = request(20, ("user", "x"))
     looked_up: list[int] = []
     rows = Table.rows
@@ -131,6 +139,19 @@ def test_the_context_is_not_copied(tmp_path: Path, tower: str, experts: int, mon
     monkeypatch.setattr(SharedRows, "whole", lambda self: pytest.fail("the context is copied into each row"))
     assert len(scorer.score_candidates(context, table.drop(["user", "x"]))) == 20
     assert sorted(looked_up)[0] == 1 and len(looked_up) == 3
+
+
+def test_a_path_that_takes_whole_rows_leaves_the_others_their_context_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = Scorer(make(tmp_path, [TOWERS["transformer"], TOWERS["mlp"]]))
+    context, table = request(20, ("user", "x"))
+    divided: list[Tensor] = []
+    divide = Sharing.divide
+    monkeypatch.setattr(Sharing, "divide", lambda self, weight: divided.append(weight) or divide(self, weight))
+    scorer.score_candidates(context, table.drop(["user", "x"]))
+    first = scorer.dense_arch.get_parameter("paths.1.linears.0.weight")
+    assert any(weight is first for weight in divided)
 
 
 ROW = {"user": 3, "item": 5, "tags": [1, 2], "x": 0.5, "z": 0.1}
@@ -252,18 +273,19 @@ def test_shared_rows_are_a_tensor_to_any_function(name: str, shared: str) -> Non
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("tower", MODELS)
 def test_single_experts_and_batch_norms_are_merged_and_answer_as_before(
     tmp_path: Path, tower: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    artifact, table = make(tmp_path, TOWERS[tower], experts=1), tiny_table(200, 5)
+    artifact, table = make(tmp_path, MODELS[tower], experts=1), tiny_table(200, 5)
     merged = Scorer(artifact)
     assert not expert_layers(merged.dense_arch) and not norms(merged.dense_arch)
-    assert expert_layers(Scorer(make(tmp_path, TOWERS[tower], experts=2)).dense_arch)
+    assert expert_layers(Scorer(make(tmp_path, MODELS[tower], experts=2)).dense_arch)
     monkeypatch.setattr("recsys.serving.scorer.merge_experts", lambda module: [])
     apart = Scorer(artifact)
     assert expert_layers(apart.dense_arch)
-    assert len(norms(apart.dense_arch)) == {"mlp": 2, "dcn_v2": 1, "qnn_alpha": 1}.get(tower, 0)
+    expected = {"mlp": 2, "dcn_v2": 1, "qnn_alpha": 1, "paths": 2}
+    assert len(norms(apart.dense_arch)) == expected.get(tower, 0)
     np.testing.assert_allclose(merged.score(table), apart.score(table), rtol=0, atol=1e-6)
 
 
@@ -280,9 +302,9 @@ def test_a_schema_that_was_checked_is_not_taken_for_another(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("tower", MODELS)
 def test_a_compiled_dense_arch_answers_alike(tmp_path: Path, tower: str) -> None:
-    artifact = make(tmp_path, TOWERS[tower])
+    artifact = make(tmp_path, MODELS[tower])
     plain, compiled = Scorer(artifact), Scorer(artifact, compile=True)
     for rows in (1, 2, 70, 300):
         table = tiny_table(rows, rows)

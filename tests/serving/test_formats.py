@@ -13,7 +13,7 @@ import torch
 from ranks import run_module
 from safetensors.torch import load_file, save_file
 from test_candidates import make
-from test_scorer import TOWERS
+from test_scorer import MODELS
 
 from recsys.model.dense_arch import DenseArch
 from recsys.model.towers.mlp import MLP
@@ -22,7 +22,7 @@ from recsys.serving.artifact import ArtifactError
 from recsys.serving.formats import PROGRAMS, Program, write_program
 from recsys.training import parity
 
-FEW = ["mlp", "transformer", "deepfm"]
+FEW = ["mlp", "deepfm", "paths"]
 LOADERS = {
     "torch-export": "program = torch.export.load(f'{name}/dense.pt2').module()",
     "aoti": "program = torch._inductor.aoti_load_package(f'{name}/dense.aoti.pt2')",
@@ -53,12 +53,12 @@ print(json.dumps([name for name in sys.modules if name.partition(".")[0] in ("re
         pytest.param("aoti", 3, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("towers", [FEW, pytest.param([*TOWERS], marks=pytest.mark.slow)], ids=["few", "all"])
+@pytest.mark.parametrize("towers", [FEW, pytest.param([*MODELS], marks=pytest.mark.slow)], ids=["few", "all"])
 def test_programs_answer_as_the_artefact_without_this_project(
     tmp_path: Path, kind: Any, experts: int, towers: list[str]
 ) -> None:
     generator = torch.Generator().manual_seed(5)
-    scorers = {tower: Scorer(make(tmp_path, TOWERS[tower], experts)) for tower in towers}
+    scorers = {tower: Scorer(make(tmp_path, MODELS[tower], experts)) for tower in towers}
     num_dense = 2
     given = {
         "dense": torch.randn(300, num_dense, generator=generator),
@@ -139,7 +139,7 @@ def test_a_missing_compiler_is_told_in_one_line(tmp_path: Path) -> None:
         "from recsys.serving.formats import write_program\n"
         "from recsys.model.dense_arch import DenseArch\n"
         "from recsys.model.towers.mlp import MLP\n"
-        "try: write_program(DenseArch(0, 4, MLP(8, (4,)), 4), 8, 0, 'aoti', pathlib.Path('x.pt2'))\n"
+        "try: write_program(DenseArch(0, 4, MLP(8, (4,))), 8, 0, 'aoti', pathlib.Path('x.pt2'))\n"
         "except ArtifactError as error: print('told:', error)\n"
     )
     environment = {
@@ -154,6 +154,6 @@ def test_a_missing_compiler_is_told_in_one_line(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_written_is_refused() -> None:
-    dense_arch = DenseArch(0, 4, MLP(8, (4,)), 4)
+    dense_arch = DenseArch(0, 4, MLP(8, (4,)))
     with pytest.raises(ArtifactError, match=r"--format torch-export: PyTorch says"):
         write_program(dense_arch, 8, 0, "torch-export", Path("/nonexistent/dense.pt2"))

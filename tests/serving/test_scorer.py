@@ -81,6 +81,12 @@ ROUTING: dict[str, dict[str, Any]] = {
 REGISTERED = [name for settings in registry._BUILDERS for name in get_args(settings.model_fields["type"].annotation)]
 # A tower that nobody named here is tried with what its settings are by themselves.
 TOWERS |= {name: {"type": name} for name in REGISTERED if name not in TOWERS}
+PATHS = {"paths": ("transformer", "mlp"), "wide_paths": ("deepfm", "autoint")}
+"""Several towers over one embedding, by a name that stands where that of a tower may."""
+MODELS = {
+    **{name: (tower,) for name, tower in TOWERS.items()},
+    **{name: tuple(TOWERS[tower] for tower in towers) for name, towers in PATHS.items()},
+}
 
 
 def test_the_towers_that_are_tried_are_those_of_the_registry() -> None:
@@ -94,7 +100,7 @@ def train(
     """The last checkpoint of a short run whose experts are no longer zero."""
     raw = tiny_config(log, folder / "out")
     raw["tables"]["item"] = {"num_embeddings": 30, "embedding_dim": 8, **PLANS[plan]}
-    take_tower(raw, TOWERS[tower])
+    take_tower(raw, *MODELS[tower])
     raw["model"]["hilomoe"] = {**raw["model"]["hilomoe"], **ROUTING[routing]} if experts else None
     raw["stages"] = {"joint": {"trains": "all", "steps": 12, "learning_rate": 0.02, "sparse_learning_rate": 0.2}}
     run_ranks(world_size, train_on, as_config(raw, folder))
@@ -129,6 +135,8 @@ CASES = [
     ("world_size", "plan", "tower", "routing"),
     [
         (2, "column", "deepfm", "hierarchical"),  # first-order weights in other shards than their embeddings
+        (2, "table", "paths", "hierarchical"),
+        pytest.param(3, "column", "wide_paths", None, marks=pytest.mark.slow),
         *(pytest.param(*case, marks=[pytest.mark.slow] if n % 2 or n >= 6 else []) for n, case in enumerate(CASES)),
     ],
 )

@@ -109,11 +109,13 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path: Path, kernel: str) ->
     assert again["stages"]["joint"]["losses"] == whole["stages"]["joint"]["losses"]
 
 
-def test_cached_rows_are_those_of_the_best_state_that_a_stage_goes_back_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("average", ["null", "{tables: sweep, every: 3, decay: 0.9}"])
+def test_cached_rows_are_those_of_the_best_state_that_a_stage_goes_back_to(tmp_path: Path, average: str) -> None:
     write_tiny_log(tmp_path)
     config = write_tiny_config(tmp_path / "tiny.yaml", tmp_path, tmp_path / "out")
     stage = "{trains: backbone, epochs: 30, patience: 2, learning_rate: 0.05, sparse_learning_rate: 0.5}"
-    said = run("recsys.train", "--config", config, "device=cuda", UVM, f"stages={{backbone: {stage}}}")
+    settings = ("device=cuda", UVM, f"stages={{backbone: {stage}}}", f"optimizers.average={average}")
+    said = run("recsys.train", "--config", config, *settings)
     assert "back to its best" in said
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     for split in ("valid", "test"):
@@ -140,6 +142,7 @@ def test_a_step_waits_for_the_device_only_where_ids_are_sent(tmp_path: Path, mon
     write_tiny_log(tmp_path)
     stage = "{trains: all, steps: 60, learning_rate: 1e-3, sparse_learning_rate: 0.02, balance_weight: 0.01}"
     overrides = ["device=cuda", f"stages={{joint: {stage}}}", "logging.every_steps=1000"]
+    overrides.append("optimizers.average={tables: sweep}")
     config = load_config(write_tiny_config(tmp_path / "tiny.yaml", tmp_path, tmp_path / "out"), overrides)
     step, waits, watched = PhaseTrainer._step, [], []
 

@@ -1,4 +1,4 @@
-"""summary.json is JSON whatever the figures are."""
+"""summary.json and evaluations.jsonl are JSON whatever the figures are."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from recsys.training.metrics import Metrics
 from recsys.training.monitor import Monitor
 
 
@@ -47,3 +48,14 @@ def test_figures_that_are_not_finite_are_null_and_named(tmp_path: Path, capsys: 
     said = " ".join(capsys.readouterr().out.split())
     told = "routing.tower.layer1.entropy, figures.1, figures.2.deep"
     assert f"warning: null in summary.json, as they are not finite: {told}" in said
+
+
+def test_an_evaluation_is_a_line_whose_figures_are_finite_or_null(tmp_path: Path) -> None:
+    metrics = Metrics(examples=2, positives=2, auc=None, auc_error=0.0, log_loss=float("nan"), ne=0.5, calibration=1.0)
+    with Monitor(tmp_path, enabled=True) as monitor:
+        monitor.evaluation("joint", "valid", 7, 1, metrics)
+    with Monitor(tmp_path, enabled=False) as other:
+        other.evaluation("joint", "valid", 7, 1, metrics)
+    (line,) = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+    figures = {**metrics.as_dict(), "log_loss": None}
+    assert json.loads(line) == {"source": "joint", "split": "valid", "step": 7, "epochs": 1, **figures}

@@ -67,6 +67,15 @@ def test_a_run_leaves_what_it_says(run: Path) -> None:
     assert summary["reference"]["auc"] > 0.7
     assert list(summary["domains"]) == ["home", "search", "cart"]
     assert sum(metrics["examples"] for metrics in summary["domains"].values()) == 251
+    told = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert [(line["source"], line["split"], line["step"], line["epochs"]) for line in told] == [
+        ("backbone", "valid", 30, 2),
+        ("experts", "valid", 45, 3),
+        ("joint", "valid", 65, 5),
+        ("final", "test", 65, 5),
+        ("reference", "test", 65, 5),
+    ]
+    assert summary["test"].items() <= told[3].items()
     assert summary["cost"] == cost_report(load_config(run / "config.yaml")).as_dict()
     assert load_config(run / "config.yaml").name == "tiny"
     assert "table_wise" in (run / "plan.txt").read_text()

@@ -17,6 +17,7 @@ from runs import as_config, checkpoint_tensors, train_on
 from tiny import tiny_config, write_tiny_log
 from torch import Tensor
 
+from recsys.checkpoint.pending import PendingRows
 from recsys.checkpoint.tensors import TensorReader
 from recsys.config import Config, ConfigError
 from recsys.data.splits import open_splits
@@ -202,7 +203,7 @@ def test_a_piece_from_the_middle_of_a_table_takes_its_own_rows_and_columns(
         there, here = zip(*sorted((source, target) for target, source in pairs.items()), strict=True)
         rows = module._Rows("", 9, np.array(here), np.array(there))
     part = torch.full((3, 4), -1.0)
-    module._fill_part(part, 5, 3, TensorReader(source), name, rows)
+    module._fill_part(part, 5, 3, PendingRows(TensorReader(source)), name, rows)
     expected = torch.full((3, 4), -1.0)
     for row in range(5, 8):
         expected[row - 5] = saved[pairs[row] if by_value else row, 3:7]

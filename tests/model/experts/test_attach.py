@@ -112,7 +112,7 @@ def test_an_alien_kind_of_expert_is_found_grouped_and_counted(alien: None, confi
 def test_an_alien_kind_of_expert_has_losses_and_statistics(alien: None, config: Config, process_group: None) -> None:
     arch = with_adapters(config)
     statistics = RoutingStatistics(arch, num_domains=3)
-    logits, losses = arch(torch.randn(6, 20), torch.randn(6, 2), {"diversity": 1.0})
+    logits, losses, _ = arch(torch.randn(6, 20), torch.randn(6, 2), {"diversity": 1.0})
     assert set(losses) == {"balance", "z", "diversity"} and all(loss > 0 for loss in losses.values())
     statistics.update(torch.tensor([0, 1, 2, 0, 1, 2]))
     (summary,) = statistics.epoch().values()

@@ -1,18 +1,20 @@
 """docs/models.md shows each tower with a config line that works, and what it costs."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
-from recsys.config import load_config
+from recsys.config import Config, load_config
 from recsys.model.cost import cost_report
 from recsys.model.dense_arch import build_dense_arch
 from recsys.model.towers import registry
 
 ROOT = Path(__file__).parents[3]
-LINES = re.findall(r"^\| `(\{type: \w+.*?\})`.* \| ([\d,]+) \|$", (ROOT / "docs/models.md").read_text(), re.MULTILINE)
+PAGE = (ROOT / "docs/models.md").read_text()
+LINES = re.findall(r"^\| `(\{type: \w+.*?\})`.* \| ([\d,]+) \|$", PAGE, re.MULTILINE)
 
 
 def test_every_tower_has_a_line() -> None:
@@ -25,6 +27,24 @@ def test_a_line_makes_a_model_that_learns_at_the_cost_that_is_told(tower: str, f
     config = load_config(ROOT / "configs/default.yaml", [f"model.tower={tower}"])
     count, _ = cost_report(config).cost.over(("tower", "interaction"))
     assert f"{count:,}" == flops
+    assert_learns(config)
+
+
+def test_the_paths_shown_make_a_model_that_learns_at_the_cost_of_the_tower_beside_them() -> None:
+    section = PAGE.partition("## Several paths")[2].partition("\n## ")[0]
+    command = re.search(r"```bash\n(.*?)```", section, re.DOTALL)
+    told = re.search(r"cost ([\d,]+) FLOPs an example, .* one `(\{.*?\})`", section)
+    assert command is not None and told is not None
+    _, _, _, path, *overrides = shlex.split(command[1].replace("\\\n", ""))
+    config = load_config(ROOT / path, [*overrides, f"model.replaces={told[2]}"])
+    report = cost_report(config)
+    assert report.against is not None
+    counts = {f"{cost.over(('tower', 'interaction'))[0]:,}" for cost in (report.cost, report.against)}
+    assert counts == {told[1]}
+    assert_learns(config)
+
+
+def assert_learns(config: Config) -> None:
     dims = {name: config.tables[feature.table].embedding_dim for name, feature in config.features.sparse.items()}
     num_dense = len(config.features.dense)
     torch.manual_seed(0)

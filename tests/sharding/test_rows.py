@@ -1,0 +1,256 @@
+"""Rows between the steps that look them up: decay of every row at every step, and norms, against dense loops."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from runs import as_config
+from test_types import TYPES, whole
+from tiny import tiny_config
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+from torchrec import KeyedJaggedTensor
+from torchrec.distributed import sharding_plan
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
+
+from recsys.config import Config, ConfigError
+from recsys.model.names import POOLED
+from recsys.model.ranker import Ranker, build_ranker
+from recsys.runtime import Ranks
+from recsys.sharding import shard as sharding
+
+ROWS = 12
+DIMS = {"narrow": 4, "middle": 8, "wide": 16}
+TABLE_OF = {"first": "narrow", "second": "middle", "third": "wide", "fourth": "middle"}
+RATES = [0.3, 0.1, 0.2, 0.25, 0.05, 0.3, 0.15]
+SETTLED_AFTER = (4, len(RATES))
+
+
+def config_of(folder: Path, optimizer: dict[str, Any], max_norm: float | None = None) -> Config:
+    """Three tables of different widths, one with two features, which training changes by much."""
+    raw = tiny_config(folder, folder / "out")
+    raw["tables"] = {
+        name: {"num_embeddings": ROWS, "embedding_dim": dim, "init": {"type": "normal", "std": 0.5}, "pooling": "sum"}
+        for name, dim in DIMS.items()
+    }
+    raw["tables"]["middle"]["max_norm"] = max_norm
+    raw["features"] = {"sparse": {name: {"table": table} for name, table in TABLE_OF.items()}, "dense": {}}
+    raw["optimizers"] = {"sparse": {"eps": 1e-3, **optimizer}}
+    raw["stages"] = {"joint": {"trains": "all", "steps": 1, "learning_rate": 0.1, "sparse_learning_rate": 0.3}}
+    return as_config(raw, folder)
+
+
+def bags_of(step: int, rank: int) -> list[list[list[int]]]:
+    """By feature and row, ids with repetitions; some rows have none, and nor has any in the third step."""
+    if step == 2:
+        return [[[]] * 3 for _ in TABLE_OF]
+    return [
+        [
+            [(5 * step + 3 * rank + 2 * feature + row * k) % 7 for k in range((row + feature + rank) % 4)]
+            for row in range(3)
+        ]
+        for feature in range(len(TABLE_OF))
+    ]
+
+
+def loss_of(pooled: Tensor) -> Tensor:
+    """Whose gradient is another at other weights."""
+    return (pooled * torch.linspace(-1, 2, pooled.shape[1], dtype=pooled.dtype)).sin().sum()
+
+
+def _train(ranks: Ranks, config: Config, kinds: Mapping[str, str]) -> list[dict[str, Any]]:
+    """All tables on the first rank, at the beginning and after each time that rows were settled."""
+    plan_tables = sharding.plan_tables
+
+    def planned(ranker: Ranker, config: Config, ranks: Ranks) -> tuple[Any, ShardingPlan]:
+        sharder, _ = plan_tables(ranker, config, ranks)
+        plan = sharding_plan.construct_module_sharding_plan(
+            ranker.collections[POOLED],
+            {table: TYPES[kind]() for table, kind in kinds.items()},
+            sharder=sharder,
+            local_size=ranks.world_size,
+            world_size=ranks.world_size,
+            device_type="cpu",
+        )
+        for table in kinds:
+            plan[table].compute_kernel = "fused"
+        return sharder, ShardingPlan({POOLED: plan})
+
+    sharding.plan_tables = planned
+    sharded = sharding.shard(build_ranker(config, seed=1), config, ranks, seed=2)
+    collection: Any = sharded.ranker.collections[POOLED]
+
+    def tables() -> dict[str, Any]:
+        found = {name.split(".")[1]: whole(value) for name, value in collection.state_dict().items()}
+        return {name: None if value is None else value.numpy().copy() for name, value in found.items()}
+
+    told = [tables()]
+    for step, rate in enumerate(RATES):
+        for group in sharded.sparse_optimizer.param_groups:
+            group["lr"] = rate
+        sharded.sparse_optimizer.zero_grad()
+        sharded.rows.begin_step(rate)
+        bags = bags_of(step, ranks.rank)
+        ids = KeyedJaggedTensor(
+            keys=list(TABLE_OF),
+            values=torch.tensor([number for of in bags for bag in of for number in bag], dtype=torch.int64),
+            lengths=torch.tensor([len(bag) for of in bags for bag in of], dtype=torch.int32),
+        )
+        pooled = collection(ids).to_dict()
+        loss_of(torch.cat([pooled[name] for name in TABLE_OF], 1)).backward()
+        sharded.sparse_optimizer.step()
+        with torch.no_grad():  # in which nothing is to happen to rows
+            collection(ids).to_dict()
+        if step + 1 in SETTLED_AFTER:
+            sharded.rows.settle()
+            told.append(tables())
+    return told
+
+
+class Dense:
+    """The same by definition: every row at every step, in float64."""
+
+    def __init__(self, tables: Mapping[str, Any], config: Config, world_size: int) -> None:
+        self.tables = {name: torch.from_numpy(value).double() for name, value in tables.items()}
+        self.sums = {name: torch.zeros_like(value) for name, value in self.tables.items()}
+        self.sparse, self.world_size = config.optimizers.sparse, world_size
+        self.swept: list[float] = []
+        self.max_norms = {name: table.max_norm for name, table in config.tables.items()}
+
+    def renormalise(self, name: str, rows: Tensor) -> None:
+        max_norm = self.max_norms[name]
+        if max_norm is not None and len(rows):
+            torch.embedding_renorm_(self.tables[name], rows, max_norm, 2.0)
+
+    def step(self, number: int, rate: float) -> None:
+        bags = [bags_of(number, rank) for rank in range(self.world_size)]
+        for feature, table in enumerate(TABLE_OF.values()):
+            for of_rank in bags:
+                self.renormalise(table, torch.tensor([i for bag in of_rank[feature] for i in bag], dtype=torch.int64))
+        leaves = {name: value.clone().requires_grad_() for name, value in self.tables.items()}
+        losses = []
+        for of_rank in bags:
+            pooled = []
+            for feature, table in enumerate(TABLE_OF.values()):
+                lengths = torch.tensor([0, *(len(bag) for bag in of_rank[feature])])
+                flat = torch.tensor([i for bag in of_rank[feature] for i in bag], dtype=torch.int64)
+                pooled.append(embedding_bag(flat, leaves[table], lengths.cumsum(0)[:-1], mode="sum"))
+            losses.append(loss_of(torch.cat(pooled, 1)))
+        torch.stack(losses).mean().backward()
+        self.swept.append(rate)
+        for name, leaf in leaves.items():
+            assert leaf.grad is not None
+            self.update(name, leaf.grad, rate)
+            if len(self.swept) == self.sparse.sweep_steps:
+                self.sweep(name)
+        if len(self.swept) == self.sparse.sweep_steps:
+            self.swept = []
+
+    def update(self, name: str, gradient: Tensor, rate: float) -> None:
+        weight, decay = self.tables[name], self.sparse.weight_decay
+        if self.sparse.weight_decay_mode == "decoupled":
+            weight.mul_(1 - rate * decay)
+        elif self.sparse.type == "sgd":
+            gradient = gradient + decay * weight
+        if self.sparse.type == "sgd":
+            weight.sub_(rate * gradient)
+            return
+        square = gradient.square()
+        self.sums[name] += square.mean(1, keepdim=True) if self.sparse.type == "rowwise_adagrad" else square
+        weight.sub_(rate * gradient / (self.sums[name].sqrt() + self.sparse.eps))
+
+    def sweep(self, name: str) -> None:
+        """What docs/config.md says of Adagrad: the L2 term of several steps at once."""
+        if self.sparse.weight_decay_mode != "coupled" or self.sparse.type == "sgd" or not self.swept:
+            return
+        weight, sums, decay = self.tables[name], self.sums[name], self.sparse.weight_decay
+        square = (decay * weight).square()
+        sums += len(self.swept) * (square.mean(1, keepdim=True) if self.sparse.type == "rowwise_adagrad" else square)
+        factors = 1 - sum(self.swept) * decay / (sums.sqrt() + self.sparse.eps)
+        weight *= factors.clamp(min=0.0) if len(self.swept) > 1 else factors
+
+
+ON_ONE_RANK = dict.fromkeys(DIMS, "table_wise")  # of which the other has nothing
+MIXED = {"narrow": "table_wise", "middle": "row_wise", "wide": "column_wise"}
+BY_ROWS = dict.fromkeys(DIMS, "row_wise")
+
+
+def _compare(folder: Path, world_size: int, kinds: dict[str, str], config: Config, bound: float) -> None:
+    begun, *found = run_ranks(world_size, _train, config, kinds)[0]
+    dense = Dense(begun, config, world_size)
+    for step, rate in enumerate(RATES):
+        dense.step(step, rate)
+        if step + 1 in SETTLED_AFTER:
+            for name in DIMS:
+                dense.sweep(name)
+                dense.renormalise(name, torch.arange(ROWS))
+            dense.swept = []
+            for name, value in found.pop(0).items():
+                value = torch.from_numpy(value).double()
+                torch.testing.assert_close(
+                    value, dense.tables[name], rtol=0, atol=bound, msg=lambda text, name=name: f"{name}: {text}"
+                )
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("world_size", "kinds", "optimizer", "max_norm"),
+    [
+        (2, ON_ONE_RANK, "rowwise_adagrad", None),
+        (2, MIXED, "adagrad", 0.8),
+        pytest.param(2, BY_ROWS, "sgd", None, marks=pytest.mark.slow),
+    ],
+)
+def test_decoupled_decay_is_that_of_every_row_at_every_step(
+    tmp_path: Path, world_size: int, kinds: dict[str, str], optimizer: str, max_norm: float | None
+) -> None:
+    settings = {"type": optimizer, "weight_decay": 0.7, "weight_decay_mode": "decoupled"}
+    _compare(tmp_path, world_size, kinds, config_of(tmp_path, settings, max_norm), 2e-6)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "every", "kinds"), [("sgd", 1, MIXED), ("adagrad", 3, MIXED), ("rowwise_adagrad", 2, ON_ONE_RANK)]
+)
+def test_coupled_decay_is_the_stated_sweep_and_for_sgd_that_of_every_step(
+    tmp_path: Path, optimizer: str, every: int, kinds: dict[str, str]
+) -> None:
+    settings = {"type": optimizer, "weight_decay": 0.3, "weight_decay_mode": "coupled", "coupled_every": every}
+    _compare(tmp_path, 2, kinds, config_of(tmp_path, settings), 5e-6)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "max_norm", "expected"),
+    [
+        (
+            {"weight_decay": 0.1, "weight_decay_mode": "decoupled"},
+            None,
+            "tables.narrow.compute_kernel: .* weight_decay_mode",
+        ),
+        (
+            {"type": "sgd"},
+            1.0,
+            "tables.middle.compute_kernel: .* tables.middle.max_norm; set it to fused, or to fused_uvm",
+        ),
+    ],
+)
+def test_a_cache_that_the_planner_takes_is_refused(
+    tmp_path: Path, optimizer: dict[str, Any], max_norm: float | None, expected: str
+) -> None:
+    config = config_of(tmp_path, optimizer, max_norm)
+    sharding_of = dict.fromkeys(DIMS, ParameterSharding("table_wise", "fused_uvm_caching", [0]))
+    plan = ShardingPlan({POOLED: EmbeddingModuleShardingPlan(sharding_of)})
+    with pytest.raises(ConfigError, match=expected):
+        sharding._rows(build_ranker(config, seed=1), config, plan, torch.device("cpu"))
+
+
+def test_a_cache_that_the_config_asks_for_is_refused(tmp_path: Path) -> None:
+    raw = config_of(tmp_path, {"type": "sgd"}).model_dump()
+    raw["optimizers"]["sparse"] |= {"weight_decay": 0.1, "weight_decay_mode": "coupled"}
+    raw["tables"]["wide"]["compute_kernel"] = "fused_uvm_caching"
+    with pytest.raises(
+        ValueError, match=r"tables.wide.compute_kernel: fused_uvm_caching does not go with weight_decay_mode"
+    ):
+        Config.model_validate(raw)
