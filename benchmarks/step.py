@@ -3,9 +3,9 @@
     python -m benchmarks.step [--config PATH] [path.to.key=value ...]
 
 Runs alone or under torchrun. The same tables are trained under a dense tower and under a HiLoMoE tower in each kind of
-stage, in turns, so that whatever else slows the machine slows all of them; so is the dense tower with averages of its
-weights, and of the tables' as well. Where the config has `model.replaces`, that tower is measured as well: two
-`model.paths`, say, beside one tower of as many FLOPs. Each turn measures
+stage, in turns, so that whatever else slows the machine slows all of them; so is the dense tower with Muon, with
+averages of its weights, and with averages of the tables' as well. Where the config has `model.replaces`, that tower is
+measured as well: two `model.paths`, say, beside one tower of as many FLOPs. Each turn measures
 
 - whole steps through the pipeline and the loader, as the trainer takes them, metrics included, log lines not;
 - steps on batches at hand and without the pipeline, in parts. The graph is cut before the dense arch and the device
@@ -20,6 +20,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
@@ -120,8 +121,10 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         once_on_each_machine(ranks, partial(write_embedded, config))
         shards = open_splits(config, ["train"])["train"]
         ranker, dense_arch = build_ranker(config, seed=0), build_ranker(plain, seed=0).dense_arch.to(ranks.device)
+        muon = _load(arguments, {"joint": STAGES["joint"]}, *log, "model.hilomoe=null", "optimizers.dense.type=muon")
         cases = [
             Case("dense tower", plain, "joint", dense_arch),
+            Case("dense tower, Muon", muon, "joint", deepcopy(dense_arch)),
             *(Case(name, of, "joint", dense_arch) for name, of in zip(AVERAGED, averaged, strict=True)),
             *(Case(f"HiLoMoE, {stage}", config, stage, ranker.dense_arch) for stage in STAGES),
         ]
@@ -337,6 +340,7 @@ def _report(
         return median(a[figure] / b[figure] for a, b in zip(turns[name], turns[other], strict=True))
 
     ratios = {
+        "dense step with Muon / with AdamW": ratio("dense tower, Muon", "dense tower", "step"),
         "HiLoMoE step / dense step": ratio("HiLoMoE, joint", "dense tower", "step"),
         **{f"{name} / dense step": ratio(name, "dense tower", "step") for name in AVERAGED},
         "experts stage / joint stage": ratio("HiLoMoE, experts", "HiLoMoE, joint", "step"),
@@ -378,9 +382,9 @@ def _report(
     )
     borders = (
         "Sparse: input distribution, lookup, output distribution; gradients' way back and the tables' update. Dense: "
-        "forward and backward of projection, tower, head and losses with DDP's reduction, and AdamW. Both are taken "
-        "without the pipeline; the rest is what they and the data wait leave of the whole step, negative where the "
-        "pipeline overlaps them. In the experts stage the embeddings are frozen, so they have no backward."
+        "forward and backward of projection, tower, head and losses with DDP's reduction, and the optimizer. Both are "
+        "taken without the pipeline; the rest is what they and the data wait leave of the whole step, negative where "
+        "the pipeline overlaps them. In the experts stage the embeddings are frozen, so they have no backward."
     )
     note = [arguments.note] if arguments.note else []
     stem = arguments.output / f"step_{ranks.device.type}"
