@@ -343,9 +343,9 @@ def _report(
         "number of one tensor of ours 1 % too large, that of the tensor that shows least.",
         *([f"NOT ALIKE, by {ALIKE:g} or more: {', '.join(unlike)}."] if unlike else []),
         rows,
-        "FuxiCTR's QNNs fail as shipped, as they give their embedding layer an argument that this does not take; it gets "
-        "the argument that is meant, `flatten_emb`. Its FinalMLP has tables of their own for the gates' contexts; they "
-        "get the weights of the features' tables, which our gates read.",
+        "FuxiCTR's QNNs fail as shipped, as they give their embedding layer an argument that this does not take; it "
+        "gets the argument that is meant, `flatten_emb`. Its FinalMLP has tables of their own for the gates' contexts; "
+        "they get the weights of the features' tables, which our gates read.",
         f"FuxiCTR {version}, its checkout at {commit}.",
     ]
     write(arguments.output / "fuxictr_towers", title, parts, about, lines)
