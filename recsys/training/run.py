@@ -46,6 +46,7 @@ from recsys.training.checkpoint import (
     verified,
 )
 from recsys.training.counts import by_kind, in_words
+from recsys.training.dense_optimizer import check_dense_optimizer
 from recsys.training.evaluation import Evaluation, evaluate
 from recsys.training.finite import Moment, NotFinite, check_predictions, check_weights, end_not_finite
 from recsys.training.learnable import check_labels
@@ -132,6 +133,7 @@ class Trainer:
         self.config, self.ranks, self.splits, self.monitor = config, ranks, splits, monitor
         ranker = build_ranker(config, seed=derive_seed(config.seed, "dense arch"))
         self.dense_arch = ranker.dense_arch
+        check_dense_optimizer(self.dense_arch, config.optimizers.dense)
         self.sharded = shard(ranker, config, ranks, seed=derive_seed(config.seed, "tables"))
         self.progress = Progress(counts={split: Counter() for split in splits})
         check_start(config.optimizers.average, phase_lengths(config.stages, self._epoch(0).num_steps))
