@@ -13,7 +13,7 @@ from test_types import whole
 from tiny import tiny_config, write_tiny_log
 from torch import Tensor
 
-from recsys.checkpoint.index import UnreadableError
+from recsys.checkpoint.index import Index, UnreadableError
 from recsys.checkpoint.pending import LAST, LOGS, MAX_NORM, PREFIX, SWEEP, PendingRows
 from recsys.checkpoint.tensors import TensorReader
 from recsys.checkpoint.unsharding import unshard
@@ -171,6 +171,7 @@ class _Reader:
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors, self.names = tensors, tuple(tensors)
+        self.index = Index(Path(), {})
 
     def shape(self, name: str) -> torch.Size:
         return self.tensors[name].shape
