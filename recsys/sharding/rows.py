@@ -99,10 +99,10 @@ class Rows:
             self._logs[self._steps] = self._log
         self._due = None
         if self._l2:
-            if self._since == self._every:
+            if self._since >= self._every:
                 self._sweep()
             self._rates, self._since = self._rates + rate, self._since + 1
-            if self._since == self._every and self._sweeps_within:
+            if self._since >= self._every and self._sweeps_within:
                 self._due, self._rates, self._since = self._rates, 0.0, 0
 
     @torch.no_grad()
@@ -111,6 +111,12 @@ class Rows:
             for held in self._held:
                 held.sweep(self._l2, self._rates, self._since, self._eps)
         self._rates, self._since = 0.0, 0
+
+    @torch.no_grad()
+    def renormalise(self) -> None:
+        """Scale all rows down to `max_norm`, where a run begins with them and no step has."""
+        for held in self._held:
+            held.settle(self._logs, self._log, decays=False)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -133,11 +139,12 @@ class Rows:
         Args:
             weights: of all tables, by name in a checkpoint.
         """
+        state: dict[str, Tensor | ShardedTensor] = {}
         if self._since:
-            return {SWEEP: torch.tensor([self._rates, self._since], dtype=torch.float64)}
+            state[SWEEP] = torch.tensor([self._rates, self._since], dtype=torch.float64)
         if not self._steps:
-            return {}
-        state: dict[str, Tensor | ShardedTensor] = {LOGS: self._logs[: self._steps + 1]}
+            return state
+        state[LOGS] = self._logs[: self._steps + 1]
         for table, max_norm in self._max_norms.items():
             state[MAX_NORM + table] = torch.tensor(max_norm, dtype=torch.float64)
         if self.keeps_decay:
@@ -283,7 +290,8 @@ class _Held:
                 weight.mul_(1 - rates * l2)
             return
         for weight, (state, *_) in zip(weights, self.module.split_optimizer_states(), strict=True):
-            sums = state.data.view(len(weight), -1)  # for each weight, or for each row
+            # For each weight, or for each row; a rank may have none of a small table's.
+            sums = state.data.view(len(weight), -1 if len(weight) else 1)
             for block, squares in zip(weight.split(_BLOCK_ROWS), sums.split(_BLOCK_ROWS), strict=True):
                 square = (block * l2).square_()
                 squares.add_(square if squares.shape == square.shape else square.mean(1, keepdim=True), alpha=steps)

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from recsys.checkpoint.index import AVERAGE
 from recsys.config import AverageConfig, ConfigError
 from recsys.sharding.shard import ShardedRanker, forget_cached_rows, local_parts, new_like, with_parts
-from recsys.training.checkpoint import State, load_averages, model_state
+from recsys.training.checkpoint import State, load_averages, model_state, saved_names
 from recsys.training.progress import Progress
 
 _BLOCK_ROWS = 1 << 16
@@ -57,6 +57,8 @@ class Averages:
             return
         step = self._progress.phase_steps
         if step == self._settings.start:
+            if self._sweeps:
+                self._sharded.rows.catch_up()  # which the averages begin as
             self._begin()
         elif step > self._settings.start:
             averages, weights = self._each_step
@@ -103,10 +105,15 @@ class Averages:
         Raises:
             CheckpointError: an average has another shape than its weight, or cannot be read.
         """
-        if self._averages:
-            for weight, average in self._pairs():
-                average.copy_(weight)
-            load_averages(directory, self.state())
+        if not self._averages:
+            return
+        averages = self.state()
+        if not averages.keys() <= saved_names(directory):
+            self._sharded.rows.catch_up()
+            self._progress.swept = self._progress.phase_steps
+        for weight, average in self._pairs():
+            average.copy_(weight)
+        load_averages(directory, averages)
 
     @torch.no_grad()
     def _begin(self) -> None:

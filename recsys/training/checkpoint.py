@@ -461,9 +461,18 @@ def load_dense_optimizer(directory: Path, optimizer: KeyedOptimizer) -> None:
         _load(directory, dense_optimizer_state(optimizer))
 
 
+def saved_names(directory: Path) -> frozenset[str]:
+    """The names of all tensors of a checkpoint.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    return frozenset(_open(directory).names)
+
+
 def load_averages(directory: Path, averages: State) -> None:
     """Read what a checkpoint has of the averages of weights; a collective call. The others stay as they are."""
-    names = _open(directory).names
+    names = saved_names(directory)
     _load(directory, {name: value for name, value in averages.items() if name in names})
 
 

@@ -222,6 +222,8 @@ class Trainer:
             _set_rng(self._own, self.ranks.device)
         if self.progress.phase_over and self.checkpoints.begun is not None:
             self._copy(self.checkpoints.begun)  # the run may have been cut off before it was, or within
+        if not self.progress.stage:
+            self.sharded.rows.renormalise()  # tables may be evaluated, or frozen, before a step looks rows up
         names = list(self.config.stages)
         for name in names[names.index(self.progress.stage) if self.progress.stage else 0 :]:
             self._run_stage(name)
@@ -397,6 +399,7 @@ class Trainer:
         best = progress.best
         if best.step != progress.step:
             self._go_back(best, trainer)
+        self.sharded.rows.settle()  # of the best state too, which can be a checkpoint of any step
         trainer.averages.become_weights()
         progress.valid, progress.of_stage.best_epoch = best.metrics, best.epoch
 
