@@ -13,8 +13,8 @@ from test_types import whole
 from tiny import tiny_config, write_tiny_log
 from torch import Tensor
 
-from recsys.checkpoint.index import UnreadableError
-from recsys.checkpoint.pending import LAST, LOGS, PREFIX, SWEEP, PendingRows
+from recsys.checkpoint.index import Index, UnreadableError
+from recsys.checkpoint.pending import LAST, LOGS, MOVES, PREFIX, SWEEP, PendingRows
 from recsys.checkpoint.unsharding import unshard
 from recsys.config import Config
 from recsys.data.splits import open_splits
@@ -141,6 +141,7 @@ class _Reader:
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors, self.names = tensors, tuple(tensors)
+        self.index = Index(Path(), {})
 
     def shape(self, name: str) -> torch.Size:
         return self.tensors[name].shape
@@ -156,6 +157,8 @@ class _Reader:
     ("changes", "expected"),
     [
         ({LOGS: torch.zeros(3)}, "logs is of torch.float32"),
+        ({MOVES: torch.zeros(3, 2, dtype=torch.float64)}, "averages has not what averages need of the steps in"),
+        ({MOVES: torch.full((4, 2), torch.inf, dtype=torch.float64)}, "averages has not what averages need"),
         ({SWEEP: torch.tensor([0.1, torch.nan], dtype=torch.float64)}, "sweep is no sum of learning rates"),
         ({f"{LAST}item": torch.tensor([0, 3, 0, 0], dtype=torch.int32)}, "counts steps that are not in"),
         ({f"{LAST}item": torch.tensor([0, -1, 0, 0], dtype=torch.int32)}, "counts steps that are not in"),
