@@ -63,8 +63,12 @@ STAGES: dict[str, dict[str, Any]] = {
 }
 """One of each kind; the config's own may lack one, and what they are for does not change a step's time."""
 
-AVERAGED = ("dense tower, averages", "dense tower, averages of tables too")
-"""Cases of the dense tower, by how the default averages take its sharded tables: not at all, and by sweeps."""
+AVERAGED = {
+    "dense tower, averages": "none",
+    "dense tower, averages of tables too": "sweep",
+    "dense tower, averages of touched rows": "touched",
+}
+"""Cases of the dense tower, by how the default averages take its sharded tables."""
 REPLACED = "replaced tower"
 """The case of `model.replaces`."""
 
@@ -114,7 +118,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         config = _load(arguments, STAGES, *log)
         plain, *averaged = (
             _load(arguments, {"joint": STAGES["joint"]}, *log, "model.hilomoe=null", f"optimizers.average={average}")
-            for average in ("null", "{tables: none}", "{tables: sweep}")
+            for average in ("null", *(f"{{tables: {tables}}}" for tables in AVERAGED.values()))
         )
         costs = cost_report(plain)
         once_on_each_machine(ranks, partial(write_embedded, config))
@@ -130,7 +134,8 @@ def _benchmark(arguments: argparse.Namespace) -> None:
             replaced = plain.model_copy(update={"model": plain.model.model_copy(update=of_it)})
             dense_arch = build_ranker(replaced, seed=0).dense_arch.to(ranks.device)
             cases.append(Case(REPLACED, replaced, "joint", dense_arch))
-        sharded = shard(ranker, config, ranks, seed=0)
+        touched = config.model_copy(update={"optimizers": averaged[-1].optimizers})  # whose hooks else do nothing
+        sharded = shard(ranker, touched, ranks, seed=0)
         turns: dict[str, list[dict[str, float]]] = {case.name: [] for case in cases}
         with ExitStack() as stack:
             stream = _Stream(shards, config, ranks, stack)
@@ -213,6 +218,8 @@ def _turn(case: Case, sharded: ShardedRanker, stream: _Stream, ranks: Ranks, ste
         averages.step_done()
 
     whole = _whole_steps(sharded.ranker, stage, stream, ranks, steps, after_step)
+    sharded.rows.settle()
+    averages.become_weights()
     parts = _divided_steps(sharded.ranker, stage, list(islice(stream.batches, 1 + steps)), ranks)
     figures = torch.tensor(
         [whole["examples"], whole["step"], whole["data wait"], *(parts[name] for name in PARTS)], dtype=torch.float64

@@ -33,12 +33,12 @@ def decay_(rows: Tensor, logs: Tensor, last: Tensor, now: Tensor | float) -> Non
         last: (N,) how many steps each row has had.
         now: the sum of those that it is to have.
     """
-    factors = (now - logs[last]).exp_().to(rows.dtype)
+    factors = (now - logs.index_select(0, last)).exp_().to(rows.dtype)
     rows.mul_(factors.view(-1, *(1,) * (rows.dim() - 1)))
 
 
 def average_(
-    averages: Tensor, rows: Tensor, logs: Tensor, moves: Tensor, last: Tensor, now: Sequence[Tensor | float]
+    averages: Tensor, rows: Tensor, logs: Tensor | None, moves: Tensor, last: Tensor, now: Sequence[float]
 ) -> None:
     """Bring averages of rows up to a step, in place; a row was moved by its decay alone since its last step.
 
@@ -51,14 +51,16 @@ def average_(
     Args:
         averages: (N, ...), of each row as of the step before its last, as of the beginning where it has had none.
         rows: (N, ...) as of the last steps that they have had.
-        logs: (n + 1,) float64, as `decay_` takes them.
-        moves: (n + 2, 2) float64, log D and S of the step before each: 0, 0 twice, then those of the first n steps.
+        logs: (n + 1,) float64, as `decay_` takes them; None where there is no decay.
+        moves: (2, n + 2) float64, 1 / D and S of the step before each: 1 and 0 twice, then those of the first n steps.
         last: (N,) how many steps each row has had.
-        now: log D and S of the step up to which averages are brought.
+        now: D and S of the step up to which averages are brought.
     """
-    log_before, before = moves[last].unbind(1)
-    kept = (now[0] - log_before).exp_()
-    taken = (now[1] - kept * before) * (-logs[last]).exp_()
+    kept, before = (of_steps.index_select(0, last) for of_steps in moves)
+    kept.mul_(now[0])
+    taken = before.mul_(kept).neg_().add_(now[1])
+    if logs is not None:
+        taken.mul_(logs.index_select(0, last).neg_().exp_())
     shape = (-1, *(1,) * (rows.dim() - 1))
     averages.mul_(kept.to(rows.dtype).view(shape)).addcmul_(rows, taken.to(rows.dtype).view(shape))
 
@@ -88,7 +90,7 @@ class PendingRows:
     Attributes:
         reader: of the checkpoint.
         logs: (n + 1,) float64, as `decay_` takes them, of the n steps since all rows were settled; None where all are.
-        moves: (n + 2, 2) float64, as `average_` takes them; None where no averages are behind.
+        moves: (2, n + 2) float64, as `average_` takes them; None where no averages are behind.
         sweep: sum of the learning rates since the last sweep of a coupled decay, and the number of these steps.
     """
 
@@ -98,7 +100,7 @@ class PendingRows:
         self.moves = self._whole(MOVES, 2)
         if self.moves is not None:
             steps = -1 if self.logs is None else len(self.logs) + 1
-            if tuple(self.moves.shape) != (steps, 2) or not self.moves.isfinite().all():
+            if tuple(self.moves.shape) != (2, steps) or not (self.moves.isfinite().all() and self.moves[0].min() > 0):
                 raise UnreadableError(f"{MOVES} has not what averages need of the steps in {LOGS}")
         sweep = self._whole(SWEEP, 1)
         if sweep is not None and not (len(sweep) == 2 and sweep.isfinite().all()):
@@ -174,12 +176,13 @@ class PendingRows:
         assert self.logs is not None and self.moves is not None
         reader, device = self.reader.unaveraged(), averages.device
         logs, moves = self.logs.to(device), self.moves.to(device)
+        now = (1 / float(self.moves[0, -1]), float(self.moves[1, -1]))
         for at, block in enumerate(averages.split(_BLOCK_ROWS)):
             start = first + at * _BLOCK_ROWS
             last = self.last(table, start, len(block))
             if last is not None:
                 rows = reader.read(name, slice(start, start + len(block)))[:, column : column + block.shape[1]]
-                average_(block, rows.to(device), logs, moves, last.to(device), moves[-1].unbind())
+                average_(block, rows.to(device), logs, moves, last.to(device), now)
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """As `TensorReader.read`, and settled."""

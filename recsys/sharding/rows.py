@@ -19,7 +19,7 @@ sent, and nothing waits for the device.
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
-from math import exp, gcd, inf, log, log1p
+from math import exp, gcd, inf, log1p
 from typing import NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata
 from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
 from torch.distributed._shard.sharding_spec import ShardMetadata
+from torch.nn.functional import pad
 
 from recsys.checkpoint.pending import (
     LAST,
@@ -50,6 +51,8 @@ _MAX_STEPS = 1 << 16
 """Steps after which all rows have them, so that their sums take a megabyte or two."""
 _MIN_LOG = -16.0
 """Likewise a sum of logarithms, below which the sums of averages would lose digits that single precision has."""
+_MIN_KEPT = 1e-200
+"""Likewise what is left of an average, which is divided by."""
 
 
 class Piece(NamedTuple):
@@ -76,7 +79,7 @@ class _Sums:
 
     Attributes:
         logs: (capacity,) float64, as `recsys.checkpoint.pending.decay_` takes them.
-        moves: (capacity, 2) float64, as `recsys.checkpoint.pending.average_` takes them.
+        moves: (2, capacity) float64, as `recsys.checkpoint.pending.average_` takes them.
         steps: number of these, the one under way included.
         log: of `logs`, that of the step under way.
         log_before: of `logs`, that of the step before it.
@@ -85,13 +88,19 @@ class _Sums:
 
     def __init__(self, device: torch.device) -> None:
         self.logs = torch.zeros(1 << 10, dtype=torch.float64, device=device)
-        self.moves = torch.zeros(1 << 10, 2, dtype=torch.float64, device=device)
+        self.moves = torch.zeros(2, 1 << 10, dtype=torch.float64, device=device)
+        self.moves[0] = 1.0
         self.forget()
 
     def forget(self) -> None:
         """Rows are settled."""
         self.steps, self.log, self.log_before = 0, 0.0, 0.0
-        self.moved = (0.0, 0.0)
+        self.moved = (1.0, 0.0)
+
+    @property
+    def are_long(self) -> bool:
+        """Whether rows are to be settled before the next step."""
+        return self.steps == _MAX_STEPS or self.log < _MIN_LOG or self.moved[0] < _MIN_KEPT
 
     def begin_step(self, log_factor: float) -> None:
         """The next step begins."""
@@ -103,25 +112,23 @@ class _Sums:
 
     def average(self, decay: float) -> None:
         """The step under way is over, and has averaged so."""
-        log_kept, taken = self.moved
-        self.moved = (log_kept + log(decay), decay * taken + (1 - decay) * exp(self.log))
-        for at, value in enumerate(self.moved):
-            self.moves[self.steps + 1, at] = value
+        kept, taken = self.moved
+        kept, taken = self.moved = (decay * kept, decay * taken + (1 - decay) * exp(self.log))
+        self.moves[0, self.steps + 1] = 1 / kept
+        self.moves[1, self.steps + 1] = taken
 
     def load(self, logs: Tensor, moves: Tensor | None) -> None:
         """Go on after the steps of a checkpoint, whose sums are as `state` gave them."""
         self.steps, self.log = len(logs) - 1, float(logs[-1])
         self.logs = logs.to(self.logs.device)
-        moves = torch.zeros(len(logs) + 1, 2, dtype=torch.float64) if moves is None else moves
-        self.moved = (float(moves[-1, 0]), float(moves[-1, 1]))
-        self.moves = moves.to(self.logs.device)
+        if moves is not None:
+            self.moved = (1 / float(moves[0, -1]), float(moves[1, -1]))
+            self.moves = moves.to(self.logs.device)
         self._grow()
 
     def _grow(self) -> None:
         capacity = 2 * len(self.logs) + 2
-        self.logs, self.moves = (
-            torch.cat([sums, sums.new_zeros(capacity - len(sums), *sums.shape[1:])]) for sums in (self.logs, self.moves)
-        )
+        self.logs, self.moves = (pad(sums, (0, capacity - sums.shape[-1])) for sums in (self.logs, self.moves))
 
 
 class Rows:
@@ -170,7 +177,7 @@ class Rows:
         if self._since == self._every:
             self._sweep()
         if self._is_lazy:
-            if self._sums.steps == _MAX_STEPS or self._sums.log < _MIN_LOG:
+            if self._sums.are_long:
                 self._catch_up()
             self._sums.begin_step(log1p(-rate * self._decay))
         if self._l2:
@@ -241,7 +248,7 @@ class Rows:
             return state
         state[LOGS] = self._sums.logs[: steps + 1]
         if self._averages:
-            state[MOVES] = self._sums.moves[: steps + 2]
+            state[MOVES] = self._sums.moves[:, : steps + 2].contiguous()
         for table, max_norm in self._max_norms.items():
             state[MAX_NORM + table] = torch.tensor(max_norm, dtype=torch.float64)
         if self.keeps_last:
@@ -347,6 +354,7 @@ class _Held:
         self._width_of = by_feature([dim // self._unit for _, dim in shapes])
         self._max_norm_of = by_feature([piece.max_norm or inf for piece in pieces])
         self._units = torch.arange(max(dim for _, dim in shapes) // self._unit, device=device)
+        self._is_one_width = len(self._units) == 1 and self._rows[:-1] == [start // self._unit for start in starts]
 
     def begin_averages(self) -> None:
         """Have averages, which are the weights."""
@@ -373,17 +381,24 @@ class _Held:
         features = len(self._row_of)
         counts = offsets[:: (len(offsets) - 1) // features].diff()
         of = torch.repeat_interleave(counts, output_size=len(indices))
-        rows, width = self._row_of[of] + indices, self._width_of[of, None]
-        units = ((self._unit_of[of] + indices * width[:, 0])[:, None] + self._units.minimum(width - 1)).flatten()
+        rows = self._row_of.index_select(0, of) + indices
+        units = rows
+        if not self._is_one_width:
+            width = self._width_of.index_select(0, of)[:, None]
+            starts = self._unit_of.index_select(0, of) + indices * width[:, 0]
+            units = (starts[:, None] + self._units.minimum(width - 1)).flatten()
+        last = self.last.index_select(0, rows)
         values = self._weights.index_select(0, units).view(len(rows), len(self._units), self._unit)
         if self.averages is not None:
             averages = self.averages.index_select(0, units).view_as(values)
-            average_(averages, values, sums.logs, sums.moves, self.last[rows], sums.moved)
+            average_(averages, values, sums.logs if sums.log else None, sums.moves, last, sums.moved)
             self.averages.index_copy_(0, units, averages.flatten(0, 1))
         if sums.log:
-            decay_(values, sums.logs, self.last[rows], sums.log_before)
+            decay_(values, sums.logs, last, sums.log_before)
         if self._has_max_norm:
-            squares = values.square().sum(2).where(self._units < width, 0.0)
+            squares = values.square().sum(2)
+            if not self._is_one_width:
+                squares = squares.where(self._units < self._width_of[of, None], 0.0)
             renormalise_(values, self._max_norm_of[of], squares.sum(1).sqrt())
         self._touched = _Touched(rows, units, values)
         if sums.log or self._has_max_norm:

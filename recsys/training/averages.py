@@ -60,7 +60,8 @@ class Averages:
             return
         step = self._progress.phase_steps
         if step == self._settings.start:
-            self._sharded.rows.catch_up()
+            if self._tables != "none":
+                self._sharded.rows.catch_up()  # which the averages begin as
             self._begin()
         elif step > self._settings.start:
             averages, weights = self._each_step
@@ -68,6 +69,7 @@ class Averages:
             _move(averages, weights, decay)
             if self._tables == "touched":
                 self._sharded.rows.average_step(decay)
+                self._progress.swept = step
             elif step % self._settings.every == 0:
                 self._sweep()
 
@@ -119,6 +121,7 @@ class Averages:
         goes_on = is_touched and rows.goes_on
         if (is_touched and not goes_on) or not averages.keys() <= saved_names(directory):
             rows.catch_up()
+            self._progress.swept = self._progress.phase_steps
         for weight, average in self._pairs():
             average.copy_(weight)
         load_averages(directory, averages, settled=not goes_on)

@@ -65,7 +65,7 @@ def test_step_tells_the_parts_of_every_case_and_their_ratios(folder: Path) -> No
     flops = 2 * (24 * 10 + 10) + 20 + 2 * 2 * 4
     assert about["flops_per_example"] == {"mlp 4 + mlp 6": flops, "mlp 10": flops}
     cases = {line["case"]: line["medians"] for line in result["case"]}
-    averaged = ["dense tower, averages", "dense tower, averages of tables too"]
+    averaged = [f"dense tower, averages{of}" for of in ("", " of tables too", " of touched rows")]
     stages = [f"HiLoMoE, {stage}" for stage in ("backbone", "experts", "joint")]
     assert list(cases) == ["dense tower", *averaged, *stages, "replaced tower"]
     assert all(math.isfinite(number) for number in numbers(result))
