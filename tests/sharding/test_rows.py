@@ -320,23 +320,29 @@ def test_averages_are_exact_however_long_a_row_was_not_looked_up(factor: float, 
             1.0,
             "tables.middle.compute_kernel: .* tables.middle.max_norm; set it to fused, or to fused_uvm",
         ),
+        ({}, None, "tables.narrow.compute_kernel: .* optimizers.average.tables touched; set it to fused"),
     ],
 )
 def test_a_cache_that_the_planner_takes_is_refused(
     tmp_path: Path, optimizer: dict[str, Any], max_norm: float | None, expected: str
 ) -> None:
-    config = config_of(tmp_path, optimizer, max_norm)
+    config = config_of(tmp_path, optimizer, max_norm, averaged=not optimizer)
     sharding_of = dict.fromkeys(DIMS, ParameterSharding("table_wise", "fused_uvm_caching", [0]))
     plan = ShardingPlan({POOLED: EmbeddingModuleShardingPlan(sharding_of)})
     with pytest.raises(ConfigError, match=expected):
         sharding._rows(build_ranker(config, seed=1), config, plan, torch.device("cpu"))
 
 
-def test_a_cache_that_the_config_asks_for_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("optimizers", "told"),
+    [
+        ({"sparse": {"type": "sgd", "weight_decay": 0.1, "weight_decay_mode": "coupled"}}, "weight_decay_mode coupled"),
+        ({"average": {"tables": "touched"}}, r"optimizers\.average\.tables touched"),
+    ],
+)
+def test_a_cache_that_the_config_asks_for_is_refused(tmp_path: Path, optimizers: dict[str, Any], told: str) -> None:
     raw = config_of(tmp_path, {"type": "sgd"}).model_dump()
-    raw["optimizers"]["sparse"] |= {"weight_decay": 0.1, "weight_decay_mode": "coupled"}
+    raw["optimizers"] |= optimizers
     raw["tables"]["wide"]["compute_kernel"] = "fused_uvm_caching"
-    with pytest.raises(
-        ValueError, match=r"tables.wide.compute_kernel: fused_uvm_caching does not go with weight_decay_mode"
-    ):
+    with pytest.raises(ValueError, match=f"tables.wide.compute_kernel: fused_uvm_caching does not go with {told}"):
         Config.model_validate(raw)
