@@ -4,7 +4,7 @@
 
 Runs alone or under torchrun. The same tables are trained under a dense tower and under a HiLoMoE tower in each kind of
 stage, in turns, so that whatever else slows the machine slows all of them; so is the dense tower with averages of its
-weights, and of the tables' as well. Where the config has `model.replaces`, that tower is measured as well: two
+weights, and of the tables' as well, in both ways. Where the config has `model.replaces`, that tower is measured as well: two
 `model.paths`, say, beside one tower of as many FLOPs. Each turn measures
 
 - whole steps through the pipeline and the loader, as the trainer takes them, metrics included, log lines not;

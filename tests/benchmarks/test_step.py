@@ -69,7 +69,7 @@ def test_step_tells_the_parts_of_every_case_and_their_ratios(folder: Path) -> No
     stages = [f"HiLoMoE, {stage}" for stage in ("backbone", "experts", "joint")]
     assert list(cases) == ["dense tower", *averaged, *stages, "replaced tower"]
     assert all(math.isfinite(number) for number in numbers(result))
-    assert all(line["median"] > 0 for line in result["ratio"]) and len(result["ratio"]) == 6
+    assert all(line["median"] > 0 for line in result["ratio"]) and len(result["ratio"]) == 7
     for name, figures in cases.items():
         assert f"| {name} |" in page
         assert f"│ {name}" in ended.stdout
