@@ -3,9 +3,9 @@
     python -m benchmarks.step [--config PATH] [path.to.key=value ...]
 
 Runs alone or under torchrun. The same tables are trained under a dense tower and under a HiLoMoE tower in each kind of
-stage, in turns, so that whatever else slows the machine slows all of them; so is the dense tower with averages of its
-weights, and of the tables' as well, in both ways. Where the config has `model.replaces`, that tower is measured as well: two
-`model.paths`, say, beside one tower of as many FLOPs. Each turn measures
+stage, in turns, so that whatever else slows the machine slows all of them; so is the dense tower with each of the
+options that cost time. Where the config has `model.replaces`, that tower is measured as well: two `model.paths`, say,
+beside one tower of as many FLOPs. Each turn measures
 
 - whole steps through the pipeline and the loader, as the trainer takes them, metrics included, log lines not;
 - steps on batches at hand and without the pipeline, in parts. The graph is cut before the dense arch and the device
@@ -20,7 +20,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -63,12 +63,18 @@ STAGES: dict[str, dict[str, Any]] = {
 }
 """One of each kind; the config's own may lack one, and what they are for does not change a step's time."""
 
-AVERAGED = {
-    "dense tower, averages": "none",
-    "dense tower, averages of tables too": "sweep",
-    "dense tower, averages of touched rows": "touched",
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "batch norm": ("model.tower.normalization=batch",),
+    "embedding dropout": ("model.embedding_dropout=0.1",),
+    "Muon": ("optimizers.dense.type=muon",),
+    "clipping": ("optimizers.dense.max_grad_norm=1.0",),
+    "averages": ("optimizers.average={tables: none}",),
+    "averages, sweeps": ("optimizers.average={tables: sweep}",),
+    "averages, touched": ("optimizers.average={tables: touched}",),
+    "decoupled decay": ("optimizers.sparse={weight_decay: 1e-4, weight_decay_mode: decoupled}",),
+    "coupled decay": ("optimizers.sparse={weight_decay: 1e-6, weight_decay_mode: coupled}",),
 }
-"""Cases of the dense tower, by how the default averages take its sharded tables."""
+"""What is tried on the dense tower, by name; batch norm only where the config has one tower."""
 REPLACED = "replaced tower"
 """The case of `model.replaces`."""
 
@@ -83,12 +89,14 @@ class Case:
         name: in the report.
         config: of the dense arch and the stages.
         stage: one of the config's.
+        sharded: what trains it, with the tables.
         dense_arch: on the device.
     """
 
     name: str
     config: Config
     stage: str
+    sharded: ShardedRanker
     dense_arch: nn.Module
 
 
@@ -116,37 +124,47 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         raise ConfigError("--data is for the synthetic log, and data.synthetic is not set")
     with process_group(config.device) as ranks, _log_directory(config, arguments.data, ranks) as log:
         config = _load(arguments, STAGES, *log)
-        plain, *averaged = (
-            _load(arguments, {"joint": STAGES["joint"]}, *log, "model.hilomoe=null", f"optimizers.average={average}")
-            for average in ("null", *(f"{{tables: {tables}}}" for tables in AVERAGED.values()))
-        )
-        costs = cost_report(plain)
+        dense = partial(_load, arguments, {"joint": STAGES["joint"]}, *log, "model.hilomoe=null")
         once_on_each_machine(ranks, partial(write_embedded, config))
         shards = open_splits(config, ["train"])["train"]
-        ranker, dense_arch = build_ranker(config, seed=0), build_ranker(plain, seed=0).dense_arch.to(ranks.device)
-        cases = [
-            Case("dense tower", plain, "joint", dense_arch),
-            *(Case(name, of, "joint", dense_arch) for name, of in zip(AVERAGED, averaged, strict=True)),
-            *(Case(f"HiLoMoE, {stage}", config, stage, ranker.dense_arch) for stage in STAGES),
-        ]
-        if plain.model.replaces is not None:
-            of_it = {"tower": plain.model.replaces, "paths": None, "replaces": None}
-            replaced = plain.model_copy(update={"model": plain.model.model_copy(update=of_it)})
-            dense_arch = build_ranker(replaced, seed=0).dense_arch.to(ranks.device)
-            cases.append(Case(REPLACED, replaced, "joint", dense_arch))
-        touched = config.model_copy(update={"optimizers": averaged[-1].optimizers})  # whose hooks else do nothing
-        sharded = shard(ranker, touched, ranks, seed=0)
+        cases, costs = _cases(config, dense, ranks), cost_report(dense())
         turns: dict[str, list[dict[str, float]]] = {case.name: [] for case in cases}
         with ExitStack() as stack:
             stream = _Stream(shards, config, ranks, stack)
             for turn in range(arguments.turns):
                 for case in cases:
-                    turns[case.name].append(_turn(case, sharded, stream, ranks, arguments.steps))
+                    turns[case.name].append(_turn(case, stream, ranks, arguments.steps))
                 if ranks.is_first:
                     print(f"turn {turn + 1} of {arguments.turns}", flush=True)
         dist.barrier()  # no rank may take the log away while another still reads it
         if ranks.is_first:
             _report(arguments, config, costs, ranks, turns)
+
+
+def _cases(config: Config, dense: Callable[..., Config], ranks: Ranks) -> list[Case]:
+    """All that is measured.
+
+    Args:
+        config: with experts, and all stages.
+        dense: gives the config of the dense tower, with overrides.
+        ranks: this process among all.
+    """
+
+    def case(name: str, config: Config) -> Case:
+        sharded = shard(build_ranker(config, seed=0), config, ranks, seed=0)
+        return Case(name, config, "joint", sharded, sharded.ranker.dense_arch)
+
+    plain, with_experts = dense(), case("HiLoMoE", config)
+    options = OPTIONS if plain.model.tower else {name: of for name, of in OPTIONS.items() if name != "batch norm"}
+    cases = [
+        case("dense tower", plain),
+        *(case(name, dense(*overrides)) for name, overrides in options.items()),
+        *(replace(with_experts, name=f"HiLoMoE, {stage}", stage=stage) for stage in STAGES),
+    ]
+    if plain.model.replaces is not None:
+        of_it = {"tower": plain.model.replaces, "paths": None, "replaces": None}
+        cases.append(case(REPLACED, plain.model_copy(update={"model": plain.model.model_copy(update=of_it)})))
+    return cases
 
 
 def _load(arguments: argparse.Namespace, stages: Mapping[str, Any], *overrides: str) -> Config:
@@ -206,8 +224,9 @@ class _Stream:
         )
 
 
-def _turn(case: Case, sharded: ShardedRanker, stream: _Stream, ranks: Ranks, steps: int) -> dict[str, float]:
+def _turn(case: Case, stream: _Stream, ranks: Ranks, steps: int) -> dict[str, float]:
     """Measure a case: seconds per step, whole and in parts, over all ranks; a collective call."""
+    sharded = case.sharded
     stage = begin_phase(sharded, case.dense_arch, case.config, case.stage, num_steps=WARM_UP + steps)
     sharded.ranker.train()
     progress = Progress()
@@ -218,9 +237,9 @@ def _turn(case: Case, sharded: ShardedRanker, stream: _Stream, ranks: Ranks, ste
         averages.step_done()
 
     whole = _whole_steps(sharded.ranker, stage, stream, ranks, steps, after_step)
-    sharded.rows.settle()
-    averages.become_weights()
     parts = _divided_steps(sharded.ranker, stage, list(islice(stream.batches, 1 + steps)), ranks)
+    sharded.rows.settle()  # as at the end of every phase
+    averages.become_weights()
     figures = torch.tensor(
         [whole["examples"], whole["step"], whole["data wait"], *(parts[name] for name in PARTS)], dtype=torch.float64
     )
@@ -344,8 +363,8 @@ def _report(
         return median(a[figure] / b[figure] for a, b in zip(turns[name], turns[other], strict=True))
 
     ratios = {
+        **{f"step with {name} / dense step": ratio(name, "dense tower", "step") for name in OPTIONS if name in turns},
         "HiLoMoE step / dense step": ratio("HiLoMoE, joint", "dense tower", "step"),
-        **{f"{name} / dense step": ratio(name, "dense tower", "step") for name in AVERAGED},
         "experts stage / joint stage": ratio("HiLoMoE, experts", "HiLoMoE, joint", "step"),
         "backbone stage / joint stage": ratio("HiLoMoE, backbone", "HiLoMoE, joint", "step"),
     }
@@ -385,9 +404,9 @@ def _report(
     )
     borders = (
         "Sparse: input distribution, lookup, output distribution; gradients' way back and the tables' update. Dense: "
-        "forward and backward of projection, tower, head and losses with DDP's reduction, and AdamW. Both are taken "
-        "without the pipeline; the rest is what they and the data wait leave of the whole step, negative where the "
-        "pipeline overlaps them. In the experts stage the embeddings are frozen, so they have no backward."
+        "forward and backward of projection, tower, head and losses with DDP's reduction, and the optimizer. Both are "
+        "taken without the pipeline; the rest is what they and the data wait leave of the whole step, negative where "
+        "the pipeline overlaps them. In the experts stage the embeddings are frozen, so they have no backward."
     )
     note = [arguments.note] if arguments.note else []
     stem = arguments.output / f"step_{ranks.device.type}"

@@ -74,3 +74,9 @@ def test_each_place_to_change_exists(files: list[str], names: list[str]) -> None
     there = [definitions(file) for file in files]
     assert set(names) <= set().union(*there)
     assert all(set(names) & of_file for of_file in there), "a file that none of the definitions stands in"
+
+
+def test_test_modules_have_names_of_their_own() -> None:
+    """Pytest imports those in folders without `__init__.py` by name alone, and collects nothing where two are alike."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py")
+    assert not [name for name, count in names.items() if count > 1]

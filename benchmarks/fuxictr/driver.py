@@ -17,6 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_FOLDERS = {"GDCNP": "GDCN", "QNN_alpha": "QNN"}
+"""Of models that share one with another."""
+QNNS = ("QNN", "QNN_alpha")
 PACKAGES = ("torch", "numpy", "pandas", "polars", "pyarrow", "scikit-learn")
 
 
@@ -45,6 +48,8 @@ def train(checkout: Path, rows: Path, run: Path) -> None:
     feature_map = feature_map_class(params["dataset_id"], str(rows))
     feature_map.load(str(rows / "feature_map.json"), params)
     model = model_class(feature_map, model_root=str(run), **params)
+    if name in QNNS:
+        flatten_embeddings(model)
     Path(model.checkpoint).parent.mkdir(exist_ok=True)  # FuxiCTR makes it where it opens its log file
     train_batches, valid_batches, test_batches = loader_class(feature_map, stage="both", **params).make_iterator()
 
@@ -81,9 +86,16 @@ def train(checkout: Path, rows: Path, run: Path) -> None:
 
 def zoo_folder(checkout: Path, name: str) -> Path:
     """Where a model lies in the zoo; it has a folder within its own where there is a TensorFlow version as well."""
-    zoo = checkout / "model_zoo" / name
-    within = zoo / f"{name}_torch"
+    folder = _FOLDERS.get(name, name)
+    zoo = checkout / "model_zoo" / folder
+    within = zoo / f"{folder}_torch"
     return within if within.is_dir() else zoo
+
+
+def flatten_embeddings(model: Any) -> None:
+    """Have a model of `QNNS` run, which as shipped gives its embedding layer `dynamic_emb_dim` for `flatten_emb`."""
+    embed = model.embedding_layer.forward
+    model.embedding_layer.forward = lambda batch, dynamic_emb_dim: embed(batch, flatten_emb=dynamic_emb_dim)
 
 
 def aggregate(self: Any, x: Any, y: Any) -> Any:

@@ -56,6 +56,48 @@ MODELS: dict[str, Settings] = {
         "emb_layernorm": True,
         "net_layernorm": True,
     },
+    "WideDeep": {"hidden_units": [400, 400, 400], "hidden_activations": "ReLU", "batch_norm": False},
+    "DeepFM": {"hidden_units": [400, 400, 400], "hidden_activations": "ReLU", "batch_norm": False},
+    "DCN": {
+        "num_cross_layers": 3,
+        "dnn_hidden_units": [400, 400, 400],
+        "dnn_activations": "ReLU",
+        "batch_norm": False,
+    },
+    "AutoInt": {
+        "attention_layers": 3,
+        "attention_dim": 32,
+        "num_heads": 2,
+        "use_scale": False,
+        "use_wide": False,
+        "use_residual": True,
+        "dnn_hidden_units": [400, 400, 400],
+        "dnn_activations": "ReLU",
+        "batch_norm": False,
+    },
+    "xDeepFM": {
+        "cin_hidden_units": [16, 16],
+        "dnn_hidden_units": [400, 400, 400],
+        "dnn_activations": "ReLU",
+        "batch_norm": False,
+    },
+    "FiBiNET": {
+        "hidden_units": [400, 400, 400],
+        "hidden_activations": "ReLU",
+        "excitation_activation": "ReLU",
+        "reduction_ratio": 3,
+        "bilinear_type": "field_interaction",
+        "batch_norm": False,
+    },
+    "DLRM": {
+        "top_mlp_units": [400, 400, 400],
+        "bottom_mlp_units": [64],
+        "top_mlp_activations": "ReLU",
+        "bottom_mlp_activations": "ReLU",
+        "interaction_op": "dot",
+        "batch_norm": False,
+    },
+    "QNN_alpha": {"num_layers": 1, "num_row": 4, "num_heads": 4, "batch_norm": True},
 }
 """Every setting of each model: FuxiCTR ignores those it does not know, so others are refused here."""
 

@@ -98,6 +98,8 @@ class Bench:
             params[key] = float(params[key]) if params[key] else None  # FuxiCTR ignores one that is an int
         if model == "FinalMLP":
             params |= {"mlp1_dropout": params["net_dropout"], "mlp2_dropout": params["net_dropout"]}
+        if model == "DLRM":
+            params |= {"top_mlp_dropout": params["net_dropout"]}
         identity = json.dumps([params, self.rows.name, self.commit, self.versions], sort_keys=True)
         run = self.rows.parent / model / f"{hashlib.sha256(identity.encode()).hexdigest()[:12]}-seed-{seed}"
         run.mkdir(parents=True, exist_ok=True)

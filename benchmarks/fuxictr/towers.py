@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.fuxictr.checkout import check_checkout, checkout_commit
-from benchmarks.fuxictr.driver import zoo_folder
+from benchmarks.fuxictr.driver import QNNS, flatten_embeddings, zoo_folder
 from benchmarks.fuxictr.weights import copy_weights, linear_part, tables
 from benchmarks.report import RESULTS, environment, show, write
 from recsys.cli import run_entry
@@ -62,7 +62,7 @@ class Case:
         tower: what `model.tower` says.
         model: name of FuxiCTR's class.
         settings: its arguments, beside those of all models.
-        file: name of the class's folder and file, or both names; the class's own unless it is given.
+        file: name of the file, the class's own unless it is given.
         numbers: dense features.
     """
 
@@ -144,7 +144,6 @@ CASES = (
         {"type": "qnn_alpha", "num_layers": 2, "num_rows": 3, "num_heads": 2, "normalization": "batch"},
         "QNN_alpha",
         {"num_layers": 2, "num_row": 3, "num_heads": 2, "batch_norm": True},
-        file="QNN/QNN_alpha",
     ),
     _case("xDeepFM", {"type": "xdeepfm", "cin_hidden": [7, 5, 3]}, "xDeepFM", {"cin_hidden_units": [7, 5, 3]}),
     *_FIBINET,
@@ -270,8 +269,7 @@ def _fuxictr_model(case: Case, checkout: Path, features: Features) -> Any:
         feature_map.features[name] = {"type": "numeric"} if number else {"type": "categorical", "vocab_size": _VALUES}
     feature_map.num_fields = feature_map.get_num_fields()
     name = case.file or case.model
-    folder, _, file = name.rpartition("/")
-    module = _load(zoo_folder(checkout, folder or file) / "src" / f"{file}.py")
+    module = _load(zoo_folder(checkout, name) / "src" / f"{name}.py")
     model = getattr(module, case.model)(feature_map, **_ALL_MODELS, **case.settings).double().eval()
     with torch.no_grad():
         for weight in model.parameters():
@@ -280,10 +278,8 @@ def _fuxictr_model(case: Case, checkout: Path, features: Features) -> Any:
         if case.model == "FinalMLP":  # its gates have tables of their own, where ours read the tokens
             for feature, table in tables(model.fs_module.fs2_ctx_emb).items():
                 table.weight.copy_(tables(model.embedding_layer)[feature].weight)
-    if case.model.startswith("QNN"):
-        # As shipped it gives its embedding layer an argument that this does not take, and means `flatten_emb`.
-        embed = model.embedding_layer.forward
-        model.embedding_layer.forward = lambda batch, dynamic_emb_dim: embed(batch, flatten_emb=dynamic_emb_dim)
+    if case.model in QNNS:
+        flatten_embeddings(model)
     return model
 
 
@@ -347,9 +343,9 @@ def _report(
         "number of one tensor of ours 1 % too large, that of the tensor that shows least.",
         *([f"NOT ALIKE, by {ALIKE:g} or more: {', '.join(unlike)}."] if unlike else []),
         rows,
-        "FuxiCTR's QNN fails as shipped, as it gives its embedding layer an argument that this does not take; it gets "
-        "the argument that is meant, `flatten_emb`. Its FinalMLP has tables of their own for the gates' contexts; they "
-        "get the weights of the features' tables, which our gates read.",
+        "FuxiCTR's QNNs fail as shipped, as they give their embedding layer an argument that this does not take; it "
+        "gets the argument that is meant, `flatten_emb`. Its FinalMLP has tables of their own for the gates' contexts; "
+        "they get the weights of the features' tables, which our gates read.",
         f"FuxiCTR {version}, its checkout at {commit}.",
     ]
     write(arguments.output / "fuxictr_towers", title, parts, about, lines)

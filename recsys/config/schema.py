@@ -393,7 +393,8 @@ class ModelConfig(Section):
 
     There is either one `tower`, or two at least on the same tokens, `paths`, the mean of whose probabilities is the
     model's. `replaces` is the dense tower that these stand in for, with whose cost theirs is compared; null is the same
-    without experts. It is never trained.
+    without experts. It is never trained. `embedding_dropout` is the probability with which, in training, a number of a
+    pooled embedding is 0 where it enters the towers.
     """
 
     tower: TowerConfig | None = None
@@ -401,6 +402,7 @@ class ModelConfig(Section):
     hilomoe: HiLoMoEConfig | None = None
     replaces: TowerConfig | None = None
     dense_dim: Width = 16
+    embedding_dropout: Probability = 0.0
 
     @property
     def towers(self) -> dict[str, TowerConfig]:
@@ -510,16 +512,32 @@ class DataParallelOptimizerConfig(Section):
     weight_decay: NonNegativeFloat = 0.0
 
 
-class DenseOptimizerConfig(Section):
-    """AdamW for everything replicated but the tables.
+class MuonConfig(Section):
+    """Muon's `momentum`, and whether it trains the matrices of `experts` too, which AdamW does else."""
 
-    `max_grad_norm` is the largest L2 norm of all its gradients together, over which they are scaled down to it.
+    momentum: Probability = 0.95
+    experts: bool = False
+
+
+class DenseOptimizerConfig(Section):
+    """AdamW for everything replicated but the tables, or Muon for its hidden matrices beside AdamW for the rest.
+
+    Both have `weight_decay`, which is decoupled; `eps` and `betas` are AdamW's. `max_grad_norm` is the largest L2 norm
+    of all gradients together, over which they are scaled down to it.
     """
 
+    type: Literal["adamw", "muon"] = "adamw"
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat | None = None
     eps: PositiveFloat = 1e-8
     betas: tuple[Probability, Probability] = (0.9, 0.999)
+    muon: MuonConfig = MuonConfig()
+
+    @model_validator(mode="after")
+    def _muon_is_not_ignored(self) -> Self:
+        if self.type != "muon" and self.muon != MuonConfig():
+            raise ValueError(f"muon is for type muon, and type is {self.type}; leave one of them out")
+        return self
 
 
 class AverageConfig(Section):
@@ -573,7 +591,8 @@ class StageConfig(Section):
     from included; `patience` stops it after that many epochs without a better one. `schedule_minimum` is the share of
     the rates that a schedule falls to, and `plateau` says when that of this name falls, null being its defaults. The
     `_weight`s are factors of auxiliary losses. `sparse_learning_rate` is for the sharded tables,
-    `data_parallel_learning_rate` (`learning_rate` if null) for the data-parallel ones.
+    `data_parallel_learning_rate` (`learning_rate` if null) for the data-parallel ones, `expert_learning_rate`
+    (`learning_rate` if null) for the up-projections of experts.
     """
 
     trains: Literal["backbone", "experts", "all"]
@@ -582,6 +601,7 @@ class StageConfig(Section):
     learning_rate: PositiveFloat
     sparse_learning_rate: PositiveFloat | None = None
     data_parallel_learning_rate: PositiveFloat | None = None
+    expert_learning_rate: PositiveFloat | None = None
     schedule: Literal["constant", "linear", "cosine", "plateau"] = "constant"
     schedule_minimum: Probability = 0.0
     plateau: PlateauConfig | None = None
@@ -618,6 +638,8 @@ class StageConfig(Section):
             raise ValueError(f"plateau is for schedule plateau, and schedule is {self.schedule}; leave one of them out")
         if self.schedule == "constant" and self.schedule_minimum:
             raise ValueError("schedule_minimum is for schedules that fall; set schedule to linear, cosine or plateau")
+        if self.trains == "backbone" and self.expert_learning_rate is not None:
+            raise ValueError("expert_learning_rate is for stages that train experts, and trains is backbone")
         return self
 
 
@@ -792,8 +814,14 @@ class Config(Section):
                     f"stages.{name}.agreement_weight: weighs what model.paths differ by, and the model has one tower; "
                     "set it to 0, or give model.paths"
                 )
+            if stage.expert_learning_rate is not None and self.model.hilomoe is None:
+                raise ValueError(
+                    f"stages.{name}.expert_learning_rate is for experts, and model.hilomoe is null; set it to null"
+                )
             if stage.chosen_by is not None and self.data.valid is None:
                 raise ValueError(f"stages.{name}.{stage.chosen_by} needs a valid split; set data.valid")
+        if self.optimizers.dense.muon.experts and self.model.hilomoe is None:
+            raise ValueError("optimizers.dense.muon.experts is for experts, and model.hilomoe is null; set it to false")
         if self.logging.eval_every_steps is not None and self.data.valid is None:
             raise ValueError("logging.eval_every_steps needs a valid split; set data.valid")
         return self

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recsys.config import ConfigError, HiLoMoEConfig, ModelConfig
+from recsys.config.towers import FIRST_ORDER_WIDTH
 from recsys.model.experts import attach_experts, expert_layers
 from recsys.model.losses import Losses, auxiliary_losses
 from recsys.model.towers import Tokens, Tower, build_tower
@@ -31,6 +32,34 @@ class DenseOutput(NamedTuple):
     paths: Tensor | None
 
 
+class EmbeddingDropout(nn.Module):
+    """Dropout of the numbers of pooled embeddings, in training only; first-order weights stay as they are.
+
+    These are a linear model's, and no embedding: each is a whole summand of the logit.
+
+    Args:
+        p: probability with which a number is 0; the others are divided by 1 - p.
+        dims: width of each pooled embedding.
+        wide: whether its last `FIRST_ORDER_WIDTH` numbers are its first-order weight and padding.
+    """
+
+    def __init__(self, p: float, dims: Sequence[int], wide: bool) -> None:
+        super().__init__()
+        self.p = p
+        self._dims = [dim - FIRST_ORDER_WIDTH for dim in dims] if wide else []
+        self._parts = [part for dim in self._dims for part in (dim, FIRST_ORDER_WIDTH)]
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(B, sum of dims) -> (B, sum of dims)."""
+        if not self.training:
+            return pooled
+        if not self._parts:
+            return F.dropout(pooled, self.p)
+        parts = pooled.split(self._parts, 1)
+        embeddings = F.dropout(torch.cat(parts[::2], 1), self.p).split(self._dims, 1)
+        return torch.cat([part for pair in zip(embeddings, parts[1::2], strict=True) for part in pair], 1)
+
+
 class DenseArch(nn.Module):
     """Everything that is replicated and trained by the dense optimizer: dense projection, towers and their heads.
 
@@ -41,13 +70,21 @@ class DenseArch(nn.Module):
         num_dense_features: F_d, may be 0.
         dense_dim: width to which the dense features are projected.
         towers: one at least, each from (B, W).
+        embedding_dropout: of what the tables give, None where it enters the towers as it is.
     """
 
     tower: Tower
     head: nn.Linear
 
-    def __init__(self, num_dense_features: int, dense_dim: int, *towers: Tower) -> None:
+    def __init__(
+        self,
+        num_dense_features: int,
+        dense_dim: int,
+        *towers: Tower,
+        embedding_dropout: EmbeddingDropout | None = None,
+    ) -> None:
         super().__init__()
+        self.embedding_dropout = embedding_dropout
         self.dense_projection = nn.Linear(num_dense_features, dense_dim) if num_dense_features else None
         self._has_paths = len(towers) > 1
         if self._has_paths:
@@ -67,7 +104,7 @@ class DenseArch(nn.Module):
             dense_features: (B, F_d).
             loss_weights: factors by name, which decide what auxiliary losses are computed.
         """
-        parts = [pooled]
+        parts = [pooled if self.embedding_dropout is None else self.embedding_dropout(pooled)]
         if self.dense_projection is not None:
             parts.append(self.dense_projection(dense_features))
         x, paths = torch.cat(parts, 1), None
@@ -109,7 +146,12 @@ def build_dense_arch(config: ModelConfig, embedding_dims: Mapping[str, int], *, 
         tuple(embedding_dims), (*embedding_dims.values(), *([config.dense_dim] if num_dense_features else []))
     )
     towers = [build_tower(tower, tokens) for tower in config.towers.values()]
-    dense_arch = DenseArch(num_dense_features, config.dense_dim, *towers)
+    dropout = (
+        EmbeddingDropout(config.embedding_dropout, list(embedding_dims.values()), bool(config.padding))
+        if config.embedding_dropout
+        else None
+    )
+    dense_arch = DenseArch(num_dense_features, config.dense_dim, *towers, embedding_dropout=dropout)
     if config.hilomoe is not None:
         own = [
             f"{name}.{pattern.removeprefix('tower.')}"

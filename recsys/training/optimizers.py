@@ -1,6 +1,6 @@
 """What the phases of a stage train, with which optimizers and learning rates."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import Optimizer
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
 from recsys.config import Config, ConfigError, StageConfig
 from recsys.model.experts import expert_layers, parameter_groups
 from recsys.sharding.rows import Rows
 from recsys.sharding.shard import ShardedRanker
+from recsys.training.dense_optimizer import UP_PROJECTIONS, build_dense_optimizer
 from recsys.training.schedules import schedule_factor
 
 TABLES = "tables"
@@ -91,7 +91,7 @@ class PhaseOptimizers:
 
     Attributes:
         all: everything that a step updates.
-        dense: AdamW of what the phase trains in the dense arch; made anew with the phase.
+        dense: AdamW, and Muon where the config has it, of what the phase trains in the dense arch; made anew with it.
         stage: settings.
         num_steps: optimizer steps the phase lasts at most.
         clipping: of the dense optimizer's gradients, None where they are not clipped.
@@ -99,10 +99,10 @@ class PhaseOptimizers:
     """
 
     all: CombinedOptimizer
-    dense: KeyedOptimizer
+    dense: CombinedOptimizer
     stage: StageConfig
     num_steps: int
-    _rates: dict[str, tuple[Optimizer, float]]
+    _rates: dict[str, tuple[Collection[Any], float]]
     clipping: Clipping | None
     rows: Rows
 
@@ -113,19 +113,20 @@ class PhaseOptimizers:
 
     def begin_anew(self) -> None:
         """Have the dense optimizer be as it was made, without state and at rates of 0."""
-        state: Any = self.dense.state
-        state.clear()
+        for _, optimizer in self.dense.optimizers:
+            state: Any = optimizer.state
+            state.clear()
         for group in self.dense.param_groups:
             group["lr"] = 0.0
 
     def set_learning_rates(self, step: int, plateau_share: float = 1.0) -> dict[str, float]:
-        """Set every learning rate as `schedule_factor` has it for a step of the phase, and tell them by optimizer.
+        """Set every learning rate as `schedule_factor` has it for a step of the phase, and tell them by name.
 
         Rows of the sharded tables go by that of theirs, so this is called once before each step.
         """
         factor = schedule_factor(self.stage, step, self.num_steps, plateau_share)
-        for optimizer, peak in self._rates.values():
-            for group in optimizer.param_groups:
+        for groups, peak in self._rates.values():
+            for group in groups:
                 group["lr"] = peak * factor
         rates = {name: peak * factor for name, (_, peak) in self._rates.items()}
         if "sparse" in rates:
@@ -186,24 +187,24 @@ def _settle_buckets(dense_arch: DistributedDataParallel, config: Config, stage: 
 def _optimizers(
     sharded: ShardedRanker, dense_arch: nn.Module, config: Config, stage: StageConfig, num_steps: int
 ) -> PhaseOptimizers:
-    trained = {name: parameter for name, parameter in dense_arch.named_parameters() if parameter.requires_grad}
-    settings = config.optimizers.dense
-    adamw = torch.optim.AdamW(
-        trained.values(), lr=0.0, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
-    )
-    dense = KeyedOptimizerWrapper(trained, lambda _: adamw)
+    settings, of_experts = config.optimizers.dense, stage.expert_learning_rate
+    dense = build_dense_optimizer(dense_arch, settings, apart=of_experts is not None)
     clipping = None
     if settings.max_grad_norm is not None:
-        clipping = Clipping(list(trained.values()), settings.max_grad_norm)
-        adamw.register_step_pre_hook(clipping)
+        clipping = Clipping([p for p in dense_arch.parameters() if p.requires_grad], settings.max_grad_norm)
+        dense.register_step_pre_hook(clipping)
     optimizers: list[tuple[str, KeyedOptimizer]] = [("dense", dense)]
-    rates: dict[str, tuple[Optimizer, float]] = {"dense": (dense, stage.learning_rate)}
+    rates: dict[str, tuple[Collection[Any], float]] = {
+        "dense": ([group for group in dense.param_groups if not group[UP_PROJECTIONS]], stage.learning_rate)
+    }
+    if of_experts is not None:
+        rates["expert"] = [group for group in dense.param_groups if group[UP_PROJECTIONS]], of_experts
     if not sharded.ranker.embeddings_frozen:
         if stage.sparse_learning_rate is not None:  # else there are no sharded tables: the config sees to it
             optimizers.append(("sparse", sharded.sparse_optimizer))
-            rates["sparse"] = (sharded.sparse_optimizer, stage.sparse_learning_rate)
+            rates["sparse"] = sharded.sparse_optimizer.param_groups, stage.sparse_learning_rate
         if sharded.data_parallel_optimizer is not None:
             optimizers.append(("data_parallel", sharded.data_parallel_optimizer))
             rate = stage.data_parallel_learning_rate or stage.learning_rate
-            rates["data_parallel"] = (sharded.data_parallel_optimizer, rate)
+            rates["data_parallel"] = sharded.data_parallel_optimizer.param_groups, rate
     return PhaseOptimizers(CombinedOptimizer(optimizers), dense, stage, num_steps, rates, clipping, sharded.rows)

@@ -417,6 +417,16 @@ stages:
         (["data.valid=null", "stages.backbone.patience=1"], "stages.backbone.patience needs a valid split"),
         (["data.valid=null", "stages.backbone.schedule=plateau"], "stages.backbone.schedule needs a valid split"),
         (["data.valid=null", "logging.eval_every_steps=5"], "logging.eval_every_steps needs a valid split"),
+        (["optimizers.dense.muon.momentum=0.9"], "muon is for type muon, and type is adamw"),
+        (
+            ["optimizers.dense={type: muon, muon: {experts: true}}", "model.hilomoe=null", "stages.experts=null"],
+            "optimizers.dense.muon.experts is for experts, and model.hilomoe is null; set it to false",
+        ),
+        (["stages.backbone.expert_learning_rate=0.1"], "for stages that train experts, and trains is backbone"),
+        (
+            ["stages.joint.expert_learning_rate=0.1", "model.hilomoe=null", "stages.experts=null"],
+            "stages.joint.expert_learning_rate is for experts, and model.hilomoe is null; set it to null",
+        ),
     ],
 )
 def test_reference_to_what_is_not_there_is_refused(

@@ -12,7 +12,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 
 from recsys.config import Config, ConfigError, load_config
 from recsys.data.batch import Batch
-from recsys.model.dense_arch import build_dense_arch
+from recsys.model.dense_arch import EmbeddingDropout, build_dense_arch
 from recsys.model.experts import expert_layers
 from recsys.model.experts.hilomoe import HiLoMoELinear
 from recsys.model.names import POOLED
@@ -314,3 +314,29 @@ def test_a_dense_arch_beyond_the_machines_memory_is_refused_before_it_is_built(c
         ConfigError, match=r"^model: its dense part takes 4,\d+\.\d GiB, and this machine has .*smaller$"
     ):
         build_ranker(huge, seed=1)
+
+
+def test_embedding_dropout_is_of_pooled_embeddings_in_training_alone(config: Config) -> None:
+    model = config.model.model_copy(update={"embedding_dropout": 0.4})
+    plain, arch = (build_dense_arch(of, {"user": 8, "item": 12}, num_dense_features=2) for of in (config.model, model))
+    assert plain.embedding_dropout is None
+    plain.load_state_dict(arch.state_dict())
+    pooled, dense = torch.randn(300, 20), torch.randn(300, 2)
+    torch.manual_seed(6)
+    kept = torch.empty(300, 20).bernoulli_(0.6)
+    torch.manual_seed(6)
+    torch.testing.assert_close(arch(pooled, dense)[0], plain(pooled * kept / 0.6, dense)[0])
+    assert torch.equal(arch.eval()(pooled, dense)[0], plain(pooled, dense)[0])
+    assert arch.embedding_dropout is not None and arch.embedding_dropout(pooled) is pooled  # so exports have none
+
+
+def test_embedding_dropout_leaves_first_order_weights() -> None:
+    pooled = torch.randn(300, 20)
+    torch.manual_seed(6)
+    kept = torch.empty(300, 12).bernoulli_(0.6) / 0.6
+    torch.manual_seed(6)
+    found = EmbeddingDropout(0.4, [8, 12], wide=True)(pooled)
+    expected = pooled.clone()
+    expected[:, :4] *= kept[:, :4]
+    expected[:, 8:16] *= kept[:, 4:]
+    torch.testing.assert_close(found, expected)

@@ -33,6 +33,11 @@ def parameter_groups(module: nn.Module) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
+def up_projections(module: nn.Module) -> list[nn.Parameter]:
+    """The up-projections of all experts of a module, which may be trained at a rate of their own."""
+    return [parameter for layer in expert_layers(module).values() for parameter in layer.up_projections()]
+
+
 def attach_experts(
     module: nn.Module, patterns: Sequence[str], num_layers: int, num_experts: int, **options: Any
 ) -> dict[str, HiLoMoELinear]:

@@ -225,6 +225,10 @@ class HiLoMoELinear(nn.Linear):
         """What a stage may train by name: `experts`."""
         return {"experts": self.expert_parameters()}
 
+    def up_projections(self) -> list[nn.Parameter]:
+        """U, which a stage may train at a rate of its own."""
+        return [self.lora_B]
+
     @property
     def expert_multiply_adds(self) -> int:
         """Of the experts' two projections for a row, routing left out: (D_in + D_out) L K."""

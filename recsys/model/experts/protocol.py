@@ -58,6 +58,9 @@ class ExpertLayer(Protocol):
     def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
         """All parameters but the base's, by the name under which a stage trains them."""
 
+    def up_projections(self) -> list[nn.Parameter]:
+        """Those of the experts' parameters that lead to the output, as LoRA's B; a stage may give them a rate."""
+
     @property
     def expert_multiply_adds(self) -> int:
         """What the active experts take of a row, routing left out: what is not base, nor this, counts as routing."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from recsys.config import Config, load_config
 from recsys.model.cost import count_flops, count_parameters
 from recsys.model.dense_arch import DenseArch, build_dense_arch
-from recsys.model.experts import HiLoMoELinear, attach, expert_layers, parameter_groups
+from recsys.model.experts import HiLoMoELinear, attach, expert_layers, parameter_groups, up_projections
 from recsys.model.experts.hilomoe import Routing
 from recsys.model.losses import auxiliary_losses
 from recsys.runtime import Ranks
@@ -41,6 +41,9 @@ class Adapters(nn.Linear):
 
     def parameter_groups(self) -> Mapping[str, list[nn.Parameter]]:
         return {"experts": [self.down, self.up], "gate": list(self.gate.parameters())}
+
+    def up_projections(self) -> list[nn.Parameter]:
+        return [self.up]
 
     @property
     def expert_multiply_adds(self) -> int:
@@ -101,6 +104,7 @@ def test_an_alien_kind_of_expert_is_found_grouped_and_counted(alien: None, confi
     (layer,) = expert_layers(arch).values()
     assert isinstance(layer, Adapters)
     assert set(parameter_groups(arch)) == {"backbone", "experts", "gate"}
+    assert up_projections(arch) == [layer.up]
     with torch.no_grad():
         flops = count_flops(arch, torch.zeros(3, 20), torch.zeros(3, 2))
     d_in, d_out = layer.in_features, layer.out_features
