@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from recsys.cli import run_entry
 from recsys.config import BucketizeIdsConfig, IdsConfig, SparseFeatureConfig, VocabularyIdsConfig
+from recsys.data.storage import DataError
 from recsys.prepare.mapping import vocabulary_file
 from recsys.prepare.movielens import AGES, GENDERS, GENRES_1M, OCCUPATIONS_1M, read_movielens_1m
 from recsys.prepare.sources import Ints, check_free, write_data_set
@@ -37,7 +38,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="becomes the data set")
     parser.add_argument("--overwrite", action="store_true", help="replace the data set that is there")
     arguments = parser.parse_args()
-    run_entry(lambda: convert(arguments.source, arguments.output, overwrite=arguments.overwrite))
+
+    def body() -> None:
+        try:
+            convert(arguments.source, arguments.output, overwrite=arguments.overwrite)
+        except OSError as error:
+            raise DataError(" ".join(str(error).split())) from None
+
+    run_entry(body)
 
 
 def convert(source: Path, output: Path, *, overwrite: bool = False) -> None:

@@ -47,10 +47,13 @@ def _print_plan(config: Config, nnodes: int, nproc: int, ids: dict[str, float], 
     from recsys.runtime import Ranks, device_type
     from recsys.sharding.plan import PLAN_TEXTS, plan_rows
     from recsys.sharding.shard import plan_tables
+    from recsys.training.dense_optimizer import check_dense_optimizer
 
     report = cost_report(config, ids)
     first = Ranks(0, nnodes * nproc, 0, nproc, torch.device(device_type(config.device, nproc)))
-    _, plan = plan_tables(build_ranker(config, seed=0), config, first)
+    ranker = build_ranker(config, seed=0)
+    check_dense_optimizer(ranker.dense_arch, config.optimizers.dense)
+    _, plan = plan_tables(ranker, config, first)
     rows = plan_rows(plan, config.tables)
     if as_json:
         run = {"name": config.name, "world_size": first.world_size, "device": first.device.type}

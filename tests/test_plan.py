@@ -65,6 +65,10 @@ def test_a_run_on_gpus_can_be_planned_without_any() -> None:
         (("--ids", "tags=nan"), "'tags=nan' is not of the form feature=mean\n"),
         (("--nproc", "0"), "'0' is no number of at least 1\n"),
         ((f"model.tower.hidden=[{'65536,' * 64}]",), "error: model: its dense part takes "),
+        (
+            ("optimizers.dense.type=muon", "model.tower.hidden=[]", "model.hilomoe.experts_in=[head]"),
+            "error: optimizers.dense.type is muon, but the model has no hidden matrix",
+        ),
         ((f"tables.user.num_embeddings={2**40}",), "the planner found no placement on 1 ranks"),
         (("tables.user.sharding=[row_wise]", "device=cpu"), "on a CPU there are table_wise, column_wise"),
     ],

@@ -81,10 +81,11 @@ class Trials:
             found = [trial for trial in self.ranked if trial.state == state and trial.number not in self._retries]
             counts.append(f"{len(found)} {_STATES[state]}")
         seeds = ", ".join(map(str, study.seeds))
+        of_seeds = f"the mean over seeds {seeds}" if len(study.seeds) > 1 else f"with seed {seeds}"
         parts: list[str | Rows] = [
-            f"{'; '.join(counts)}. Objective: {study.objective} of the model that a run ends with, the mean over seeds "
-            f"{seeds}; the test split is not read. Ranks per run: {study.nproc}, on {devices}. Of a pruned trial the "
-            "value is its last evaluation's, on the first seed. Seconds are those of the whole trial.",
+            f"{'; '.join(counts)}. Objective: {study.objective} of the model that a run ends with, "
+            f"{of_seeds}; the test split is not read. Ranks per run: {study.nproc}, on {devices}. Of a pruned trial "
+            "the value is its last evaluation's, on the first seed. Seconds are those of the whole trial.",
             self.rows(),
         ]
         if faults := [f"- trial {t.number}: {t.user_attrs[FAULT]}" for t in self.ranked if FAULT in t.user_attrs]:

@@ -202,7 +202,10 @@ def _apply(raw: dict[str, Any], override: str, allowance: Allowance) -> None:
     for depth, key in enumerate(keys[:-1]):
         found = {} if section.get(key) is None else section[key]
         if not isinstance(found, dict):
-            raise ConfigError(f"override {shown}: {'.'.join(keys[: depth + 1])} is a value, not a section")
+            path = ".".join(keys[: depth + 1])
+            remedy = f"a list, which an override gives as a whole: {path}=[...]"
+            told = remedy if isinstance(found, list) else "a value, not a section"
+            raise ConfigError(f"override {shown}: {path} is {told}")
         # A copy: where the file has a YAML alias, the same mapping stands elsewhere too.
         below = dict(found)
         section[key] = below

@@ -359,7 +359,8 @@ class QNNAlphaTowerConfig(TowerSettings):
         first, width = tokens[0]
         for path, other in tokens if self.num_heads > 1 else ():
             if other != width or other % self.num_heads:
+                beside = f" where {first} is {width}" if other != width else ""
                 raise ValueError(
                     f"num_heads: {self.num_heads} heads need tokens of one width that they divide, and {path} is "
-                    f"{other} where {first} is {width}; change them, or set num_heads to 1"
+                    f"{other}{beside}; change {'them' if beside else 'one of them'}, or set num_heads to 1"
                 )

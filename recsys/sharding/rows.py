@@ -174,7 +174,7 @@ class Rows:
     def begin_step(self, rate: float) -> None:
         """Say that the next lookup is a step of training at this learning rate, on every rank."""
         self._due = None
-        if self._since == self._every:
+        if self._l2 and self._since >= self._every:
             self._sweep()
         if self._is_lazy:
             if self._sums.are_long:
@@ -182,7 +182,7 @@ class Rows:
             self._sums.begin_step(log1p(-rate * self._decay))
         if self._l2:
             self._rates, self._since = self._rates + rate, self._since + 1
-            if self._since == self._every and self._sweeps_within:
+            if self._since >= self._every and self._sweeps_within:
                 self._due, self._rates, self._since = self._rates, 0.0, 0
 
     def average_step(self, decay: float) -> None:
@@ -206,6 +206,12 @@ class Rows:
     def average_of(self, part: Tensor) -> Tensor:
         """The average of a table, or of what this rank has of it, as a view: (rows, columns) as the weights."""
         return next(held.average_of(part) for held in self._held if held.holds(part))
+
+    @torch.no_grad()
+    def renormalise(self) -> None:
+        """Scale all rows down to `max_norm`, where a run begins with them and no step has."""
+        for held in self._held:
+            held.settle(self._sums, looks_up=True)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -436,7 +442,8 @@ class _Held:
                 weight.mul_(1 - rates * l2)
             return
         for weight, (state, *_) in zip(weights, self.module.split_optimizer_states(), strict=True):
-            sums = state.data.view(len(weight), -1)  # for each weight, or for each row
+            # For each weight, or for each row; a rank may have none of a small table's.
+            sums = state.data.view(len(weight), -1 if len(weight) else 1)
             for block, squares in zip(weight.split(_BLOCK_ROWS), sums.split(_BLOCK_ROWS), strict=True):
                 square = (block * l2).square_()
                 squares.add_(square if squares.shape == square.shape else square.mean(1, keepdim=True), alpha=steps)

@@ -478,7 +478,7 @@ def load_averages(directory: Path, averages: State, *, settled: bool) -> None:
         averages: filled; by their names in a checkpoint.
         settled: whether they are to have had all steps, or what is pending goes on.
     """
-    names = _open(directory).names
+    names = saved_names(directory)
     there = {name: value for name, value in averages.items() if name in names}
     _load(directory, there)
     if settled:

@@ -53,6 +53,16 @@ def build_dense_optimizer(
     return CombinedOptimizer([("", optimizer) for optimizer in optimizers])
 
 
+def check_dense_optimizer(dense_arch: nn.Module, settings: DenseOptimizerConfig) -> None:
+    """Refuse, before a run begins, what `build_dense_optimizer` would.
+
+    Raises:
+        ConfigError: as there.
+    """
+    if settings.type == "muon":
+        _matrices(dense_arch, settings)
+
+
 def _groups(parameters: Mapping[str, nn.Parameter], up: set[int]) -> list[dict[str, Any]]:
     """The groups of an optimizer's parameters, none of which is empty; `up` are ids of those that are apart."""
     groups = [

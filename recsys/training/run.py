@@ -46,6 +46,7 @@ from recsys.training.checkpoint import (
     verified,
 )
 from recsys.training.counts import by_kind, in_words
+from recsys.training.dense_optimizer import check_dense_optimizer
 from recsys.training.evaluation import Evaluation, evaluate
 from recsys.training.finite import Moment, NotFinite, check_predictions, check_weights, end_not_finite
 from recsys.training.learnable import check_labels
@@ -132,6 +133,7 @@ class Trainer:
         self.config, self.ranks, self.splits, self.monitor = config, ranks, splits, monitor
         ranker = build_ranker(config, seed=derive_seed(config.seed, "dense arch"))
         self.dense_arch = ranker.dense_arch
+        check_dense_optimizer(self.dense_arch, config.optimizers.dense)
         self.sharded = shard(ranker, config, ranks, seed=derive_seed(config.seed, "tables"))
         self.progress = Progress(counts={split: Counter() for split in splits})
         check_start(config.optimizers.average, phase_lengths(config.stages, self._epoch(0).num_steps))
@@ -220,6 +222,8 @@ class Trainer:
             _set_rng(self._own, self.ranks.device)
         if self.progress.phase_over and self.checkpoints.begun is not None:
             self._copy(self.checkpoints.begun)  # the run may have been cut off before it was, or within
+        if not self.progress.stage:
+            self.sharded.rows.renormalise()  # tables may be evaluated, or frozen, before a step looks rows up
         names = list(self.config.stages)
         for name in names[names.index(self.progress.stage) if self.progress.stage else 0 :]:
             self._run_stage(name)
@@ -395,6 +399,7 @@ class Trainer:
         best = progress.best
         if best.step != progress.step:
             self._go_back(best, trainer)
+        self.sharded.rows.settle()  # of the best state too, which can be a checkpoint of any step
         trainer.averages.become_weights()
         progress.valid, progress.of_stage.best_epoch = best.metrics, best.epoch
 

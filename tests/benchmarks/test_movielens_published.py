@@ -2,13 +2,14 @@
 
 import os
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.movielens_published import convert
+from benchmarks.movielens_published import convert, main
 from recsys.config import load_config
 from recsys.data.splits import open_splits
 
@@ -37,6 +38,23 @@ def literal(source: Path) -> dict[str, list[list[Any]]]:
     random.shuffle(kept)
     first, second = len(kept) * 8 // 10, len(kept) * 8 // 10 + len(kept) // 10
     return dict(zip(SPLITS, (kept[:first], kept[first:second], kept[second:]), strict=True))
+
+
+def test_missing_files_and_an_output_in_use_end_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes").touch()
+    for source, output, told in (
+        ("absent", "out", "absent does not exist; take ml-1m.zip"),
+        (".", "used", "--overwrite"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["x", "--source", str(tmp_path / source), "--output", str(tmp_path / output)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capfd.readouterr().err
+        assert (ended.value.code, said.count("\n")) == (2, 1)
+        assert said.startswith("error: ") and told in said
 
 
 @pytest.mark.slow

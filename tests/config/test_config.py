@@ -340,12 +340,19 @@ def test_override_whose_value_is_no_yaml_is_refused(load: Callable[..., Config],
 
 
 @pytest.mark.parametrize(
-    ("override", "value"), [("name.first=x", "name"), ("model.tower.hidden.0=3", "model.tower.hidden")]
+    ("override", "told"),
+    [
+        ("name.first=x", "name is a value, not a section"),
+        (
+            "model.tower.hidden.0=3",
+            "model.tower.hidden is a list, which an override gives as a whole: model.tower.hidden=[...]",
+        ),
+    ],
 )
-def test_override_into_a_value_is_refused(load: Callable[..., Config], override: str, value: str) -> None:
+def test_override_into_a_value_is_refused(load: Callable[..., Config], override: str, told: str) -> None:
     with pytest.raises(ConfigError) as error:
         load(override)
-    assert str(error.value) == f"override {override!r}: {value} is a value, not a section"
+    assert str(error.value) == f"override {override!r}: {told}"
 
 
 def test_overrides_set_scalars_lists_and_sections(load: Callable[..., Config]) -> None:

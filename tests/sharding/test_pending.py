@@ -14,13 +14,15 @@ from tiny import tiny_config, write_tiny_log
 from torch import Tensor
 
 from recsys.checkpoint.index import Index, UnreadableError
-from recsys.checkpoint.pending import LAST, LOGS, MOVES, PREFIX, SWEEP, PendingRows
+from recsys.checkpoint.pending import LAST, LOGS, MAX_NORM, MOVES, PREFIX, SWEEP, PendingRows
+from recsys.checkpoint.tensors import TensorReader
 from recsys.checkpoint.unsharding import unshard
-from recsys.config import Config
+from recsys.config import Config, SparseOptimizerConfig
 from recsys.data.splits import open_splits
 from recsys.model.names import POOLED
 from recsys.runtime import Ranks
 from recsys.serving.artifact import TABLES, write_artifact
+from recsys.sharding.rows import Rows
 from recsys.training.checkpoint import load_ranker
 from recsys.training.monitor import Monitor
 from recsys.training.run import Trainer
@@ -134,6 +136,34 @@ def test_evaluations_settle_rows_and_frozen_tables_do_not_decay(log: Path, tmp_p
         weight = WEIGHT.format(name)
         assert not torch.equal(states[5][weight], states[6][weight])
         assert all(torch.equal(states[6][weight], states[step][weight]) for step in (7, 8, 9))
+
+
+def test_rows_that_no_step_looks_up_keep_to_max_norm(log: Path, tmp_path: Path) -> None:
+    stages = {"experts": {"trains": "experts", "steps": 1, "learning_rate": 0.01}}
+    tables = tiny_config(log, tmp_path)["tables"]
+    tables["user"]["max_norm"] = 0.2
+    config = config_of(log, tmp_path / "run", stages=stages, tables=tables, optimizers={})
+    run_ranks(1, train_on, config)
+    norms = TensorReader(tmp_path / "run" / "out" / "checkpoints" / "step-1").read(WEIGHT.format("user")).norm(dim=1)
+    assert norms.max().item() == pytest.approx(0.2, rel=1e-5)  # as drawn, they are up to 0.36
+
+
+def coupled(every: int) -> SparseOptimizerConfig:
+    return SparseOptimizerConfig(type="sgd", weight_decay=0.1, weight_decay_mode="coupled", coupled_every=every)
+
+
+def test_a_coupled_decay_leaves_max_norm_in_a_checkpoint() -> None:
+    rows = Rows([], coupled(8), {"user": 0.2}, torch.device("cpu"))
+    rows.begin_step(0.1)
+    assert rows.state({}).keys() == {SWEEP, LOGS, f"{MAX_NORM}user"}
+
+
+def test_a_sweep_that_fewer_steps_than_are_pending_now_make_due_comes_at_once() -> None:
+    rows = Rows([], coupled(4), {}, torch.device("cpu"))
+    reader: Any = _Reader({SWEEP: torch.tensor([0.7, 7.0], dtype=torch.float64)})
+    rows.load(PendingRows(reader))
+    rows.begin_step(0.25)
+    assert rows.state({})[SWEEP].tolist() == [0.25, 1.0]  # type: ignore[union-attr]
 
 
 class _Reader:

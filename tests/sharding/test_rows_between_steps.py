@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 from ranks import run_ranks
 from runs import as_config
 from test_types import TYPES, whole
@@ -18,12 +21,13 @@ from torchrec.distributed import sharding_plan
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 
 from recsys.checkpoint.pending import average_, decay_
-from recsys.config import Config, ConfigError
+from recsys.config import Config, ConfigError, SparseOptimizerConfig
 from recsys.model.names import POOLED
 from recsys.model.ranker import Ranker, build_ranker
 from recsys.runtime import Ranks
 from recsys.sharding import rows
 from recsys.sharding import shard as sharding
+from recsys.sharding.rows import Piece, Rows
 from recsys.sharding.shard import local_parts, with_parts
 
 ROWS = 12
@@ -346,3 +350,19 @@ def test_a_cache_that_the_config_asks_for_is_refused(tmp_path: Path, optimizers:
     raw["tables"]["wide"]["compute_kernel"] = "fused_uvm_caching"
     with pytest.raises(ValueError, match=f"tables.wide.compute_kernel: fused_uvm_caching does not go with {told}"):
         Config.model_validate(raw)
+
+
+@pytest.mark.parametrize("kind", ["adagrad", "rowwise_adagrad"])
+def test_a_sweep_passes_over_a_table_of_which_a_rank_has_no_row(kind: str) -> None:
+    """As of one row, by rows on two ranks."""
+    module = SplitTableBatchedEmbeddingBagsCodegen(
+        [(rows, 4, EmbeddingLocation.HOST, ComputeDevice.CPU) for rows in (0, 3)],
+        optimizer=EmbOptimType("exact_row_wise_adagrad" if kind == "rowwise_adagrad" else "exact_adagrad"),
+    )
+    weight = module.split_embedding_weights()[1]
+    weight.data.fill_(2.0)
+    config = SparseOptimizerConfig(type=kind, weight_decay=0.5, weight_decay_mode="coupled", eps=1.0)
+    rows = Rows([(module, [Piece("small", 1, 0, None), Piece("large", 0, 0, None)])], config, {}, torch.device("cpu"))
+    rows.begin_step(0.25)
+    rows.settle()
+    assert torch.equal(weight, torch.full((3, 4), 2.0 * (1 - 0.25 * 0.5 / (1.0 + 1.0))))

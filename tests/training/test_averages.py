@@ -15,14 +15,18 @@ from tiny import tiny_config, write_tiny_log
 from torch import Tensor
 
 from recsys.checkpoint.layout import read_meta
+from recsys.checkpoint.pending import PendingRows
 from recsys.checkpoint.tensors import TensorReader
 from recsys.checkpoint.unsharding import unshard
 from recsys.config import AverageConfig, Config, ConfigError, load_config
+from recsys.data.splits import open_splits
 from recsys.model.names import weight_name
 from recsys.runtime import Ranks
 from recsys.serving.artifact import write_artifact
-from recsys.training import averages
+from recsys.training import averages, run
 from recsys.training.averages import check_start
+from recsys.training.monitor import Monitor
+from recsys.training.run import Trainer
 
 STEPS = 22
 
@@ -234,6 +238,44 @@ def test_going_back_to_the_best_state_brings_back_its_averages(log: Path, tmp_pa
     ended, best = tensors(tmp_path, metas[-1].step, "model."), metas[-2].best_step
     assert best is not None and best < metas[-1].step
     assert_equal(ended, tensors(tmp_path, best, "model.") | tensors(tmp_path, best, "average."))
+
+
+def _gone_on(ranks: Ranks, config: Config, directory: Path) -> None:
+    run._better = lambda *_: False  # so that a stage that has a best state goes back to where it went on
+    Path(config.output_dir).mkdir(exist_ok=True)
+    with Monitor(Path(config.output_dir), enabled=False) as monitor:
+        trainer = Trainer(config, ranks, open_splits(config, config.data.splits), monitor)
+        trainer.resume(directory)
+        trainer.run()
+
+
+def test_averages_begin_and_end_with_weights_that_had_their_decay(log: Path, tmp_path: Path) -> None:
+    one = {"trains": "all", "epochs": 1, "learning_rate": 0.01, "sparse_learning_rate": 0.1}
+    sparse = {"type": "adagrad", "weight_decay": 0.7, "weight_decay_mode": "decoupled"}
+
+    def config(folder: str, start: int, **stage: Any) -> Config:
+        average = {"decay": 0.9, "start": start, "warmup": False, "tables": "sweep", "every": 4}
+        made = config_of(log, tmp_path / folder, average, one={**one, **stage}).model_dump(mode="json")
+        made["optimizers"]["sparse"], made["logging"]["eval_every_steps"] = sparse, None
+        return as_config(made, tmp_path / folder)
+
+    def user(folder: str, step: int, *, averaged: bool) -> Tensor:
+        return PendingRows(TensorReader(checkpoint(tmp_path / folder, step), averaged=averaged)).read(
+            weight_name("user")
+        )
+
+    run_ranks(1, train, config("run", 5))
+    assert torch.equal(user("run", 5, averaged=True), user("run", 5, averaged=False))
+    # Where they begin as a run is gone on with, they know of the steps from there on alone.
+    run_ranks(1, _gone_on, config("late", 0), checkpoint(tmp_path / "run", 3))
+    weights = [user(folder, step, averaged=False) for folder, step in (("run", 3), ("late", 4))]
+    torch.testing.assert_close(user("late", 4, averaged=True), 0.9 * weights[0] + 0.1 * weights[1], rtol=0, atol=1e-6)
+    # The best state can be one in which rows lack the decay of some steps; its averages do not.
+    best = user("run", 7, averaged=True)
+    run_ranks(1, _gone_on, config("run", 5, patience=1), checkpoint(tmp_path / "run", 7))
+    ended = read_meta(checkpoint(tmp_path / "run", 16))
+    assert ended.kept == "stage" and not tensors(tmp_path / "run", 16, "optimizer.decay.")
+    assert torch.equal(user("run", 16, averaged=True), best)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import run_module, run_ranks
 from runs import as_config
-from tiny import take_tower, tiny_config
+from tiny import take_tower, tiny_config, write_tiny_config, write_tiny_log
 from torch.nn import functional as F
 
 from recsys.config import Config, ConfigError, DenseOptimizerConfig
@@ -175,3 +175,12 @@ def test_muon_without_matrices_is_refused(
     config = config_of(tmp_path, {"type": "muon", "muon": muon}, **model)
     with pytest.raises(ConfigError, match=message):
         build_dense_optimizer(arch_of(config), config.optimizers.dense)
+
+
+def test_it_is_refused_before_an_earlier_run_is_moved_aside(tmp_path: Path) -> None:
+    write_tiny_log(tmp_path)
+    path = write_tiny_config(tmp_path / "tiny.yaml", tmp_path, tmp_path / "out")
+    given = ("optimizers.dense.type=muon", "model.tower.hidden=[]", "model.hilomoe.experts_in=[head]")
+    (done,) = run_module(1, "recsys.train", "--config", str(path), *given)
+    assert done.code == 2 and "error: optimizers.dense.type is muon" in done.stderr
+    assert not (tmp_path / "out").exists()  # as what is refused before a run begins leaves it

@@ -466,7 +466,8 @@ class _FusedExperts(torch.autograd.Function):
                 weights = scores.to(down.dtype)
                 d_weighted = up.t() @ d_output.t()
                 d_down = d_weighted * weights
-                d_up = ((down * weights) @ d_output).t()  # d_output' (h * s)' would take twice as long
+                # d_output' (h * s)' would take twice as long. The view gives a single row the strides that DDP expects.
+                d_up = ((down * weights) @ d_output).t().view(up.shape)
                 d_scores += d_weighted * down
             d_first = torch.zeros_like(scores) if d_logits is None else d_logits.clone()
             if gram is not None:

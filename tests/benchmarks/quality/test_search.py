@@ -69,6 +69,7 @@ def test_two_processes_search_together_and_the_winner_is_a_grid(folder: Path) ->
         assert trial["evaluations"] == [told["auc"] for told in evaluations(folder, trial["trial"])]
         assert all(told["split"] == "valid" for told in evaluations(folder, trial["trial"]))
     assert "3 of 3 trials have ended; 3 complete; 0 pruned; 0 failed" in page
+    assert "the mean over seeds 17, 18;" in page
     assert not list(folder.glob("outputs/**/checkpoints"))
 
     code, output, errors = run(folder, "--freeze", "won.yaml", "--seeds", "1", "2")
@@ -140,7 +141,8 @@ def test_no_trial_begins_when_time_is_up(folder: Path) -> None:
     write_study(folder, {"stages.backbone.learning_rate": RATE}, timeout_minutes=1e-9)
     code, output, _ = run(folder)
     assert (code, "trial 0" in output) == (1, False)
-    assert "0 of 3 trials have ended" in read_result(folder)[0]
+    page, _ = read_result(folder)
+    assert "0 of 3 trials have ended" in page and "that a run ends with, with seed 17; the test split" in page
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,17 @@ def test_fused_form_gives_each_stage_the_gradients_that_it_trains_on(frozen: tup
     assert [g is not None for g in gradients[0]] == [of_input, *(n not in frozen for n, _ in layer.named_parameters())]
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_gradients_of_a_head_have_the_strides_of_its_parameters(fused: bool) -> None:
+    """Where they do not, DDP warns, and copies them."""
+    head = HiLoMoELinear(D_IN, 1, num_layers=L, num_experts=K)
+    head.fused = fused
+    head(torch.randn(5, D_IN)).sum().backward()
+    for name, parameter in head.named_parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.stride() == parameter.stride(), name
+
+
 def functions_in(y: Tensor) -> set[str]:
     """Names of all nodes of a tensor's graph."""
     found, open_nodes = set(), [y.grad_fn]

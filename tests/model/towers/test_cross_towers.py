@@ -264,6 +264,10 @@ def test_every_kind_of_fibinet_is_a_program_for_any_number_of_rows(kind: str) ->
         ("{type: autoint}", "model.tower.type: autoint needs one width, and tables.tag.embedding_dim is 4"),
         ("{type: xdeepfm}", "model.tower.wide: the first-order weight takes 4 numbers of each token"),
         ("{type: qnn_alpha, num_heads: 2}", "model.tower.num_heads: 2 heads need tokens of one width that they divide"),
+        (
+            "{type: qnn_alpha, num_heads: 3}",
+            "divide, and tables.user.embedding_dim is 8; change one of them, or set num_heads to 1",
+        ),
         ("{type: autoint, num_heads: 3}", "num_heads 3 does not divide attention_dim 32"),
     ],
 )
