@@ -70,6 +70,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "clipping": ("optimizers.dense.max_grad_norm=1.0",),
     "averages": ("optimizers.average={tables: none}",),
     "averages, sweeps": ("optimizers.average={tables: sweep}",),
+    "averages, touched": ("optimizers.average={tables: touched}",),
     "decoupled decay": ("optimizers.sparse={weight_decay: 1e-4, weight_decay_mode: decoupled}",),
     "coupled decay": ("optimizers.sparse={weight_decay: 1e-6, weight_decay_mode: coupled}",),
 }
@@ -237,6 +238,8 @@ def _turn(case: Case, stream: _Stream, ranks: Ranks, steps: int) -> dict[str, fl
 
     whole = _whole_steps(sharded.ranker, stage, stream, ranks, steps, after_step)
     parts = _divided_steps(sharded.ranker, stage, list(islice(stream.batches, 1 + steps)), ranks)
+    sharded.rows.settle()  # as at the end of every phase
+    averages.become_weights()
     figures = torch.tensor(
         [whole["examples"], whole["step"], whole["data wait"], *(parts[name] for name in PARTS)], dtype=torch.float64
     )

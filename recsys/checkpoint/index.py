@@ -8,7 +8,7 @@ those hold.
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,12 +75,12 @@ class Index:
     Attributes:
         directory: of the checkpoint.
         tensors: by name, in the order of the index.
-        averaged: names of the weights that are averages.
+        averaged: weights themselves, by the names under which `tensors` has their averages.
     """
 
     directory: Path
     tensors: Mapping[str, Entry]
-    averaged: frozenset[str] = frozenset()
+    averaged: Mapping[str, Entry] = field(default_factory=dict)
 
 
 def read_index(directory: Path, *, averaged: bool = False) -> Index:
@@ -119,7 +119,7 @@ def _averaged(index: Index) -> Index:
         for name, entry in index.tensors.items()
         if not name.startswith(AVERAGE)
     }
-    averaged = frozenset(name for name, average in named.items() if average in index.tensors)
+    averaged = {name: index.tensors[name] for name, average in named.items() if average in index.tensors}
     return replace(index, tensors=tensors, averaged=averaged)
 
 

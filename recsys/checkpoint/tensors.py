@@ -13,6 +13,8 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
 from io import FileIO, RawIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +47,12 @@ class TensorReader:
     def __init__(self, directory: Path, *, averaged: bool = False) -> None:
         self.index = read_index(directory, averaged=averaged)
         self.names = tuple(self.index.tensors)
+
+    def unaveraged(self) -> "TensorReader":
+        """Of the same checkpoint, whose weights are themselves, whatever averages they have."""
+        reader = copy(self)
+        reader.index = replace(self.index, tensors={**self.index.tensors, **self.index.averaged}, averaged={})
+        return reader
 
     def shape(self, name: str) -> torch.Size:
         """Of the whole tensor."""

@@ -544,13 +544,14 @@ class AverageConfig(Section):
     """Exponential averages of what a stage trains, which are evaluated, served and what the stage ends with.
 
     Averaging begins after `start` steps. With `warmup` the n-th step after them has min(decay, (1 + n) / (10 + n)) for
-    `decay`. `tables` is how sharded tables are averaged: not at all, or by a sweep over all rows every `every` steps.
+    `decay`. `tables` is how sharded tables are averaged: not at all, by a sweep over all rows every `every` steps, or
+    exactly, a row when it is looked up (`touched`).
     """
 
     decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
     start: Number = 0
     warmup: bool = True
-    tables: Literal["none", "sweep"] = "none"
+    tables: Literal["none", "sweep", "touched"] = "none"
     every: Count = 10
 
 
@@ -561,6 +562,13 @@ class OptimizersConfig(Section):
     data_parallel: DataParallelOptimizerConfig = DataParallelOptimizerConfig()
     dense: DenseOptimizerConfig = DenseOptimizerConfig()
     average: AverageConfig | None = None
+
+    @property
+    def changes_rows(self) -> str | None:
+        """The setting by which rows of sharded tables are read or changed beside their lookups; None without."""
+        if self.sparse.weight_decay and self.sparse.weight_decay_mode != "fused":
+            return f"weight_decay_mode {self.sparse.weight_decay_mode}"
+        return "optimizers.average.tables touched" if self.average and self.average.tables == "touched" else None
 
 
 class PlateauConfig(Section):
@@ -750,12 +758,12 @@ class Config(Section):
                     "once, which must be below 1; lower one of them"
                     + (", or coupled_every" if sparse.weight_decay_mode == "coupled" else "")
                 )
-        if sparse.weight_decay and sparse.weight_decay_mode != "fused":
+        if changes := self.optimizers.changes_rows:
             for name, table in self.tables.items():
                 if table.compute_kernel == "fused_uvm_caching":
                     raise ValueError(
-                        f"tables.{name}.compute_kernel: fused_uvm_caching does not go with weight_decay_mode "
-                        f"{sparse.weight_decay_mode}, which changes rows beside the cache; take fused or fused_uvm"
+                        f"tables.{name}.compute_kernel: fused_uvm_caching does not go with {changes}, which goes to "
+                        "rows beside the cache; take fused or fused_uvm"
                     )
         return self
 

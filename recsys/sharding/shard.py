@@ -114,7 +114,7 @@ def shard_to_read(ranker: Ranker, config: Config, ranks: Ranks) -> ShardedRanker
         ConfigError: tables that do not fit.
     """
     sgd = SparseOptimizerConfig(type="sgd")
-    optimizers = config.optimizers.model_copy(update={"sparse": sgd})
+    optimizers = config.optimizers.model_copy(update={"sparse": sgd, "average": None})
     tables = config.tables
     if ranks.device.type == "cpu":
         tables = {name: possible_on_cpu(table) for name, table in tables.items()}
@@ -127,17 +127,16 @@ def _rows(ranker: Ranker, config: Config, plan: ShardingPlan, device: torch.devi
     Raises:
         ConfigError: they are changed between steps, and some are in a cache meanwhile.
     """
-    sparse, max_norms = config.optimizers.sparse, {}
-    decays = bool(sparse.weight_decay) and sparse.weight_decay_mode != "fused"
+    changes, max_norms = config.optimizers.changes_rows, {}
     for name, table in config.tables.items():
         if table.max_norm is not None:
             max_norms[table_key(name)] = table.max_norm
         kernels = [of[table_key(name)].compute_kernel for of in plan.plan.values()]
-        if (decays or table.max_norm is not None) and EmbeddingComputeKernel.FUSED_UVM_CACHING.value in kernels:
+        by = f"tables.{name}.max_norm" if table.max_norm is not None else changes
+        if by and EmbeddingComputeKernel.FUSED_UVM_CACHING.value in kernels:
             raise ConfigError(
-                f"tables.{name}.compute_kernel: the planner takes fused_uvm_caching, which does not go with "
-                f"{'tables.' + name + '.max_norm' if table.max_norm is not None else 'weight_decay_mode'}; "
-                "set it to fused, or to fused_uvm"
+                f"tables.{name}.compute_kernel: the planner takes fused_uvm_caching, which does not go with {by}; set "
+                "it to fused, or to fused_uvm"
             )
     modules = [
         (kernel.emb_module, [_piece(table, max_norms) for table in kernel.config.embedding_tables])
@@ -146,7 +145,9 @@ def _rows(ranker: Ranker, config: Config, plan: ShardingPlan, device: torch.devi
         for kernel in lookup.modules()
         if isinstance(kernel, BatchedFusedEmbeddingBag)
     ]
-    return Rows(modules, sparse, max_norms, device)
+    average = config.optimizers.average
+    averaged = average is not None and average.tables == "touched"
+    return Rows(modules, config.optimizers.sparse, max_norms, device, averaged=averaged)
 
 
 def _piece(table: Any, max_norms: Mapping[str, float]) -> Piece:
@@ -298,14 +299,6 @@ def with_parts(value: Tensor | ShardedTensor, parts: list[Tensor]) -> Tensor | S
     return ShardedTensor._init_from_local_shards_and_global_metadata(
         shards, value.metadata(), process_group=value._process_group
     )
-
-
-def new_like(part: Tensor) -> Tensor:
-    """Memory like that of a piece of a table: on the host where a GPU's table lies there."""
-    if part.is_cuda and torch.ops.fbgemm.is_uvm_tensor(part):
-        of_host: Tensor = torch.ops.fbgemm.new_unified_tensor(part, part.shape, False)
-        return of_host
-    return torch.empty_like(part, memory_format=torch.contiguous_format)
 
 
 def _table_of(name: str) -> str:

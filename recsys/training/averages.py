@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from recsys.checkpoint.index import AVERAGE
 from recsys.config import AverageConfig, ConfigError
-from recsys.sharding.shard import ShardedRanker, forget_cached_rows, local_parts, new_like, with_parts
+from recsys.sharding.rows import new_like
+from recsys.sharding.shard import ShardedRanker, forget_cached_rows, local_parts, with_parts
 from recsys.training.checkpoint import State, load_averages, model_state, saved_names
 from recsys.training.progress import Progress
 
@@ -34,6 +36,7 @@ class Averages:
     over all rows of the sharded tables stands for several steps: its d is the product of theirs, so that the average of
     a row is what each step would have made of it, had the row been all the while what it is at the sweep. Sweeps are at
     steps of the phase that `every` divides and at the ends of epochs, wherever else checkpoints and evaluations are.
+    Averages of rows as they are `touched` are the rows' own (`recsys.sharding.rows.Rows`): those of every step.
 
     Args:
         settings: of the config.
@@ -57,18 +60,24 @@ class Averages:
             return
         step = self._progress.phase_steps
         if step == self._settings.start:
-            if self._sweeps:
+            if self._tables != "none":
                 self._sharded.rows.catch_up()  # which the averages begin as
             self._begin()
         elif step > self._settings.start:
             averages, weights = self._each_step
-            _move(averages, weights, self._decay(step))
-            if step % self._settings.every == 0:
+            decay = self._decay(step)
+            _move(averages, weights, decay)
+            if self._tables == "touched":
+                self._sharded.rows.average_step(decay)
+                self._progress.swept = step
+            elif step % self._settings.every == 0:
                 self._sweep()
 
     def epoch_done(self) -> None:
         """An epoch of the phase is over, or the phase is within it."""
-        if self._averages:
+        if self._averages and self._tables == "touched":
+            self._sharded.rows.catch_up()
+        elif self._averages:
             self._sweep()
 
     @contextmanager
@@ -86,6 +95,7 @@ class Averages:
         for weight, average in self._pairs():
             weight.copy_(average)
         self._tables_changed()
+        self._sharded.rows.end_averages()
         self._settings, self._averages, self._each_step = None, {}, ([], [])
 
     def state(self) -> State:
@@ -107,20 +117,30 @@ class Averages:
         """
         if not self._averages:
             return
-        averages = self.state()
-        if not averages.keys() <= saved_names(directory):
-            self._sharded.rows.catch_up()
+        rows, is_touched, averages = self._sharded.rows, self._tables == "touched", self.state()
+        goes_on = is_touched and rows.goes_on
+        if (is_touched and not goes_on) or not averages.keys() <= saved_names(directory):
+            rows.catch_up()
             self._progress.swept = self._progress.phase_steps
         for weight, average in self._pairs():
             average.copy_(weight)
-        load_averages(directory, averages)
+        load_averages(directory, averages, settled=not goes_on)
 
     @torch.no_grad()
     def _begin(self) -> None:
         """Averages of one moment: the weights."""
         trained = self._trained()
+        rows = self._sharded.rows if self._tables == "touched" else None
+        if rows is not None:
+            rows.begin_averages()
         parts = {name: [part for part, _, _ in local_parts(value)] for name, value in trained.items()}
-        self._averages = {name: [new_like(part).copy_(part) for part in of_name] for name, of_name in parts.items()}
+        self._averages = {
+            name: [
+                rows.average_of(part) if rows and isinstance(value, ShardedTensor) else new_like(part).copy_(part)
+                for part in parts[name]
+            ]
+            for name, value in trained.items()
+        }
         each_step = [name for name, value in trained.items() if not isinstance(value, ShardedTensor)]
         self._each_step = (
             [average for name in each_step for average in self._averages[name]],
@@ -133,7 +153,7 @@ class Averages:
         step = self._progress.phase_steps
         first = max(self._progress.swept, self._settings.start) + 1
         self._progress.swept = step
-        if not self._sweeps or first > step:
+        if self._tables != "sweep" or first > step:
             return
         decay = math.prod(self._decay(one) for one in range(first, step + 1))
         self._sharded.rows.catch_up()
@@ -142,10 +162,10 @@ class Averages:
                 _move(self._averages[name], [part for part, _, _ in local_parts(value)], decay)
 
     @property
-    def _sweeps(self) -> bool:
-        """Whether there are averages of sharded tables, which sweeps make."""
+    def _tables(self) -> Literal["none", "sweep", "touched"]:
+        """How sharded tables are averaged in this phase."""
         assert self._settings is not None
-        return self._settings.tables == "sweep" and not self._sharded.ranker.embeddings_frozen
+        return "none" if self._sharded.ranker.embeddings_frozen else self._settings.tables
 
     def _decay(self, step: int) -> float:
         assert self._settings is not None
@@ -159,7 +179,7 @@ class Averages:
         def is_averaged(name: str, value: Tensor | ShardedTensor) -> bool:
             if name.startswith(_DENSE):
                 return name.removeprefix(_DENSE) in dense
-            return self._sweeps if isinstance(value, ShardedTensor) else not frozen
+            return self._tables != "none" if isinstance(value, ShardedTensor) else not frozen
 
         state = model_state(self._sharded, self._dense_arch)
         return {name: value for name, value in state.items() if is_averaged(name, value)}
@@ -180,7 +200,7 @@ class Averages:
         self._tables_changed()
 
     def _tables_changed(self) -> None:
-        if self._averages and self._sweeps:
+        if self._averages and self._tables != "none":
             forget_cached_rows(self._sharded)
 
 

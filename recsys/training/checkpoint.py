@@ -28,7 +28,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 
 from recsys.checkpoint import layout
 from recsys.checkpoint.dcp import load_tensors
-from recsys.checkpoint.index import UnreadableError
+from recsys.checkpoint.index import AVERAGE, UnreadableError
 from recsys.checkpoint.layout import CheckpointError, CheckpointMeta, Digest
 from recsys.checkpoint.pending import PendingRows
 from recsys.checkpoint.tensors import TensorReader
@@ -367,8 +367,8 @@ def load_model(directory: Path, sharded: ShardedRanker, dense_arch: nn.Module) -
     with _refusing(directory):
         pending = PendingRows(TensorReader(directory, averaged=True))
         for name, value in state.items():
-            for part, row, _ in local_parts(value):
-                pending.settle_(name, part, row)
+            for part, row, column in local_parts(value):
+                pending.settle_(name, part, row, column)
     forget_cached_rows(sharded)
 
 
@@ -420,7 +420,7 @@ def load_model_and_tables_optimizers(
         pending = PendingRows(saved)
         sharded.rows.load(pending)
         for name, value in model.items():
-            if not (sharded.rows.keeps_decay and isinstance(value, ShardedTensor)):
+            if not (sharded.rows.keeps_last and isinstance(value, ShardedTensor)):
                 for part, row, _ in local_parts(value):
                     pending.decay_(name, part, row)
     forget_cached_rows(sharded)
@@ -470,10 +470,23 @@ def saved_names(directory: Path) -> frozenset[str]:
     return frozenset(_open(directory).names)
 
 
-def load_averages(directory: Path, averages: State) -> None:
-    """Read what a checkpoint has of the averages of weights; a collective call. The others stay as they are."""
+def load_averages(directory: Path, averages: State, *, settled: bool) -> None:
+    """Read what a checkpoint has of the averages of weights; a collective call. The others stay as they are.
+
+    Args:
+        directory: of the checkpoint.
+        averages: filled; by their names in a checkpoint.
+        settled: whether they are to have had all steps, or what is pending goes on.
+    """
     names = saved_names(directory)
-    _load(directory, {name: value for name, value in averages.items() if name in names})
+    there = {name: value for name, value in averages.items() if name in names}
+    _load(directory, there)
+    if settled:
+        with _refusing(directory):
+            pending = PendingRows(TensorReader(directory, averaged=True))
+            for name, value in there.items():
+                for part, row, column in local_parts(value):
+                    pending.settle_(f"model.{name.removeprefix(AVERAGE)}", part, row, column)
 
 
 def load_own(directory: Path, prefix: str) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from tiny import tiny_config, write_tiny_log
 from torch import Tensor
 
 from recsys.checkpoint.index import Index, UnreadableError
-from recsys.checkpoint.pending import LAST, LOGS, MAX_NORM, PREFIX, SWEEP, PendingRows
+from recsys.checkpoint.pending import LAST, LOGS, MAX_NORM, MOVES, PREFIX, SWEEP, PendingRows
 from recsys.checkpoint.tensors import TensorReader
 from recsys.checkpoint.unsharding import unshard
 from recsys.config import Config, SparseOptimizerConfig
@@ -187,6 +187,9 @@ class _Reader:
     ("changes", "expected"),
     [
         ({LOGS: torch.zeros(3)}, "logs is of torch.float32"),
+        ({MOVES: torch.zeros(2, 3, dtype=torch.float64)}, "averages has not what averages need of the steps in"),
+        ({MOVES: torch.zeros(2, 4, dtype=torch.float64)}, "averages has not what averages need"),
+        ({MOVES: torch.full((2, 4), torch.inf, dtype=torch.float64)}, "averages has not what averages need"),
         ({SWEEP: torch.tensor([0.1, torch.nan], dtype=torch.float64)}, "sweep is no sum of learning rates"),
         ({f"{LAST}item": torch.tensor([0, 3, 0, 0], dtype=torch.int32)}, "counts steps that are not in"),
         ({f"{LAST}item": torch.tensor([0, -1, 0, 0], dtype=torch.int32)}, "counts steps that are not in"),

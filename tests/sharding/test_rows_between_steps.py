@@ -1,5 +1,6 @@
 """Rows between the steps that look them up: decay of every row at every step, and norms, against dense loops."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,28 @@ from torchrec import KeyedJaggedTensor
 from torchrec.distributed import sharding_plan
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 
+from recsys.checkpoint.pending import average_, decay_
 from recsys.config import Config, ConfigError, SparseOptimizerConfig
 from recsys.model.names import POOLED
 from recsys.model.ranker import Ranker, build_ranker
 from recsys.runtime import Ranks
+from recsys.sharding import rows
 from recsys.sharding import shard as sharding
 from recsys.sharding.rows import Piece, Rows
+from recsys.sharding.shard import local_parts, with_parts
 
 ROWS = 12
 DIMS = {"narrow": 4, "middle": 8, "wide": 16}
 TABLE_OF = {"first": "narrow", "second": "middle", "third": "wide", "fourth": "middle"}
 RATES = [0.3, 0.1, 0.2, 0.25, 0.05, 0.3, 0.15]
 SETTLED_AFTER = (4, len(RATES))
+AVERAGE_DECAYS = [0.6, 0.9, 0.3, 0.8, 0.5, 0.7, 0.9]
+AVERAGED_FROM = 1
 
 
-def config_of(folder: Path, optimizer: dict[str, Any], max_norm: float | None = None) -> Config:
+def config_of(
+    folder: Path, optimizer: dict[str, Any], max_norm: float | None = None, *, averaged: bool = False
+) -> Config:
     """Three tables of different widths, one with two features, which training changes by much."""
     raw = tiny_config(folder, folder / "out")
     raw["tables"] = {
@@ -42,7 +50,7 @@ def config_of(folder: Path, optimizer: dict[str, Any], max_norm: float | None = 
     }
     raw["tables"]["middle"]["max_norm"] = max_norm
     raw["features"] = {"sparse": {name: {"table": table} for name, table in TABLE_OF.items()}, "dense": {}}
-    raw["optimizers"] = {"sparse": {"eps": 1e-3, **optimizer}}
+    raw["optimizers"] = {"sparse": {"eps": 1e-3, **optimizer}, "average": {"tables": "touched"} if averaged else None}
     raw["stages"] = {"joint": {"trains": "all", "steps": 1, "learning_rate": 0.1, "sparse_learning_rate": 0.3}}
     return as_config(raw, folder)
 
@@ -66,7 +74,8 @@ def loss_of(pooled: Tensor) -> Tensor:
 
 
 def _train(ranks: Ranks, config: Config, kinds: Mapping[str, str]) -> list[dict[str, Any]]:
-    """All tables on the first rank, at the beginning and after each time that rows were settled."""
+    """All tables on the first rank, at the beginning and after each time that rows were settled; averages with them."""
+    rows._MAX_STEPS, rows._MIN_LOG, rows._BLOCK_ROWS = 2, -0.3, 5  # so that there are several of each
     plan_tables = sharding.plan_tables
 
     def planned(ranker: Ranker, config: Config, ranks: Ranks) -> tuple[Any, ShardingPlan]:
@@ -88,9 +97,14 @@ def _train(ranks: Ranks, config: Config, kinds: Mapping[str, str]) -> list[dict[
     collection: Any = sharded.ranker.collections[POOLED]
 
     def tables() -> dict[str, Any]:
-        found = {name.split(".")[1]: whole(value) for name, value in collection.state_dict().items()}
-        return {name: None if value is None else value.numpy().copy() for name, value in found.items()}
+        found = {name.split(".")[1]: value for name, value in collection.state_dict().items()}
+        if averages:
+            parts = {name: [average_of(part) for part, _, _ in local_parts(value)] for name, value in found.items()}
+            found |= {f"average.{name}": with_parts(value, parts[name]) for name, value in found.items()}
+        gathered = {name: whole(value) for name, value in found.items()}
+        return {name: None if value is None else value.numpy().copy() for name, value in gathered.items()}
 
+    averages, average_of = False, sharded.rows.average_of
     told = [tables()]
     for step, rate in enumerate(RATES):
         for group in sharded.sparse_optimizer.param_groups:
@@ -108,6 +122,12 @@ def _train(ranks: Ranks, config: Config, kinds: Mapping[str, str]) -> list[dict[
         sharded.sparse_optimizer.step()
         with torch.no_grad():  # in which nothing is to happen to rows
             collection(ids).to_dict()
+        if averages:
+            sharded.rows.average_step(AVERAGE_DECAYS[step])
+        elif config.optimizers.average and step == AVERAGED_FROM:
+            averages = True
+            sharded.rows.catch_up()
+            sharded.rows.begin_averages()
         if step + 1 in SETTLED_AFTER:
             sharded.rows.settle()
             told.append(tables())
@@ -121,13 +141,28 @@ class Dense:
         self.tables = {name: torch.from_numpy(value).double() for name, value in tables.items()}
         self.sums = {name: torch.zeros_like(value) for name, value in self.tables.items()}
         self.sparse, self.world_size = config.optimizers.sparse, world_size
+        self.is_averaged = config.optimizers.average is not None
         self.swept: list[float] = []
+        self.averages: dict[str, Tensor] = {}
         self.max_norms = {name: table.max_norm for name, table in config.tables.items()}
 
     def renormalise(self, name: str, rows: Tensor) -> None:
         max_norm = self.max_norms[name]
         if max_norm is not None and len(rows):
             torch.embedding_renorm_(self.tables[name], rows, max_norm, 2.0)
+
+    def settle(self) -> None:
+        """What is done before an evaluation, by which all rows are looked up, and all averages in their place."""
+        for name, max_norm in self.max_norms.items():
+            self.renormalise(name, torch.arange(ROWS))
+            if max_norm is not None and self.averages:
+                torch.embedding_renorm_(self.averages[name], torch.arange(ROWS), max_norm, 2.0)
+            self.sweep(name)
+        self.swept = []
+
+    @property
+    def found(self) -> dict[str, Tensor]:
+        return {**self.tables, **{f"average.{name}": value for name, value in self.averages.items()}}
 
     def step(self, number: int, rate: float) -> None:
         bags = [bags_of(number, rank) for rank in range(self.world_size)]
@@ -148,10 +183,17 @@ class Dense:
         for name, leaf in leaves.items():
             assert leaf.grad is not None
             self.update(name, leaf.grad, rate)
+            if self.averages:
+                decay = AVERAGE_DECAYS[number]
+                self.averages[name] = decay * self.averages[name] + (1 - decay) * self.tables[name]
             if len(self.swept) == self.sparse.sweep_steps:
                 self.sweep(name)
         if len(self.swept) == self.sparse.sweep_steps:
             self.swept = []
+        if self.is_averaged and number == AVERAGED_FROM:
+            for name in DIMS:
+                self.renormalise(name, torch.arange(ROWS))
+            self.averages = {name: value.clone() for name, value in self.tables.items()}
 
     def update(self, name: str, gradient: Tensor, rate: float) -> None:
         weight, decay = self.tables[name], self.sparse.weight_decay
@@ -188,14 +230,13 @@ def _compare(folder: Path, world_size: int, kinds: dict[str, str], config: Confi
     for step, rate in enumerate(RATES):
         dense.step(step, rate)
         if step + 1 in SETTLED_AFTER:
-            for name in DIMS:
-                dense.sweep(name)
-                dense.renormalise(name, torch.arange(ROWS))
-            dense.swept = []
-            for name, value in found.pop(0).items():
-                value = torch.from_numpy(value).double()
+            dense.settle()
+            now = found.pop(0)
+            assert now.keys() == dense.found.keys()
+            for name, expected in dense.found.items():
+                value = torch.from_numpy(now[name]).double()
                 torch.testing.assert_close(
-                    value, dense.tables[name], rtol=0, atol=bound, msg=lambda text, name=name: f"{name}: {text}"
+                    value, expected, rtol=0, atol=bound, msg=lambda text, name=name: f"{name}: {text}"
                 )
     assert not found
 
@@ -225,6 +266,51 @@ def test_coupled_decay_is_the_stated_sweep_and_for_sgd_that_of_every_step(
     _compare(tmp_path, 2, kinds, config_of(tmp_path, settings), 5e-6)
 
 
+DECOUPLED = {"weight_decay": 0.7, "weight_decay_mode": "decoupled"}
+COUPLED = {"weight_decay": 0.3, "weight_decay_mode": "coupled"}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "optimizer", "max_norm"),
+    [
+        (MIXED, {"type": "adagrad", **DECOUPLED}, 0.8),
+        (MIXED, {"type": "adagrad", **COUPLED, "coupled_every": 3}, None),
+        (BY_ROWS, {"type": "sgd"}, 0.8),
+        pytest.param(MIXED, {"type": "sgd", **COUPLED, "coupled_every": 1}, None, marks=pytest.mark.slow),
+        pytest.param(ON_ONE_RANK, {"type": "rowwise_adagrad", **DECOUPLED}, None, marks=pytest.mark.slow),
+        pytest.param(MIXED, {"type": "adagrad"}, None, marks=pytest.mark.slow),
+    ],
+)
+def test_averages_of_rows_are_those_of_every_step(
+    tmp_path: Path, kinds: dict[str, str], optimizer: dict[str, Any], max_norm: float | None
+) -> None:
+    _compare(tmp_path, 2, kinds, config_of(tmp_path, optimizer, max_norm, averaged=True), 5e-6)
+
+
+@pytest.mark.parametrize(("factor", "lowest"), [(1.0, 0.9), (0.999, 0.4), (0.9, 0.9999)])
+def test_averages_are_exact_however_long_a_row_was_not_looked_up(factor: float, lowest: float) -> None:
+    """Over so many steps that products of factors are 0; the second row is set to 1 now and then."""
+    random, steps = torch.Generator().manual_seed(1), 20_000
+    decays = torch.rand(steps, generator=random, dtype=torch.float64) * (1 - lowest) + lowest
+    sums, weights, averages = rows._Sums(torch.device("cpu")), torch.ones(2, 4), torch.full((2, 4), 2.0)
+    expected, dense, last = [2.0, 2.0], [1.0, 1.0], torch.zeros(2, dtype=torch.int64)
+    for step, decay in enumerate(decays.tolist()):
+        if sums.are_long:
+            average_(averages, weights, sums.logs, sums.moves, last, sums.moved)
+            decay_(weights, sums.logs, last, sums.log)
+            last.zero_()
+            sums.forget()
+        sums.begin_step(math.log(factor))
+        dense = [factor * row for row in dense]
+        if step % 997 == 500 or step == steps - 3:
+            average_(averages[1:], weights[1:], sums.logs, sums.moves, last[1:], sums.moved)
+            weights[1], dense[1], last[1] = 1.0, 1.0, sums.steps
+        sums.average(decay)
+        expected = [decay * average + (1 - decay) * row for average, row in zip(expected, dense, strict=True)]
+    average_(averages, weights, sums.logs, sums.moves, last, sums.moved)
+    assert averages[:, 0].tolist() == pytest.approx(expected, rel=2e-5)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "max_norm", "expected"),
     [
@@ -238,25 +324,31 @@ def test_coupled_decay_is_the_stated_sweep_and_for_sgd_that_of_every_step(
             1.0,
             "tables.middle.compute_kernel: .* tables.middle.max_norm; set it to fused, or to fused_uvm",
         ),
+        ({}, None, "tables.narrow.compute_kernel: .* optimizers.average.tables touched; set it to fused"),
     ],
 )
 def test_a_cache_that_the_planner_takes_is_refused(
     tmp_path: Path, optimizer: dict[str, Any], max_norm: float | None, expected: str
 ) -> None:
-    config = config_of(tmp_path, optimizer, max_norm)
+    config = config_of(tmp_path, optimizer, max_norm, averaged=not optimizer)
     sharding_of = dict.fromkeys(DIMS, ParameterSharding("table_wise", "fused_uvm_caching", [0]))
     plan = ShardingPlan({POOLED: EmbeddingModuleShardingPlan(sharding_of)})
     with pytest.raises(ConfigError, match=expected):
         sharding._rows(build_ranker(config, seed=1), config, plan, torch.device("cpu"))
 
 
-def test_a_cache_that_the_config_asks_for_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("optimizers", "told"),
+    [
+        ({"sparse": {"type": "sgd", "weight_decay": 0.1, "weight_decay_mode": "coupled"}}, "weight_decay_mode coupled"),
+        ({"average": {"tables": "touched"}}, r"optimizers\.average\.tables touched"),
+    ],
+)
+def test_a_cache_that_the_config_asks_for_is_refused(tmp_path: Path, optimizers: dict[str, Any], told: str) -> None:
     raw = config_of(tmp_path, {"type": "sgd"}).model_dump()
-    raw["optimizers"]["sparse"] |= {"weight_decay": 0.1, "weight_decay_mode": "coupled"}
+    raw["optimizers"] |= optimizers
     raw["tables"]["wide"]["compute_kernel"] = "fused_uvm_caching"
-    with pytest.raises(
-        ValueError, match=r"tables.wide.compute_kernel: fused_uvm_caching does not go with weight_decay_mode"
-    ):
+    with pytest.raises(ValueError, match=f"tables.wide.compute_kernel: fused_uvm_caching does not go with {told}"):
         Config.model_validate(raw)
 
 

@@ -137,12 +137,15 @@ def test_a_model_trained_on_a_gpu_is_exported_on_a_cpu(tmp_path: Path) -> None:
     assert np.abs(evaluated - predicted).max() <= 1e-6
 
 
-def test_a_step_waits_for_the_device_only_where_ids_are_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tables", ["sweep", "touched"])
+def test_a_step_waits_for_the_device_only_where_ids_are_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tables: str
+) -> None:
     """TorchRec must know how many ids come, and sends them on a stream of its own; nothing waits for the model."""
     write_tiny_log(tmp_path)
     stage = "{trains: all, steps: 60, learning_rate: 1e-3, sparse_learning_rate: 0.02, balance_weight: 0.01}"
     overrides = ["device=cuda", f"stages={{joint: {stage}}}", "logging.every_steps=1000"]
-    overrides.append("optimizers.average={tables: sweep}")
+    overrides.append(f"optimizers.average={{tables: {tables}}}")
     config = load_config(write_tiny_config(tmp_path / "tiny.yaml", tmp_path, tmp_path / "out"), overrides)
     step, waits, watched = PhaseTrainer._step, [], []
 
