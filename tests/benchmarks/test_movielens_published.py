@@ -15,6 +15,11 @@ from recsys.data.splits import open_splits
 
 FIELDS = ["user_id", "gender", "age", "occupation", "movie_id", "year", "genres", "label"]
 SPLITS = ("train", "valid", "test")
+_REST = [
+    "data.batch_size=1",
+    "model.tower={type: mlp}",
+    "stages.joint={trains: all, epochs: 1, learning_rate: 1.0, sparse_learning_rate: 1.0}",
+]
 AGES = ["1", "18", "25", "35", "45", "50", "56"]
 
 
@@ -67,9 +72,12 @@ def test_the_rows_are_those_of_the_protocol(tmp_path: Path) -> None:
         assert list(zip(*(found[field].to_pylist() for field in FIELDS), strict=True)) == [tuple(row) for row in rows]
     assert [pq.read_table(output / split).num_rows for split in SPLITS] == [591_209, 73_901, 73_902]
 
-    text = Path("benchmarks/configs/movielens_1m_published.yaml").read_text(encoding="utf-8")
-    config_file = tmp_path / "config.yaml"
-    config_file.write_text(text.replace("../../data/movielens_1m_published", str(output)), encoding="utf-8")
-    config = load_config(config_file)
-    assert config.features.sparse["genres"].max_length == 5
+    data = {split: f"data.{split}={output}/{split}/*.parquet" for split in SPLITS}
+    config = load_config("benchmarks/configs/movielens_1m_published.yaml", [*data.values()])
     assert sum(open_splits(config, SPLITS)["train"].row_counts) == 591_209
+    written = load_config(output / "dataset.yaml", _REST)
+    assert {name: table.num_embeddings for name, table in config.tables.items()} == {
+        name: table.num_embeddings for name, table in written.tables.items()
+    }
+    assert list(config.features.sparse) == list(written.features.sparse)
+    assert config.features.sparse["genres"].max_length == written.features.sparse["genres"].max_length == 5

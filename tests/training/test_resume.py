@@ -189,7 +189,8 @@ def _resume_from_each(log: Path, tmp_path: Path, world_size: int, every: int, **
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("mode", ["decoupled", pytest.param("coupled", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["decoupled", "coupled"])
 def test_resumed_equals_uninterrupted_with_decay_of_all_rows(log: Path, tmp_path: Path, mode: str) -> None:
     """Of which rows lack some steps, or a sweep is due, in most checkpoints."""
     tables = tiny_config(log, tmp_path)["tables"]

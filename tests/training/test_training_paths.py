@@ -69,6 +69,7 @@ def test_a_stage_trains_experts_of_one_path_and_leaves_all_else_bit_identical(ru
     assert not {name for name in names if torch.equal(after[name], last[name])}
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(log: Path, tmp_path: Path) -> None:
     """Over three ranks, to which it matters in which order DDP adds up gradients."""
     stages = json.loads(config_of(log, tmp_path, tmp_path).model_dump_json())["stages"]

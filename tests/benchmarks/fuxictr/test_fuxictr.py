@@ -195,8 +195,8 @@ def test_searches_on_one_seed_resumes_and_measures_as_we_measure(
 def test_names_what_failed_and_what_it_does_not_know(folder: Path, checkout: Path, run: Callable[..., None]) -> None:
     with pytest.raises(UserError, match="no setting 'dropout'; it has batch_size"):
         run(checkout, sys.executable, "--set", "dropout=0", "--", ONE_WIDTH)
-    with pytest.raises(UserError, match=r"--set DCN\.net_dropout=0: no model 'DCN'"):
-        run(checkout, sys.executable, "--set", "DCN.net_dropout=0", "--", ONE_WIDTH)
+    with pytest.raises(UserError, match=r"--set DCNv3\.net_dropout=0: no model 'DCNv3'"):
+        run(checkout, sys.executable, "--set", "DCNv3.net_dropout=0", "--", ONE_WIDTH)
     with pytest.raises(UserError, match="values are JSON"):
         run(checkout, sys.executable, "--set", "monitor=AUC", "--", ONE_WIDTH)
     with pytest.raises(UserError, match="embedding_dim 4, 8"):
