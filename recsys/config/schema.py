@@ -394,7 +394,8 @@ class ModelConfig(Section):
     There is either one `tower`, or two at least on the same tokens, `paths`, the mean of whose probabilities is the
     model's. `replaces` is the dense tower that these stand in for, with whose cost theirs is compared; null is the same
     without experts. It is never trained. `embedding_dropout` is the probability with which, in training, a number of a
-    pooled embedding is 0 where it enters the towers.
+    pooled embedding is 0 where it enters the towers. `linear_init` is what linears begin with: what PyTorch gives them,
+    or normal weights of variance 2 / (D_in + D_out) (Glorot and Bengio, 2010) and biases of 0.
     """
 
     tower: TowerConfig | None = None
@@ -403,6 +404,7 @@ class ModelConfig(Section):
     replaces: TowerConfig | None = None
     dense_dim: Width = 16
     embedding_dropout: Probability = 0.0
+    linear_init: Literal["default", "xavier_normal"] = "default"
 
     @property
     def towers(self) -> dict[str, TowerConfig]:

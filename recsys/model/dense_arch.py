@@ -94,6 +94,11 @@ class DenseArch(nn.Module):
             (self.tower,) = towers
             self.head = _head(self.tower)
 
+    @property
+    def towers_and_heads(self) -> list[tuple[Tower, nn.Linear]]:
+        """Each tower with its head."""
+        return list(zip(self.paths, self.heads, strict=True)) if self._has_paths else [(self.tower, self.head)]  # type: ignore[arg-type]
+
     def forward(
         self, pooled: Tensor, dense_features: Tensor, loss_weights: Mapping[str, float] = MappingProxyType({})
     ) -> DenseOutput:
@@ -127,8 +132,24 @@ def logit_of_mean(logits: Tensor) -> Tensor:
 def _head(tower: Tower) -> nn.Linear:
     """From what a tower gives to its logit; what are summands of it already begin by being added as they are."""
     head = nn.Linear(tower.out_features, 1)
-    nn.init.ones_(head.weight[:, tower.out_features - tower.num_logits :])
+    _add_as_it_is(tower, head)
     return head
+
+
+def _add_as_it_is(tower: Tower, head: nn.Linear) -> None:
+    nn.init.ones_(head.weight[:, tower.out_features - tower.num_logits :])
+
+
+def _begin_by_xavier(dense_arch: DenseArch) -> None:
+    """Draw what linears begin with anew; factors of what a head adds as it is stay 1."""
+    with torch.no_grad():
+        for module in dense_arch.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_normal_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for tower, head in dense_arch.towers_and_heads:
+            _add_as_it_is(tower, head)
 
 
 def build_dense_arch(config: ModelConfig, embedding_dims: Mapping[str, int], *, num_dense_features: int) -> DenseArch:
@@ -152,6 +173,8 @@ def build_dense_arch(config: ModelConfig, embedding_dims: Mapping[str, int], *, 
         else None
     )
     dense_arch = DenseArch(num_dense_features, config.dense_dim, *towers, embedding_dropout=dropout)
+    if config.linear_init == "xavier_normal":
+        _begin_by_xavier(dense_arch)
     if config.hilomoe is not None:
         own = [
             f"{name}.{pattern.removeprefix('tower.')}"

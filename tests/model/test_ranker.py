@@ -340,3 +340,19 @@ def test_embedding_dropout_leaves_first_order_weights() -> None:
     expected[:, :4] *= kept[:, :4]
     expected[:, 8:16] *= kept[:, 4:]
     torch.testing.assert_close(found, expected)
+
+
+def test_linears_begin_by_xavier_where_the_config_says_so(tmp_path: Path) -> None:
+    """With the deviation of its definition, and factors of a logit's summands that stay 1."""
+    tower = "{type: deepfm, hidden: [200, 300]}"
+    widths = [f"tables.{table}.embedding_dim=200" for table in ("user", "item", "tag")]
+    overrides = [f"model.tower={tower}", "model.dense_dim=200", "model.linear_init=xavier_normal", *widths]
+    overrides += ["model.hilomoe=null", "stages.experts=null"]
+    config = load_config(write_tiny_config(tmp_path / "tiny.yaml", tmp_path, tmp_path), overrides)
+    torch.manual_seed(3)
+    arch = build_dense_arch(config.model, {"user": 200, "item": 200}, num_dense_features=2)
+    for linear in arch.tower.mlp.linears:  # type: ignore[union-attr]
+        assert not linear.bias.any()
+        expected = (2 / sum(linear.weight.shape)) ** 0.5
+        assert linear.weight.std().item() == pytest.approx(expected, rel=0.03)
+    assert torch.equal(arch.head.weight[0, -arch.tower.num_logits :], torch.ones(arch.tower.num_logits))
