@@ -18,10 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys.cli import run_entry
-from recsys.config import BucketizeIdsConfig, IdsConfig, SparseFeatureConfig, VocabularyIdsConfig
+from recsys.config import BucketizeIdsConfig, SparseFeatureConfig
 from recsys.data.storage import DataError
-from recsys.prepare.mapping import vocabulary_file
-from recsys.prepare.movielens import AGES, GENDERS, GENRES_1M, OCCUPATIONS_1M, read_movielens_1m
+from recsys.prepare.movielens import AGES, GENDERS, GENRES_1M, OCCUPATIONS_1M, features, read_movielens_1m
 from recsys.prepare.sources import Ints, check_free, write_data_set
 
 SEED = 2019
@@ -99,22 +98,13 @@ def _columns(raw: pa.Table) -> dict[str, dict[str, object]]:
 
 
 def _features() -> dict[str, SparseFeatureConfig]:
-    def vocabulary(feature: str) -> IdsConfig:
-        file = f"${{here}}/{vocabulary_file(feature)}"
-        return VocabularyIdsConfig(type="vocabulary", file=file, out_of_vocabulary="empty", applied=True)
-
-    def buckets(boundaries: tuple[int, ...]) -> IdsConfig:
-        return BucketizeIdsConfig(type="bucketize", boundaries=tuple(map(float, boundaries)), applied=True)
-
-    return {
-        "user_id": SparseFeatureConfig(table="user"),
-        "gender": SparseFeatureConfig(table="gender", ids=vocabulary("gender")),
-        "age": SparseFeatureConfig(table="age", ids=buckets(AGES[1:])),
-        "occupation": SparseFeatureConfig(table="occupation"),
-        "movie_id": SparseFeatureConfig(table="movie"),
-        "year": SparseFeatureConfig(table="year", ids=buckets(DECADES)),
-        "genres": SparseFeatureConfig(table="genre", ids=vocabulary("genres"), max_length=MAX_GENRES),
+    ours = features()
+    year = BucketizeIdsConfig(type="bucketize", boundaries=tuple(map(float, DECADES)), applied=True)
+    changed = {
+        "year": SparseFeatureConfig(table="year", ids=year),
+        "genres": ours["genres"].model_copy(update={"max_length": MAX_GENRES}),
     }
+    return {name: changed.get(name, ours[name]) for name in _FIELDS}
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_FOLDERS = {"GDCNP": "GDCN", "QNN_alpha": "QNN"}
-"""Of models that share one with another."""
+_FOLDERS = {"QNN_alpha": "QNN"}
+"""Of models that have none of their own name."""
 QNNS = ("QNN", "QNN_alpha")
 PACKAGES = ("torch", "numpy", "pandas", "polars", "pyarrow", "scikit-learn")
 

@@ -238,7 +238,7 @@ def compare(case: Case, checkout: Path, seed: int) -> dict[str, float]:
         expected = theirs(features)["y_pred"].squeeze(1)
 
         def difference() -> float:
-            logits, _ = arch(pooled, numbers)
+            logits = arch(pooled, numbers).logits
             return float((logits.sigmoid() - expected).abs().max())
 
         return {

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from optuna.trial import Trial, TrialState
@@ -43,7 +43,7 @@ class _Failed(Exception):
     """A trial that came to nothing, and why."""
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> NoReturn:
     """Search as the command line asks for."""
     parser = argparse.ArgumentParser(prog="benchmarks.quality search", description="Find settings by the valid split.")
     parser.add_argument("study", metavar="STUDY.yaml", help="space, seeds, objective; docs/benchmarks.md has the keys")

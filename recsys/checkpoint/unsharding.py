@@ -96,13 +96,13 @@ def unshard(
     if twice := next((new for new, count in Counter(new for new, _ in pairs).items() if count > 1), None):
         raise CheckpointError(f"{directory}: two tensors would be called {twice}; give them names of their own")
 
-    def whole(pending: PendingRows, name: str) -> list[Tensor]:
+    def whole(name: str) -> list[Tensor]:
         return [pending.read(name)]
 
     try:
-        read = partial(whole, PendingRows(reader))
+        pending = PendingRows(reader)
         sources = [
-            Source(new, reader.dtype(name), tuple(reader.shape(name)), partial(read, name)) for new, name in pairs
+            Source(new, reader.dtype(name), tuple(reader.shape(name)), partial(whole, name)) for new, name in pairs
         ]
         return write_safetensors(output, sources, {"format": "pt", "stage": meta.stage, "step": str(meta.step)})
     except UnreadableError as error:

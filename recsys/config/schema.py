@@ -760,6 +760,10 @@ class Config(Section):
                     "once, which must be below 1; lower one of them"
                     + (", or coupled_every" if sparse.weight_decay_mode == "coupled" else "")
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _no_cache_has_rows_that_change(self) -> Self:
         if changes := self.optimizers.changes_rows:
             for name, table in self.tables.items():
                 if table.compute_kernel == "fused_uvm_caching":

@@ -109,7 +109,7 @@ def convert_movielens_1m(source: Path, output: Path, *, overwrite: bool = False)
         name="movielens-1m",
         columns=_columns(raw, users, movies, "official code", OCCUPATIONS_1M),
         vocabularies=_vocabularies(users, movies),
-        sparse=_features(),
+        sparse=features(),
         mapped_as=_PLACES,
         domain=_DOMAIN,
         overwrite=overwrite,
@@ -175,7 +175,7 @@ def convert_movielens_100k(source: Path, output: Path, *, overwrite: bool = Fals
         name="movielens-100k",
         columns=_columns(raw, users, movies, "place in the vocabulary", len(OCCUPATIONS_100K)),
         vocabularies={**_vocabularies(users, movies), "occupation": list(OCCUPATIONS_100K)},
-        sparse=_features(occupation=_by_vocabulary("occupation")),
+        sparse=features(occupation=_by_vocabulary("occupation")),
         mapped_as=_PLACES,
         domain=_DOMAIN,
         overwrite=overwrite,
@@ -187,7 +187,7 @@ def _by_vocabulary(feature: str) -> VocabularyIdsConfig:
     return VocabularyIdsConfig(type="vocabulary", file=file, out_of_vocabulary="empty", applied=True)
 
 
-def _features(occupation: IdsConfig | None = None) -> dict[str, SparseFeatureConfig]:
+def features(occupation: IdsConfig | None = None) -> dict[str, SparseFeatureConfig]:
     """Each feature, with the mapping from its raw values; `occupation` is that one's, None for official codes."""
     return {
         "user_id": SparseFeatureConfig(table="user"),

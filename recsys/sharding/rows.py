@@ -388,7 +388,7 @@ class _Held:
         counts = offsets[:: (len(offsets) - 1) // features].diff()
         of = torch.repeat_interleave(counts, output_size=len(indices))
         rows = self._row_of.index_select(0, of) + indices
-        units = rows
+        units, width = rows, None
         if not self._is_one_width:
             width = self._width_of.index_select(0, of)[:, None]
             starts = self._unit_of.index_select(0, of) + indices * width[:, 0]
@@ -403,8 +403,8 @@ class _Held:
             decay_(values, sums.logs, last, sums.log_before)
         if self._has_max_norm:
             squares = values.square().sum(2)
-            if not self._is_one_width:
-                squares = squares.where(self._units < self._width_of[of, None], 0.0)
+            if width is not None:
+                squares = squares.where(self._units < width, 0.0)
             renormalise_(values, self._max_norm_of[of], squares.sum(1).sqrt())
         self._touched = _Touched(rows, units, values)
         if sums.log or self._has_max_norm:

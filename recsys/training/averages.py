@@ -118,13 +118,14 @@ class Averages:
         if not self._averages:
             return
         rows, is_touched, averages = self._sharded.rows, self._tables == "touched", self.state()
-        goes_on = is_touched and rows.goes_on
-        if (is_touched and not goes_on) or not averages.keys() <= saved_names(directory):
+        goes_on, saved = is_touched and rows.goes_on, saved_names(directory)
+        if (is_touched and not goes_on) or not averages.keys() <= saved:
             rows.catch_up()
             self._progress.swept = self._progress.phase_steps
         for weight, average in self._pairs():
             average.copy_(weight)
-        load_averages(directory, averages, settled=not goes_on)
+        there = {name: average for name, average in averages.items() if name in saved}
+        load_averages(directory, there, settled=not goes_on)
 
     @torch.no_grad()
     def _begin(self) -> None:

@@ -364,11 +364,7 @@ def load_model(directory: Path, sharded: ShardedRanker, dense_arch: nn.Module) -
     """
     state = model_state(sharded, dense_arch)
     _load(directory, state, averaged=True)
-    with _refusing(directory):
-        pending = PendingRows(TensorReader(directory, averaged=True))
-        for name, value in state.items():
-            for part, row, column in local_parts(value):
-                pending.settle_(name, part, row, column)
+    _settle(directory, state)
     forget_cached_rows(sharded)
 
 
@@ -471,22 +467,19 @@ def saved_names(directory: Path) -> frozenset[str]:
 
 
 def load_averages(directory: Path, averages: State, *, settled: bool) -> None:
-    """Read what a checkpoint has of the averages of weights; a collective call. The others stay as they are.
+    """Read averages of weights, all of which a checkpoint has; a collective call.
 
     Args:
         directory: of the checkpoint.
         averages: filled; by their names in a checkpoint.
         settled: whether they are to have had all steps, or what is pending goes on.
+
+    Raises:
+        CheckpointError: one has another shape than its weight, or cannot be read.
     """
-    names = saved_names(directory)
-    there = {name: value for name, value in averages.items() if name in names}
-    _load(directory, there)
+    _load(directory, averages)
     if settled:
-        with _refusing(directory):
-            pending = PendingRows(TensorReader(directory, averaged=True))
-            for name, value in there.items():
-                for part, row, column in local_parts(value):
-                    pending.settle_(f"model.{name.removeprefix(AVERAGE)}", part, row, column)
+        _settle(directory, {f"model.{name.removeprefix(AVERAGE)}": value for name, value in averages.items()})
 
 
 def load_own(directory: Path, prefix: str) -> dict[str, Tensor]:
@@ -552,6 +545,15 @@ def _load(directory: Path, state: Mapping[str, Any], *, averaged: bool = False) 
     """Fill the tensors of `state`, which share memory with the model, in place."""
     with _refusing(directory):
         load_tensors(directory, dict(state), averaged=averaged)
+
+
+def _settle(directory: Path, state: State) -> None:
+    """Have what was read of weights, or of their averages where there are any, by the weights' names, had all steps."""
+    with _refusing(directory):
+        pending = PendingRows(TensorReader(directory, averaged=True))
+        for name, value in state.items():
+            for part, row, column in local_parts(value):
+                pending.settle_(name, part, row, column)
 
 
 def _open(directory: Path) -> TensorReader:

@@ -95,7 +95,7 @@ class FirstNotFinite:
             step: from 1 over all stages; higher than that of the call before.
             losses: scalars by name, the same names at every step.
             dense_features: (B, F_d), B or F_d may be 0.
-            gradient_norm: of the dense gradients, (); null takes it of those that are there.
+            gradient_norm: of the dense gradients, (); None takes it of those that are there.
         """
         if not self._names:
             self._begin(losses)

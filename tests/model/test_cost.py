@@ -94,7 +94,7 @@ def test_the_parts_add_up_to_the_real_model(load: Any, tower: str, experts: str,
     config = load(*overrides, dense_features=dense_features)
     cost = cost_report(config).cost
     ranker = build_ranker(config, seed=0, device=torch.device("cpu"))
-    width = sum(config.tables[feature.table].embedding_dim for feature in config.features.sparse.values())
+    width = sum(config.embedding_dims.values())
     pooled, dense = torch.randn(7, width), torch.randn(7, DENSE if dense_features else 0)
     an_example = sum(cost.flops[part] for part in PARTS if part != "embedding")
     assert flops_of(lambda: ranker.dense_arch(pooled, dense)) == 7 * an_example + cost.flops_per_call

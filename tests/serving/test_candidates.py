@@ -56,8 +56,7 @@ def make(
         raw["features"]["sparse"][name] |= settings
     config = as_config(raw, folder)
     torch.manual_seed(7)
-    dims = {name: config.tables[feature.table].embedding_dim for name, feature in config.features.sparse.items()}
-    arch = build_dense_arch(config.model, dims, num_dense_features=len(config.features.dense))
+    arch = build_dense_arch(config.model, config.embedding_dims, num_dense_features=len(config.features.dense))
     for layer in expert_layers(arch).values():
         torch.nn.init.normal_(layer.lora_B, std=0.3)  # type: ignore[attr-defined]
     for norm in norms(arch):

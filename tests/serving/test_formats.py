@@ -65,7 +65,7 @@ def test_programs_answer_as_the_artefact_without_this_project(
     }
     for tower, scorer in scorers.items():
         config = scorer.artifact.config
-        width = sum(config.tables[feature.table].embedding_dim for feature in config.features.sparse.values())
+        width = sum(config.embedding_dims.values())
         given[tower] = torch.randn(300, width, generator=generator)
         (tmp_path / tower).mkdir()
         write_program(scorer.dense_arch, width, num_dense, kind, tmp_path / tower / PROGRAMS[kind])

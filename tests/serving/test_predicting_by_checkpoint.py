@@ -13,22 +13,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from plans import plan_by
 from ranks import Finished, run_module, run_ranks
 from runs import reseal
 from test_scorer import export, train
 from tiny import tiny_table, write_tiny_log
-from torchrec.distributed import sharding_plan
-from torchrec.distributed.types import ShardingPlan
 
 from recsys.checkpoint.layout import CheckpointError, read_meta
-from recsys.config import Config, load_checkpoint_config
+from recsys.config import load_checkpoint_config
 from recsys.data.storage import DataError
-from recsys.model.names import POOLED
-from recsys.model.ranker import Ranker
 from recsys.runtime import Ranks
 from recsys.serving import Scorer
 from recsys.serving.predicting import predict as predict_by
-from recsys.sharding import shard as sharding
 from recsys.training.scoring import ShardedScorer
 
 PLANS = {
@@ -125,23 +121,7 @@ def test_raw_rows_have_the_probabilities_of_evaluation(
 
 def _predict_row_wise(ranks: Ranks, checkpoint: Path, tmp_path: Path) -> int:
     """With a plan that TorchRec follows on a CPU, where its planner proposes none of the kind."""
-    plan_tables = sharding.plan_tables
-
-    def planned(ranker: Ranker, config: Config, ranks: Ranks) -> tuple[Any, ShardingPlan]:
-        sharder, _ = plan_tables(ranker, config, ranks)
-        plan = sharding_plan.construct_module_sharding_plan(
-            ranker.collections[POOLED],
-            {"user": sharding_plan.row_wise(), "item": sharding_plan.row_wise(), "tag": sharding_plan.data_parallel()},
-            sharder=sharder,
-            local_size=ranks.world_size,
-            world_size=ranks.world_size,
-            device_type="cpu",
-        )
-        for name, table in plan.items():
-            table.compute_kernel = "dense" if name == "tag" else "fused"
-        return sharder, ShardingPlan({POOLED: plan})
-
-    sharding.plan_tables = planned
+    plan_by({"user": "row_wise", "item": "row_wise", "tag": "data_parallel"})
     scorer = ShardedScorer(checkpoint, read_meta(checkpoint), load_checkpoint_config(checkpoint), ranks)
     with pytest.raises(CheckpointError, match="--keep: probability is what the predictions are called"):
         scorer.predict([f"{tmp_path}/in"], f"{tmp_path}/out", keep=["probability"])

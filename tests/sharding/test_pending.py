@@ -20,6 +20,7 @@ from recsys.checkpoint.unsharding import unshard
 from recsys.config import Config, SparseOptimizerConfig
 from recsys.data.splits import open_splits
 from recsys.model.names import POOLED
+from recsys.model.ranker import Ranker
 from recsys.runtime import Ranks
 from recsys.serving.artifact import TABLES, write_artifact
 from recsys.sharding.rows import Rows
@@ -48,11 +49,16 @@ def config_of(log: Path, folder: Path, steps: int = 20, **changes: Any) -> Confi
     return as_config({**raw, **changes}, folder)
 
 
-def _read(ranks: Ranks, config: Config, directory: Path) -> dict[str, Any]:
-    """The sharded tables as evaluation, predictions and exports read them, on any number of ranks."""
-    found = load_ranker(directory, config, ranks).collections[POOLED].state_dict()
+def _tables(ranker: Ranker) -> dict[str, Any]:
+    """The sharded tables, on the first rank."""
+    found = ranker.collections[POOLED].state_dict()
     tables = {name: whole(found[f"embedding_bags.{name}.weight"]) for name in SHARDED}
     return {name: None if value is None else value.numpy().copy() for name, value in tables.items()}
+
+
+def _read(ranks: Ranks, config: Config, directory: Path) -> dict[str, Any]:
+    """The tables as evaluation, predictions and exports read them, on any number of ranks."""
+    return _tables(load_ranker(directory, config, ranks))
 
 
 def _resumed(ranks: Ranks, config: Config, directory: Path) -> dict[str, Any]:
@@ -61,9 +67,7 @@ def _resumed(ranks: Ranks, config: Config, directory: Path) -> dict[str, Any]:
         trainer = Trainer(config, ranks, open_splits(config, config.data.splits), monitor)
         trainer.resume(directory)
         trainer.sharded.rows.settle()
-        found: Any = trainer.sharded.ranker.collections[POOLED].state_dict()
-    tables = {name: whole(found[f"embedding_bags.{name}.weight"]) for name in SHARDED}
-    return {name: None if value is None else value.numpy().copy() for name, value in tables.items()}
+        return _tables(trainer.sharded.ranker)
 
 
 def _begun_with(ranks: Ranks, config: Config) -> dict[str, Any]:
@@ -71,8 +75,7 @@ def _begun_with(ranks: Ranks, config: Config) -> dict[str, Any]:
         trainer = Trainer(config, ranks, open_splits(config, config.data.splits), monitor)
         assert config.warm_start is not None
         trainer.warm_start(config.warm_start)
-        found: Any = trainer.sharded.ranker.collections[POOLED].state_dict()
-    return {name: whole(found[f"embedding_bags.{name}.weight"]).numpy().copy() for name in SHARDED}  # type: ignore[union-attr]
+        return _tables(trainer.sharded.ranker)
 
 
 def test_a_checkpoint_within_an_epoch_is_read_as_the_model_of_its_step(

@@ -10,20 +10,20 @@ import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
+from plans import plan_by
 from ranks import run_ranks
 from runs import as_config
-from test_types import TYPES, whole
+from test_types import whole
 from tiny import tiny_config
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 from torchrec import KeyedJaggedTensor
-from torchrec.distributed import sharding_plan
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 
 from recsys.checkpoint.pending import average_, decay_
 from recsys.config import Config, ConfigError, SparseOptimizerConfig
 from recsys.model.names import POOLED
-from recsys.model.ranker import Ranker, build_ranker
+from recsys.model.ranker import build_ranker
 from recsys.runtime import Ranks
 from recsys.sharding import rows
 from recsys.sharding import shard as sharding
@@ -76,23 +76,7 @@ def loss_of(pooled: Tensor) -> Tensor:
 def _train(ranks: Ranks, config: Config, kinds: Mapping[str, str]) -> list[dict[str, Any]]:
     """All tables on the first rank, at the beginning and after each time that rows were settled; averages with them."""
     rows._MAX_STEPS, rows._MIN_LOG, rows._BLOCK_ROWS = 2, -0.3, 5  # so that there are several of each
-    plan_tables = sharding.plan_tables
-
-    def planned(ranker: Ranker, config: Config, ranks: Ranks) -> tuple[Any, ShardingPlan]:
-        sharder, _ = plan_tables(ranker, config, ranks)
-        plan = sharding_plan.construct_module_sharding_plan(
-            ranker.collections[POOLED],
-            {table: TYPES[kind]() for table, kind in kinds.items()},
-            sharder=sharder,
-            local_size=ranks.world_size,
-            world_size=ranks.world_size,
-            device_type="cpu",
-        )
-        for table in kinds:
-            plan[table].compute_kernel = "fused"
-        return sharder, ShardingPlan({POOLED: plan})
-
-    sharding.plan_tables = planned
+    plan_by(kinds)
     sharded = sharding.shard(build_ranker(config, seed=1), config, ranks, seed=2)
     collection: Any = sharded.ranker.collections[POOLED]
 

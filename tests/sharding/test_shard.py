@@ -116,7 +116,7 @@ def _clamp_gradients(config: Config, most: float, _: Any, __: Any, pooled: Keyed
         ("sgd", "column_wise", 1e-3, 1e-4),
     ],
 )
-def test_sharded_equalsunsharded(
+def test_sharded_equals_unsharded(
     log: Path,
     tmp_path: Path,
     process_group: None,

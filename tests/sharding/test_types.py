@@ -1,7 +1,4 @@
-"""Tables score and train the same however they are sharded: every type of TorchRec's, alone and mixed, on gloo.
-
-The CPU planner proposes no row-wise types, but TorchRec runs them there when a plan asks for them.
-"""
+"""Tables score and train the same however they are sharded: every type of TorchRec's, alone and mixed, on gloo."""
 
 import os
 from pathlib import Path
@@ -10,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from plans import TYPES, plan_by
 from ranks import run_ranks
 from runs import as_config
 from tiny import tiny_config
@@ -17,28 +15,18 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec import KeyedJaggedTensor
-from torchrec.distributed import comm_ops, sharding_plan
-from torchrec.distributed.types import ShardingPlan
+from torchrec.distributed import comm_ops
 
 from recsys.config import Config
 from recsys.data.batch import Batch
 from recsys.model.names import POOLED
-from recsys.model.ranker import Ranker, build_ranker
+from recsys.model.ranker import build_ranker
 from recsys.runtime import Ranks
 from recsys.sharding import shard as sharding
 
 ROWS = 40
 KEYS = ("first", "second", "third")
 POOLING = {"first": "mean", "second": "sum", "third": "mean"}
-
-TYPES: dict[str, Any] = {
-    "table_wise": lambda: sharding_plan.table_wise(rank=1),
-    "column_wise": lambda: sharding_plan.column_wise(ranks=[0, 1]),
-    "row_wise": sharding_plan.row_wise,
-    "table_row_wise": lambda: sharding_plan.table_row_wise(host_index=0),
-    "grid_shard": lambda: sharding_plan.grid_shard(host_indexes=[0, 1]),
-    "data_parallel": sharding_plan.data_parallel,
-}
 
 
 def config_of(folder: Path, embedding_dim: int = 8) -> Config:
@@ -101,23 +89,7 @@ def _train(ranks: Ranks, config: Config, kinds: dict[str, str], cuts: list[int],
     os.environ["LOCAL_WORLD_SIZE"] = str(local)
     ranks = Ranks(ranks.rank, ranks.world_size, ranks.rank % local, local, ranks.device)
     comm_ops.dist = type("Gloo", (), {**vars(dist), "all_gather": staticmethod(_gather_of_any_size)})
-    plan_tables = sharding.plan_tables
-
-    def planned(ranker: Ranker, config: Config, ranks: Ranks) -> tuple[Any, ShardingPlan]:
-        sharder, _ = plan_tables(ranker, config, ranks)
-        plan = sharding_plan.construct_module_sharding_plan(
-            ranker.collections[POOLED],
-            {key: TYPES[kind]() for key, kind in kinds.items()},
-            sharder=sharder,
-            local_size=local,
-            world_size=ranks.world_size,
-            device_type="cpu",
-        )
-        for key, kind in kinds.items():
-            plan[key].compute_kernel = "dense" if kind == "data_parallel" else "fused"
-        return sharder, ShardingPlan({POOLED: plan})
-
-    sharding.plan_tables = planned
+    plan_by(kinds)
     ranker = build_ranker(config, seed=1)
     replicated = {
         key: config.tables[key].model_copy(update={"sharding": ("data_parallel",)})

@@ -234,7 +234,7 @@ def pooled_and_stepped(ranks: Ranks, config: Config) -> tuple[dict[str, Any], di
     pooled.values().sum().backward()
     assert ranker.mean_pooling is not None
     (sums,) = KeyedTensor.regroup([pooled], [ranker.feature_names])
-    dims = [config.tables[feature.table].embedding_dim for feature in config.features.sparse.values()]
+    dims = list(config.embedding_dims.values())
     whole = ranker.mean_pooling(sums, features).detach().split(dims, 1)
     return {name: of.numpy() for name, of in zip(ranker.feature_names, whole, strict=True)}, {
         name: [(column, old, new.detach().numpy()) for old, (new, _, column) in zip(before[name], of, strict=True)]

@@ -37,6 +37,46 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+FEATURES = """
+class FeatureMap:
+    def __init__(self, *_):
+        self.features = {}
+
+    def get_num_fields(self):
+        return len(self.features)
+"""
+DNN = """
+from torch import cat, nn
+
+
+class DNN(nn.Module):
+    def __init__(self, feature_map, embedding_dim, hidden_units, **_):
+        super().__init__()
+        tables = {name: nn.Embedding(of["vocab_size"], embedding_dim) for name, of in feature_map.features.items()}
+        layers = nn.ModuleDict({"embedding_layers": nn.ModuleDict(tables)})
+        self.embedding_layer = nn.ModuleDict({"embedding_layer": layers})
+        widths = [len(tables) * embedding_dim, *hidden_units]
+        hidden = [layer for of in zip(widths, hidden_units) for layer in (nn.Linear(*of), nn.ReLU())]
+        self.mlp = nn.Sequential(*hidden, nn.Linear(widths[-1], 1))
+
+    def forward(self, features):
+        tables = self.embedding_layer.embedding_layer.embedding_layers
+        x = cat([tables[name](ids) for name, ids in features.items()], 1)
+        return {"y_pred": self.mlp(x).sigmoid()}
+"""
+
+
+def test_weights_are_copied_and_both_are_compared(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a perceptron written as FuxiCTR's are, where there is no checkout of it."""
+    (checkout / "fuxictr" / "features.py").write_text(FEATURES)
+    (checkout / "model_zoo" / "DNN" / "src").mkdir(parents=True)
+    (checkout / "model_zoo" / "DNN" / "src" / "DNN.py").write_text(DNN)
+    monkeypatch.syspath_prepend(checkout)
+    (case,) = (case for case in towers.CASES if case.name == "MLP")
+    figures = towers.compare(case, checkout, 17)
+    assert figures["largest difference"] < towers.ALIKE and figures["control"] > 1e-8
+
+
 @pytest.mark.parametrize(("difference", "code"), [(9e-13, 0), (1e-12, 1), (float("nan"), 1)])
 def test_a_tower_that_differs_is_named_and_fails_the_command(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, difference: float, code: int

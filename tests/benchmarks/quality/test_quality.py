@@ -1,36 +1,18 @@
 """Grids as a user runs them, trained on the tiny config, and the report of them."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run, start
 from grids import BACKBONE, leave, write_grid
 from tiny import write_tiny_log
 
 from benchmarks.quality.grid import cases_of
 from benchmarks.report import Line, read
-
-ROOT = Path(__file__).parents[3]
-
-
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "benchmarks.quality", "grid.yaml", "--output", "results", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def run(folder: Path, *arguments: str) -> tuple[int, str, str]:
-    process = start(folder, *arguments)
-    output, errors = process.communicate(timeout=240)
-    return process.returncode, output, errors
 
 
 def read_result(folder: Path) -> tuple[str, dict[str, list[Line]]]:
@@ -53,7 +35,7 @@ def test_a_grid_trains_goes_on_and_names_what_failed(folder: Path) -> None:
     write_tiny_log(folder / "log", rows={"train": 300, "valid": 60, "test": 60})
     cases = {"tiny": {}, "bad": {"overrides": ["data.train=nowhere/*.parquet"]}}
     write_grid(folder, cases, seeds=[17])
-    code, output, errors = run(folder)
+    code, output, errors = run(folder, "grid.yaml")
     assert code == 1
     assert "tiny, seed 17: test AUC 0." in output, output + errors
     assert "bad, seed 17 | error: data.train: no file matches" in output
@@ -79,19 +61,19 @@ def test_a_grid_trains_goes_on_and_names_what_failed(folder: Path) -> None:
     assert not (directory / "checkpoints").exists()
 
     shutil.rmtree(folder / "log")  # what runs from here on must fail
-    code, output, _ = run(folder, "--only", "tiny")
+    code, output, _ = run(folder, "grid.yaml", "--only", "tiny")
     assert (code, "try: 1 runs, 1 already there" in output) == (0, True)
     again = read_result(folder)[1]["run"]
     assert [(line["case"], line["seed"], line["figures"]) for line in again] == [("tiny", 17, figures)]
     write_grid(folder, cases, seeds=[17], overrides=[*BACKBONE, "stages.backbone.learning_rate=0.5"])
-    code, _, errors = run(folder, "--report-only")
+    code, _, errors = run(folder, "grid.yaml", "--report-only")
     assert (code, errors) == (0, "try: no run is complete, so there is nothing to report\n")  # other settings
 
 
 def test_an_interrupted_grid_ends_its_runs(folder: Path) -> None:
     write_tiny_log(folder / "log", rows={"train": 300, "valid": 60, "test": 60})
     write_grid(folder, {"tiny": {}})
-    process = start(folder)
+    process = start(folder, "grid.yaml")
     children: list[str] = []
     until = time.monotonic() + 60
     while len(children) < 2 and time.monotonic() < until:
@@ -132,7 +114,7 @@ def test_the_report_pairs_seeds_and_tells_what_is_missing(folder: Path) -> None:
     ]
     (folder / "rivals.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
-    code, output, errors = run(folder, "--report-only", "--note", "Nothing else ran.")
+    code, output, errors = run(folder, "grid.yaml", "--report-only", "--note", "Nothing else ran.")
     assert (code, errors) == (0, "")
     assert "│ hilomoe │ 2 of 3 │ 0.83000 ± 0.02828 │" in output
     page, result = read_result(folder)
@@ -176,5 +158,5 @@ def test_the_report_pairs_seeds_and_tells_what_is_missing(folder: Path) -> None:
 
 def test_only_takes_cases_of_the_grid(folder: Path) -> None:
     write_grid(folder, {"tiny": {}})
-    code, _, errors = run(folder, "--only", "tyni")
+    code, _, errors = run(folder, "grid.yaml", "--only", "tyni")
     assert (code, errors) == (2, "error: --only tyni: no such case; there are tiny\n")

@@ -1,36 +1,20 @@
 """Searches as a user runs them, trained on the tiny config: several processes, kills, pruning, and what is written."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run, start
 from studies import RATE, write_study
 from tiny import write_tiny_log
 
 from benchmarks.quality.grid import cases_of, load_grid
 from benchmarks.report import Line, read
 
-ROOT = Path(__file__).parents[3]
+SEARCH = ("search", "study.yaml")
 ROWS = {"train": 300, "valid": 60}  # no test split: a search must not miss it
-
-
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "benchmarks.quality", "search", "study.yaml", "--output", "results", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def run(folder: Path, *arguments: str) -> tuple[int, str, str]:
-    process = start(folder, *arguments)
-    output, errors = process.communicate(timeout=240)
-    return process.returncode, output, errors
 
 
 def read_result(folder: Path) -> tuple[str, list[Line]]:
@@ -52,7 +36,7 @@ def test_two_processes_search_together_and_the_winner_is_a_grid(folder: Path) ->
     towers = [{"type": "mlp", "hidden": [8]}, {"type": "dcn_v2", "num_cross_layers": 1, "hidden": [8]}]
     space = {"stages.backbone.learning_rate": RATE, "model.tower": {"choices": towers}}
     write_study(folder, space, seeds=[17, 18], trials=3, pruning=None)
-    processes = [start(folder), start(folder)]
+    processes = [start(folder, *SEARCH), start(folder, *SEARCH)]
     said = [process.communicate(timeout=400) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     for output, _ in said:
@@ -72,7 +56,7 @@ def test_two_processes_search_together_and_the_winner_is_a_grid(folder: Path) ->
     assert "the mean over seeds 17, 18;" in page
     assert not list(folder.glob("outputs/**/checkpoints"))
 
-    code, output, errors = run(folder, "--freeze", "won.yaml", "--seeds", "1", "2")
+    code, output, errors = run(folder, *SEARCH, "--freeze", "won.yaml", "--seeds", "1", "2")
     assert (code, "trial 3" in output) == (0, False), errors  # nothing is left to do
     grid = load_grid(folder / "won.yaml")
     _, winner = cases_of(grid, Path("runs"))
@@ -81,7 +65,7 @@ def test_two_processes_search_together_and_the_winner_is_a_grid(folder: Path) ->
     assert config.stages["backbone"].learning_rate == best["stages.backbone.learning_rate"]
     assert config.model.tower.type == best["model.tower"]["type"]
     (folder / "won.yaml").write_text("name: mine\n")
-    code, _, errors = run(folder, "--freeze", "won.yaml")
+    code, _, errors = run(folder, *SEARCH, "--freeze", "won.yaml")
     assert (code, errors) == (2, "error: --freeze won.yaml: is there, and no grid of a search; name another file\n")
 
 
@@ -95,7 +79,7 @@ def test_a_killed_search_goes_on_and_prunes_what_is_worse(folder: Path) -> None:
     ]
     settings = {"overrides": overrides, "trials": 2, "sampler_seed": 3}  # which draws the better one first
     write_study(folder, space, **settings, pruning={"startup_trials": 1, "warmup_evaluations": 10})
-    process = start(folder)
+    process = start(folder, *SEARCH)
     until = time.monotonic() + 400
     while not evaluations(folder, 1) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
@@ -107,7 +91,7 @@ def test_a_killed_search_goes_on_and_prunes_what_is_worse(folder: Path) -> None:
     assert not Path(f"/proc/{child}").exists()
     assert not (folder / "outputs/quality/search_try/trial-1/seed-17/summary.json").exists()
 
-    code, output, errors = run(folder)
+    code, output, errors = run(folder, *SEARCH)
     assert code == 0, output + errors
     page, (good, bad, cut) = read_result(folder)
     assert [(trial["trial"], trial["state"]) for trial in (good, bad, cut)] == [
@@ -126,7 +110,7 @@ def test_a_killed_search_goes_on_and_prunes_what_is_worse(folder: Path) -> None:
 
 def test_trials_that_fail_are_told_and_leave_no_winner(folder: Path) -> None:
     write_study(folder, {"data.train": {"choices": ["nowhere/*.parquet"]}}, trials=1)
-    code, output, errors = run(folder)
+    code, output, errors = run(folder, *SEARCH)
     assert (code, errors) == (1, "")
     fault = "seed 17, exit code 2, outputs/quality/search_try/trial-0/seed-17.log ends in: error: data.train: no file"
     assert f"trial 0: FAILED: {fault}" in output
@@ -139,7 +123,7 @@ def test_trials_that_fail_are_told_and_leave_no_winner(folder: Path) -> None:
 
 def test_no_trial_begins_when_time_is_up(folder: Path) -> None:
     write_study(folder, {"stages.backbone.learning_rate": RATE}, timeout_minutes=1e-9)
-    code, output, _ = run(folder)
+    code, output, _ = run(folder, *SEARCH)
     assert (code, "trial 0" in output) == (1, False)
     page, _ = read_result(folder)
     assert "0 of 3 trials have ended" in page and "that a run ends with, with seed 17; the test split" in page
@@ -157,6 +141,6 @@ def test_what_could_not_be_frozen_is_refused_first(
     folder: Path, arguments: list[str], overrides: list[str], message: str
 ) -> None:
     write_study(folder, {"stages.backbone.learning_rate": RATE}, overrides=overrides)
-    code, output, errors = run(folder, *arguments)
+    code, output, errors = run(folder, *SEARCH, *arguments)
     assert (code, output) == (2, "")
     assert message in errors

@@ -45,8 +45,7 @@ def test_the_paths_shown_make_a_model_that_learns_at_the_cost_of_the_tower_besid
 
 
 def assert_learns(config: Config) -> None:
-    dims = {name: config.tables[feature.table].embedding_dim for name, feature in config.features.sparse.items()}
-    num_dense = len(config.features.dense)
+    dims, num_dense = config.embedding_dims, len(config.features.dense)
     torch.manual_seed(0)
     arch = build_dense_arch(config.model, dims, num_dense_features=num_dense)
     pooled, dense = torch.randn(64, sum(dims.values())), torch.randn(64, num_dense)
