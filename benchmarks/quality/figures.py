@@ -65,7 +65,7 @@ class Figures:
     def take(self, run: Run) -> bool:
         """Add a run's figures if it is complete under its settings; whether it is."""
         path = run.directory / "summary.json"
-        if not path.exists() or (run.directory / "config.yaml").read_text(encoding="utf-8") != run.config.to_yaml():
+        if not path.exists() or not run.is_there:
             return False
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if summary["world_size"] != self.grid.nproc:

@@ -103,6 +103,23 @@ class Run:
         """What the run says, beside its directory."""
         return self.directory.with_name(f"{self.directory.name}.log")
 
+    @property
+    def config_there(self) -> Path:
+        """What its directory's run was begun with."""
+        return self.directory / "config.yaml"
+
+    @property
+    def is_there(self) -> bool:
+        """Whether its directory's run, complete or not, was begun with these settings."""
+        same = (self.config, self.config.model_copy(update={"resume": "never"}))  # as `recsys.train` was told to
+        text = self.config_there.read_text(encoding="utf-8") if self.config_there.exists() else None
+        return text in [config.to_yaml() for config in same]
+
+    @property
+    def makes_way(self) -> bool:
+        """Whether its directory's run was begun with other settings, and so must be kept aside, complete or not."""
+        return self.config.resume == "auto" and self.config_there.exists() and not self.is_there
+
 
 @dataclass(frozen=True)
 class Case:
@@ -129,9 +146,11 @@ def load_grid(path: str | Path) -> GridConfig:
     """Read a grid.
 
     Raises:
-        ConfigError: the file cannot be read or a value is not allowed; every fault is listed, one per line.
+        ConfigError: the file cannot be read or is a study, or values are not allowed; each is listed, one a line.
     """
     raw = read_yaml(Path(path), "grid", remedy="benchmarks/grids has some")
+    if "space" in raw and "cases" not in raw:
+        raise ConfigError(f"{path} is a study, and no grid; take python -m benchmarks.quality search {path}")
     return validate(GridConfig, raw, source=str(path))
 
 

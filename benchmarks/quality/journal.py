@@ -2,7 +2,8 @@
 
 optuna keeps the trials in its journal. What it lacks there is telling whether the process that works on a trial lives,
 as its heartbeats need a database: here that process holds a lock on a file of the trial's, which the system gives up
-when the process ends, however it ends. All locks are `flock`'s.
+when the process ends, however it ends. All locks are `flock`'s. A line that a process was killed in, or the disk had no
+room for, is removed before the next is written: optuna would write on behind it, and then read neither.
 """
 
 import fcntl
@@ -54,7 +55,7 @@ class Journal:
         path = folder / "journal.jsonl"
         with self.locked():
             try:
-                storage = JournalStorage(JournalFileBackend(str(path), _Lock(folder / "journal.lock")))
+                storage = JournalStorage(JournalFileBackend(str(path), _LockToAppend(path)))
                 self._study = optuna.create_study(
                     storage=storage,
                     study_name=study.name,
@@ -174,3 +175,22 @@ class _Lock(JournalFileOpenLock):
 
     def release(self) -> None:
         os.close(self._file)
+
+
+class _LockToAppend(_Lock):
+    """What optuna holds while it appends to a journal, which then ends in a whole line."""
+
+    def __init__(self, journal: Path) -> None:
+        super().__init__(journal.with_suffix(".lock"))
+        self._journal = journal
+
+    def acquire(self, wait: bool = True) -> bool:
+        if not super().acquire(wait):
+            return False
+        with self._journal.open("r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 1, 0))
+            if file.read() not in (b"", b"\n"):
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        return True

@@ -133,10 +133,13 @@ def load_study(path: str | Path) -> tuple[StudyConfig, Config]:
     """Read a study, and the config that it starts from.
 
     Raises:
-        ConfigError: the file cannot be read, a value is not allowed (every fault is listed, one per line), the config
-            has no valid split, or it does not take a value of the space.
+        ConfigError: the file cannot be read, is a grid, a value is not allowed (every fault is listed, one per line),
+            the config has no valid split, or it does not take a value of the space.
     """
-    study = validate(StudyConfig, read_yaml(Path(path), "study", remedy="docs/benchmarks.md has one"), source=str(path))
+    raw = read_yaml(Path(path), "study", remedy="docs/benchmarks.md has one")
+    if "cases" in raw and "space" not in raw:
+        raise ConfigError(f"{path} is a grid, and no study; take python -m benchmarks.quality {path}")
+    study = validate(StudyConfig, raw, source=str(path))
     base = load_config(study.config, study.overrides)
     if base.data.valid is None:
         raise ConfigError(f"{path}: data.valid of {study.config} is not set; a search is judged by it")

@@ -70,7 +70,9 @@ def end(processes: Collection[subprocess.Popen[bytes]]) -> None:
 
 
 def start(run: Run, nproc: int, threads: int, *, dies_with_us: bool = False) -> subprocess.Popen[bytes]:
-    """Start a run that holds the lock on its log as long as it lives.
+    """Start a run that holds the lock on its log as long as it lives; it goes on where it was cut off.
+
+    One that its directory has under other settings is kept under another name, cut off or not.
 
     Args:
         run: what to train.
@@ -83,6 +85,8 @@ def start(run: Run, nproc: int, threads: int, *, dies_with_us: bool = False) -> 
     """
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)] if nproc > 1 else []
     command = [sys.executable, *launch, "-m", "recsys.train", "--config", run.path, *run.overrides]
+    if run.makes_way:  # else an unfinished one under other settings would be refused, and could not be begun again
+        command.append("resume=never")
     # Looked up here: between fork and exec nothing may be loaded.
     bind = partial(ctypes.CDLL(None).prctl, _PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) if dies_with_us else None
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"}

@@ -467,7 +467,7 @@ class _Held:
     def _weights(self) -> Tensor:
         """All weights in units, (U, unit), as data: a change is not one that fbgemm's backward must not meet."""
         placed = (self.module.weights_host, self.module.weights_dev, self.module.weights_uvm)
-        weights: Tensor = next(weights for weights in placed if weights.numel())
+        weights: Tensor = next((weights for weights in placed if weights.numel()), self.module.weights_dev)
         return weights.data.view(-1, self._unit)
 
     def _put_back(self) -> None:

@@ -84,6 +84,8 @@ def shard(ranker: Ranker, config: Config, ranks: Ranks, *, seed: int) -> Sharded
         assert module_plan is not None
         collection = torchrec_shard(unsharded, module_plan, env, ranks.device, sharder)
         setattr(ranker, name, collection)
+        if ranks.device.type == "cpu":
+            _keep_on_cpu(collection)
         _initialise_tables(collection, config.tables, seed)
         fused.append(collection.fused_optimizer)
         for table, parameter in collection.named_parameters():
@@ -186,6 +188,16 @@ def _fused_modules(collection: nn.Module) -> list[SplitTableBatchedEmbeddingBags
     """What holds this rank's tables together with their optimizers."""
     modules = (module for lookup in _lookups(collection) for module in lookup.modules())
     return [module for module in modules if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen)]
+
+
+def _keep_on_cpu(collection: nn.Module) -> None:
+    """Have this rank look up tables of which it has no row, as where each has fewer rows than there are ranks.
+
+    By weights on the host fbgemm tells that it is to look up there, and not on a GPU.
+    """
+    for module in _fused_modules(collection):
+        if not module.weights_host.numel():
+            module.weights_host.resize_(module.max_D).zero_()  # in place, as shards are views
 
 
 def _uncount_without_gradient(module: Any, *_: object) -> None:

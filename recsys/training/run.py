@@ -5,6 +5,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -31,7 +32,7 @@ from recsys.runtime import Ranks, derive_seed, once_on_each_machine, process_gro
 from recsys.sharding.plan import PLAN_TEXTS, plan_as_dict, plan_rows
 from recsys.sharding.shard import shard
 from recsys.terminal import markdown, table
-from recsys.training.averages import check_start
+from recsys.training.averages import Averages, check_start
 from recsys.training.checkpoint import (
     Checkpoints,
     copy_checkpoint,
@@ -179,7 +180,9 @@ class Trainer:
                 self._own = {name: value for name, value in self._own.items() if not name.startswith("open.")}
         best = None if self.progress.phase_over else self.progress.best
         self.checkpoints.begin_from(directory, best.step if best else None)
-        if not self.progress.phase_over:
+        if self.progress.phase_over:
+            self._take_up_max_norms(directory)
+        else:
             self._resumed = directory
         self.monitor.goes_on_from(self.progress.step)
         self.monitor.say(f"Resumed from {directory}: {_where(self.progress)}")
@@ -197,6 +200,18 @@ class Trainer:
         for name in names[: names.index(progress.stage) + progress.phase_over]:
             if then.stages[name] != stages[name]:
                 self.monitor.say(f"warning: stage {name} has ended, so what differs in stages.{name} changes nothing")
+
+    def _take_up_max_norms(self, directory: Path, averages: Averages | None = None) -> None:
+        """Scale the rows of a checkpoint that was just read down to `max_norm`, where that is another since.
+
+        No step may look them up any more.
+        """
+        tables, then = self.config.tables, load_checkpoint_config(directory).tables
+        if any(table.max_norm not in (None, then[name].max_norm) for name, table in tables.items()):
+            self.sharded.rows.catch_up()
+            self.sharded.rows.renormalise()
+            with averages.in_place() if averages else nullcontext():
+                self.sharded.rows.renormalise()
 
     def warm_start(self, settings: WarmStartConfig) -> None:
         """Begin with weights of another run; a collective call, as `recsys.training.warm_start.warm_start`."""
@@ -314,6 +329,7 @@ class Trainer:
         if self._resumed is not None:
             load_dense_optimizer(self._resumed, trainer.optimizers.dense)
             trainer.averages.load(self._resumed)
+            self._take_up_max_norms(self._resumed, trainer.averages)
             if progress.is_within_epoch:
                 trainer.load_open_state(
                     {name.removeprefix("open."): value for name, value in self._own.items() if name.startswith("open.")}
@@ -410,6 +426,7 @@ class Trainer:
         verified(directory, self.ranks)
         load_model_and_tables_optimizers(directory, self.sharded, self.dense_arch, self.config.tables)
         trainer.averages.load(directory)
+        self._take_up_max_norms(directory, trainer.averages)
         of = f"epoch {best.epoch}" if best.epoch else "the state it began with"
         self.monitor.say(f"{self.progress.stage:<10} back to its best, {of}")
         trainer.optimizers.begin_anew()

@@ -70,6 +70,14 @@ def _resumed(ranks: Ranks, config: Config, directory: Path) -> dict[str, Any]:
         return _tables(trainer.sharded.ranker)
 
 
+def _gone_on(ranks: Ranks, config: Config, directory: Path) -> None:
+    Path(config.output_dir).mkdir()
+    with Monitor(Path(config.output_dir), enabled=False) as monitor:
+        trainer = Trainer(config, ranks, open_splits(config, config.data.splits), monitor)
+        trainer.resume(directory)
+        trainer.run()
+
+
 def _begun_with(ranks: Ranks, config: Config) -> dict[str, Any]:
     with Monitor(Path(config.output_dir), enabled=False) as monitor:
         trainer = Trainer(config, ranks, open_splits(config, config.data.splits), monitor)
@@ -149,6 +157,26 @@ def test_rows_that_no_step_looks_up_keep_to_max_norm(log: Path, tmp_path: Path) 
     run_ranks(1, train_on, config)
     norms = TensorReader(tmp_path / "run" / "out" / "checkpoints" / "step-1").read(WEIGHT.format("user")).norm(dim=1)
     assert norms.max().item() == pytest.approx(0.2, rel=1e-5)  # as drawn, they are up to 0.36
+
+
+@pytest.mark.parametrize("start", [2, 3], ids=["within the stage that trains tables", "at its end"])
+def test_rows_of_another_run_keep_to_a_max_norm_that_is_new(log: Path, tmp_path: Path, start: int) -> None:
+    """Tables, and averages of them, that no step looks up any more."""
+    stages = tiny_config(log, tmp_path)["stages"]
+    stages["backbone"] = {"trains": "backbone", "steps": 3, "learning_rate": 0.01, "sparse_learning_rate": 0.1}
+    stages["experts"] = {"trains": "experts", "steps": 1, "learning_rate": 0.01}
+    del stages["joint"]
+    sparse = {"type": "adagrad", "weight_decay": 0.7, "weight_decay_mode": "decoupled"}
+    optimizers = {"sparse": sparse, "average": {"decay": 0.8, "tables": "sweep"}}
+    settings = {"stages": stages, "optimizers": optimizers, "checkpoints": {"every_steps": 1, "keep_every_steps": 1}}
+    run_ranks(1, train_on, config_of(log, tmp_path / "run", **settings))
+    checkpoints = tmp_path / "run" / "out" / "checkpoints"
+    tables = tiny_config(log, tmp_path)["tables"]
+    tables["user"]["max_norm"] = 0.02
+    run_ranks(1, _gone_on, config_of(log, tmp_path / "new", tables=tables, **settings), checkpoints / f"step-{start}")
+    folders = (checkpoints, tmp_path / "new" / "out" / "checkpoints")
+    before, after = (TensorReader(of / "step-4").read(WEIGHT.format("user")).norm(dim=1) for of in folders)
+    assert before.min() > 0.03 and 0.019 < after.max() < 0.0200001
 
 
 def coupled(every: int) -> SparseOptimizerConfig:

@@ -40,12 +40,12 @@ AVERAGED_FROM = 1
 
 
 def config_of(
-    folder: Path, optimizer: dict[str, Any], max_norm: float | None = None, *, averaged: bool = False
+    folder: Path, optimizer: dict[str, Any], max_norm: float | None = None, *, averaged: bool = False, rows: int = ROWS
 ) -> Config:
     """Three tables of different widths, one with two features, which training changes by much."""
     raw = tiny_config(folder, folder / "out")
     raw["tables"] = {
-        name: {"num_embeddings": ROWS, "embedding_dim": dim, "init": {"type": "normal", "std": 0.5}, "pooling": "sum"}
+        name: {"num_embeddings": rows, "embedding_dim": dim, "init": {"type": "normal", "std": 0.5}, "pooling": "sum"}
         for name, dim in DIMS.items()
     }
     raw["tables"]["middle"]["max_norm"] = max_norm
@@ -55,13 +55,13 @@ def config_of(
     return as_config(raw, folder)
 
 
-def bags_of(step: int, rank: int) -> list[list[list[int]]]:
+def bags_of(step: int, rank: int, rows: int) -> list[list[list[int]]]:
     """By feature and row, ids with repetitions; some rows have none, and nor has any in the third step."""
     if step == 2:
         return [[[]] * 3 for _ in TABLE_OF]
     return [
         [
-            [(5 * step + 3 * rank + 2 * feature + row * k) % 7 for k in range((row + feature + rank) % 4)]
+            [(5 * step + 3 * rank + 2 * feature + row * k) % min(rows, 7) for k in range((row + feature + rank) % 4)]
             for row in range(3)
         ]
         for feature in range(len(TABLE_OF))
@@ -95,7 +95,7 @@ def _train(ranks: Ranks, config: Config, kinds: Mapping[str, str]) -> list[dict[
             group["lr"] = rate
         sharded.sparse_optimizer.zero_grad()
         sharded.rows.begin_step(rate)
-        bags = bags_of(step, ranks.rank)
+        bags = bags_of(step, ranks.rank, config.tables["narrow"].num_embeddings)
         ids = KeyedJaggedTensor(
             keys=list(TABLE_OF),
             values=torch.tensor([number for of in bags for bag in of for number in bag], dtype=torch.int64),
@@ -138,9 +138,10 @@ class Dense:
     def settle(self) -> None:
         """What is done before an evaluation, by which all rows are looked up, and all averages in their place."""
         for name, max_norm in self.max_norms.items():
-            self.renormalise(name, torch.arange(ROWS))
+            every = torch.arange(len(self.tables[name]))
+            self.renormalise(name, every)
             if max_norm is not None and self.averages:
-                torch.embedding_renorm_(self.averages[name], torch.arange(ROWS), max_norm, 2.0)
+                torch.embedding_renorm_(self.averages[name], every, max_norm, 2.0)
             self.sweep(name)
         self.swept = []
 
@@ -149,7 +150,7 @@ class Dense:
         return {**self.tables, **{f"average.{name}": value for name, value in self.averages.items()}}
 
     def step(self, number: int, rate: float) -> None:
-        bags = [bags_of(number, rank) for rank in range(self.world_size)]
+        bags = [bags_of(number, rank, len(self.tables["narrow"])) for rank in range(self.world_size)]
         for feature, table in enumerate(TABLE_OF.values()):
             for of_rank in bags:
                 self.renormalise(table, torch.tensor([i for bag in of_rank[feature] for i in bag], dtype=torch.int64))
@@ -175,8 +176,8 @@ class Dense:
         if len(self.swept) == self.sparse.sweep_steps:
             self.swept = []
         if self.is_averaged and number == AVERAGED_FROM:
-            for name in DIMS:
-                self.renormalise(name, torch.arange(ROWS))
+            for name, value in self.tables.items():
+                self.renormalise(name, torch.arange(len(value)))
             self.averages = {name: value.clone() for name, value in self.tables.items()}
 
     def update(self, name: str, gradient: Tensor, rate: float) -> None:
@@ -269,6 +270,21 @@ def test_averages_of_rows_are_those_of_every_step(
     tmp_path: Path, kinds: dict[str, str], optimizer: dict[str, Any], max_norm: float | None
 ) -> None:
     _compare(tmp_path, 2, kinds, config_of(tmp_path, optimizer, max_norm, averaged=True), 5e-6)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "averaged"),
+    [
+        ({"type": "adagrad", "weight_decay": 0.7, "weight_decay_mode": "decoupled"}, True),
+        ({"type": "sgd"}, False),
+    ],
+)
+def test_a_rank_that_has_no_row_of_any_table_takes_part(
+    tmp_path: Path, optimizer: dict[str, Any], averaged: bool
+) -> None:
+    """Of tables of one row, by rows on two ranks."""
+    max_norm = 0.8 if averaged else None
+    _compare(tmp_path, 2, BY_ROWS, config_of(tmp_path, optimizer, max_norm, averaged=averaged, rows=1), 1e-5)
 
 
 @pytest.mark.parametrize(("factor", "lowest"), [(1.0, 0.9), (0.999, 0.4), (0.9, 0.9999)])

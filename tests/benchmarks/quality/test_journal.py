@@ -103,6 +103,19 @@ def test_a_file_that_is_no_journal_is_named(folder: Path) -> None:
         opened(folder)
 
 
+def test_a_line_that_was_cut_off_loses_nothing_but_itself(folder: Path) -> None:
+    """By a process that was killed while another goes on, and by one that nobody outlived."""
+    journal = opened(folder)
+    path = folder / "study" / "journal.jsonl"
+    for _ in range(2):
+        with path.open("ab") as file:
+            file.write(b'{"op_code":6,"worker_id":"somebody')
+        tell(journal, asked(journal))
+        journal = opened(folder)
+    assert [trial.state for trial in journal.trials()] == [TrialState.COMPLETE] * 2
+    assert b"somebody" not in path.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("objective", "values", "pruned"),
     [("valid AUC", (0.6, 0.7, 0.8), [0.69]), ("valid log loss", (0.6, 0.5, 0.4), [0.51])],

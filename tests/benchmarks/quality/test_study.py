@@ -1,5 +1,6 @@
 """What a study may say, what it draws from, and what is made of that."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,16 @@ def test_a_setting_that_cannot_be_drawn_is_told_by_its_path(
 def test_faults_are_told_before_anything_is_tried(folder: Path, fault: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_study(write_study(folder, **{"space": {LEARNING_RATE: RATE}, **fault}))
+
+
+def test_a_study_and_a_grid_are_told_apart(folder: Path) -> None:
+    study = write_study(folder, {LEARNING_RATE: RATE})
+    with pytest.raises(ConfigError, match=r"is a study, and no grid; take .*benchmarks\.quality search .*study"):
+        load_grid(study)
+    grid = grid_of(load_study(study)[0], "grid", {}, [1], "")
+    (folder / "grid.yaml").write_text(json.dumps(grid))
+    with pytest.raises(ConfigError, match=r"is a grid, and no study; take .*benchmarks\.quality .*grid"):
+        load_study(folder / "grid.yaml")
 
 
 def test_numbers_and_choices_are_drawn_as_they_are_written(folder: Path) -> None:

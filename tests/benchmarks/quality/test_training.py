@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from grids import write_grid
+from grids import BACKBONE, leave, write_grid
 
 from benchmarks.quality import training
+from benchmarks.quality.figures import Figures
 from benchmarks.quality.grid import Run, cases_of
+from recsys.config import load_config
 from recsys.errors import UserError
 
 
@@ -53,6 +55,29 @@ def test_a_run_has_its_launcher_its_threads_and_its_log(
     assert command[-2:] == ["seed=17", 'output_dir="runs/tiny/seed-17"']
     assert how["env"]["OMP_NUM_THREADS"] == threads
     assert how["stdout"].name == "runs/tiny/seed-17.log"
+
+
+def test_a_run_of_other_settings_makes_way_and_one_of_the_same_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off or complete; what began so anew is then the same, and counts once it is complete."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(training.subprocess, "Popen", lambda command, **_: commands.append(command))
+    (run,) = cases_of(write_grid(folder, {"tiny": {}}, seeds=[17]), Path("runs"))[0].runs
+    leave(run, auc=0.7)
+    training.start(run, nproc=1, threads=1)
+    grid = write_grid(folder, {"tiny": {}}, seeds=[17], overrides=[*BACKBONE, "model.dense_dim=8"])
+    cases = cases_of(grid, Path("runs"))
+    (changed,) = cases[0].runs
+    training.start(changed, nproc=1, threads=1)
+    assert not Figures(grid, cases).of["tiny"]
+    anew = [argument for argument in commands[1] if argument not in commands[0]]
+    assert anew == ["model.dense_dim=8", "resume=never"]
+    told = load_config(changed.path, commands[1][commands[1].index(changed.path) + 1 :])
+    changed.config_there.write_text(told.to_yaml())
+    training.start(changed, nproc=1, threads=1)
+    assert "resume=never" not in commands[0] + commands[2]
+    assert list(Figures(grid, cases).of["tiny"]) == [17]
 
 
 def test_a_run_that_another_process_still_trains_is_not_started_again(folder: Path) -> None:
