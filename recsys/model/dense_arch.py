@@ -120,16 +120,16 @@ class DenseArch(nn.Module):
         self,
         pooled: Tensor,
         dense_features: Tensor,
-        loss_weights: Mapping[str, float] = MappingProxyType({}),
         domain: Tensor | None = None,
+        loss_weights: Mapping[str, float] = MappingProxyType({}),
     ) -> DenseOutput:
         """From a batch to its logits, and what its experts' routing costs.
 
         Args:
             pooled: embeddings, (B, sum of dims).
             dense_features: (B, F_d).
+            domain: of the rows, (B,); read only where linears adapt to it.
             loss_weights: factors by name, which decide what auxiliary losses are computed.
-            domain: of the rows, (B,); only where linears adapt to it.
         """
         parts = [pooled if self.embedding_dropout is None else self.embedding_dropout(pooled)]
         if self.dense_projection is not None:
@@ -213,16 +213,18 @@ def build_dense_arch(
     dense_arch = DenseArch(num_dense_features, config.dense_dim, *towers, embedding_dropout=dropout)
     if config.linear_init == "xavier_normal":
         _begin_by_xavier(dense_arch)
-    own = [
-        f"{name}.{pattern.removeprefix('tower.')}"
-        for name, tower in config.towers.items()
-        for pattern in tower.expert_linears
-    ]
     if config.hilomoe is not None:
+        own = _of_towers({name: tower.expert_linears for name, tower in config.towers.items()})
         _attach(dense_arch, config.hilomoe, config.hilomoe.experts_in or own)
     if config.domain_experts is not None:
+        own = _of_towers({name: tower.deep_linears or tower.expert_linears for name, tower in config.towers.items()})
         _adapt(dense_arch, config.domain_experts, config.domain_experts.experts_in or own, tokens.width, num_domains)
     return dense_arch
+
+
+def _of_towers(patterns: Mapping[str, Sequence[str]]) -> list[str]:
+    """Patterns of linears of each tower by the name that the tower has here."""
+    return [f"{name}.{pattern.removeprefix('tower.')}" for name, own in patterns.items() for pattern in own]
 
 
 def _attach(dense_arch: DenseArch, config: HiLoMoEConfig, patterns: Sequence[str]) -> None:

@@ -123,7 +123,7 @@ class Ranker(nn.Module):
             if self.mean_pooling is not None:
                 features = self.mean_pooling(features, batch.sparse_features)
         logits, auxiliary, paths, order = self.dense_arch(
-            features, batch.dense_features, self.loss_weights, batch.domain
+            features, batch.dense_features, batch.domain, self.loss_weights
         )
         total, losses = self.total_loss(logits, auxiliary, batch, self.loss_weights, paths)
         return total, RankerOutput(logits.detach(), batch.labels, batch.domain, losses, batch.dense_features, order)

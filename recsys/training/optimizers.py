@@ -197,7 +197,7 @@ def _settle_buckets(dense_arch: DistributedDataParallel, config: Config, stage: 
     inputs = (torch.zeros(2, width, device=device), torch.zeros(2, len(config.features.dense), device=device))
     domain = torch.zeros(2, dtype=torch.int64, device=device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # of which dropout draws
-        logits, losses, paths, _ = dense_arch(*inputs, stage.loss_weights, domain)
+        logits, losses, paths, _ = dense_arch(*inputs, domain, stage.loss_weights)
         ((logits if paths is None else paths).sum() + sum(losses.values())).backward()
     for buffer, before in buffers:
         buffer.copy_(before)

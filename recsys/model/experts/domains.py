@@ -155,7 +155,9 @@ class DomainAdaptation(nn.Module):
         """(B,) domains and (B, F) features, which the gate may read, -> (B, E)."""
         experts = torch.arange(self.num_experts, device=domains.device)
         if self.shared_by == "all":
-            shared = torch.ones_like(experts).expand(len(domains), -1).float()
+            shared = (
+                torch.ones_like(experts).expand(domains.shape[0], -1).float()
+            )  # `len` would be a constant of exports
         else:
             shared = (experts % self.num_domains == domains[:, None]).float()
         shared = shared / shared.sum(1, keepdim=True)
