@@ -668,7 +668,7 @@ class StageConfig(Section):
     diversity_weight: NonNegativeFloat = 0.0
     agreement_weight: NonNegativeFloat = 0.0
     patience: Count | None = None
-    monitor: Literal["log_loss", "auc"] = "log_loss"
+    monitor: Literal["log_loss", "auc", "wauc", "mean_auc"] = "log_loss"
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -912,6 +912,11 @@ class Config(Section):
                 raise ValueError(
                     f"stages.{name}.expert_learning_rate is for experts, and model.hilomoe and model.domain_experts "
                     "are null; set it to null"
+                )
+            if stage.monitor in ("wauc", "mean_auc") and self.data.domain is None:
+                raise ValueError(
+                    f"stages.{name}.monitor: {stage.monitor} is over domains, and data.domain is not set; name a "
+                    "column, or take auc or log_loss"
                 )
             if stage.chosen_by is not None and self.data.valid is None:
                 raise ValueError(f"stages.{name}.{stage.chosen_by} needs a valid split; set data.valid")

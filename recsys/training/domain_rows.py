@@ -90,7 +90,7 @@ def _check(config: Config, counts: Mapping[str, DomainCounts], stages: list[str]
                 f"data.valid: no row of domain {number} ({labels[number]}), so stages.{name}.{stage.chosen_by} has "
                 f"nothing to choose its expert by; {way_out}"
             )
-        for number in np.flatnonzero((valid == 0).any(0))[:1].tolist() if stage.monitor == "auc" else ():
+        for number in np.flatnonzero((valid == 0).any(0))[:1].tolist() if stage.monitor != "log_loss" else ():
             only = int(valid[0, number] == 0)
             raise DataError(
                 f"data.valid: all rows of domain {number} ({labels[number]}) are of label {only}, "

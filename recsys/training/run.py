@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -331,7 +332,9 @@ class Trainer:
         phase = self._phase
         trains: str = settings.trains
         if phase.expert is not None:
-            trains = f"expert {phase.expert} of {self.config.num_domain_experts}, of {self._rows.of(phase, 'train').of}"
+            assert self.config.data.domain is not None
+            domain = self.config.data.domain.labels[phase.expert % self.config.num_domains]
+            trains = f"expert {phase.expert} of {self.config.num_domain_experts}, of domain {domain}"
         self.monitor.begin_stage(name, trains, num_steps)
         trainer = PhaseTrainer(
             self.config,
@@ -506,6 +509,10 @@ class Trainer:
             on_batch=partial(self.monitor.evaluating, split),
         )
         self.monitor.evaluation(source, split, progress.step, progress.epoch, found.model)
+        if found.domains and not self._is_of_one_expert:
+            self.monitor.domains(
+                split, progress.step, found.model, found.domains, found.reference_domains, with_table=source == "final"
+            )
         if found.counts != progress.counts[split]:  # they are the same each time
             progress.counts[split] = found.counts
             self.monitor.say(f"warning: {split}: {in_words(found.counts)}")
@@ -569,7 +576,7 @@ class Trainer:
             self.ranks.world_size,
             kept=kept,
             best_step=progress.best.step if progress.best and not progress.phase_over else None,
-            valid=valid.as_dict() if valid else None,
+            valid=replace(valid, over_domains=None).as_dict() if valid else None,
             versions=self._versions,
         )
         waited = self.checkpoints.waited
@@ -609,7 +616,7 @@ def _better(metrics: Metrics, best: Metrics, stage: StageConfig) -> bool:
     new, old = getattr(metrics, stage.monitor), getattr(best, stage.monitor)
     if new is None or math.isnan(new):
         return False
-    return bool(old is None or (new > old if stage.monitor == "auc" else new < old))
+    return bool(old is None or (new < old if stage.monitor == "log_loss" else new > old))
 
 
 def _figures(config: Config, stage: str) -> tuple[Any, ...]:

@@ -432,7 +432,8 @@ stages:
         (["stages.backbone.expert_learning_rate=0.1"], "for stages that train experts, and trains is backbone"),
         (
             ["stages.joint.expert_learning_rate=0.1", "model.hilomoe=null", "stages.experts=null"],
-            "stages.joint.expert_learning_rate is for experts, and model.hilomoe and model.domain_experts are null; set it to null",
+            "stages.joint.expert_learning_rate is for experts, and model.hilomoe and model.domain_experts are null; "
+            "set it to null",
         ),
     ],
 )
