@@ -105,6 +105,7 @@ def evaluate_checkpoint(
         if ranks.is_first and as_json:
             figures = {name: metrics.as_dict() for name, metrics in results.items()}
             of_domains = {"domains": {name: it.as_dict() for name, it in domains.items()}} if domains else {}
+            of_domains |= model.told_over_domains
             print(json.dumps({**about, **figures, **of_domains, "data": by_kind(counts)}, indent=2))
         elif ranks.is_first:
             warnings = [*shards.warnings, *([f"{split}: {in_words(counts)}"] if counts else [])]
@@ -202,7 +203,6 @@ def _row(name: str, metrics: Metrics) -> dict[str, str]:
     shown = {
         figure.replace("_", " "): "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.6f}"
         for figure, value in metrics.as_dict().items()
-        if figure != "over_domains"
     }
     return {"": name, **shown}
 

@@ -104,12 +104,16 @@ class Metrics:
         """That of `over_domains`."""
         return self.over_domains.mean_auc if self.over_domains else None
 
-    def as_dict(self) -> dict[str, Any]:
-        """All figures by name, for JSON; those over domains only where there are some."""
+    def as_dict(self) -> dict[str, float | int | None]:
+        """All figures by name, for JSON, but for those over domains."""
         found = asdict(self)
-        if self.over_domains is None:
-            del found["over_domains"]
+        del found["over_domains"]
         return found
+
+    @property
+    def told_over_domains(self) -> dict[str, dict[str, Any]]:
+        """Those over domains as JSON has them, under their key; empty without any."""
+        return {"over_domains": asdict(self.over_domains)} if self.over_domains else {}
 
 
 class BinaryMetrics:

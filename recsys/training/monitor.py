@@ -197,7 +197,8 @@ class Monitor:
         """
         self.check()
         if self._writer is not None:
-            told = {"source": source, "split": split, "step": step, "epochs": epochs, **metrics.as_dict()}
+            about = {"source": source, "split": split, "step": step, "epochs": epochs}
+            told = {**about, **metrics.as_dict(), **metrics.told_over_domains}
             with (self.output_dir / EVALUATIONS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(_without_non_finite(told, "", []), allow_nan=False) + "\n")
         self._record(f"{split}_reference" if source == "reference" else split, step, metrics)

@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -267,6 +266,7 @@ class Trainer:
             if test and test.reference
             else None,
             "domains": {name: metrics.as_dict() for name, metrics in test.domains.items()} if test else {},
+            **(test.model.told_over_domains if test else {}),
             "examples_per_second": sum(stage["examples"] for stage in stages.values()) / seconds,
             "data": {split: by_kind(counts) for split, counts in progress.counts.items()},
             "cost": self._cost.as_dict(),
@@ -576,7 +576,7 @@ class Trainer:
             self.ranks.world_size,
             kept=kept,
             best_step=progress.best.step if progress.best and not progress.phase_over else None,
-            valid=replace(valid, over_domains=None).as_dict() if valid else None,
+            valid=valid.as_dict() if valid else None,
             versions=self._versions,
         )
         waited = self.checkpoints.waited
@@ -607,6 +607,7 @@ def _stage_summary(settings: StageConfig, totals: StageTotals) -> dict[str, Any]
         "data_wait": totals.waited / totals.seconds,
         "losses": totals.losses,
         "valid": totals.valid.as_dict() if totals.valid else None,
+        **(totals.valid.told_over_domains if totals.valid else {}),
         "routing": totals.routing,
         "checkpoint": str(totals.checkpoint),
     }
