@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "recsys.model": {"recsys.config", "recsys.data.batch", "recsys.model"},
     "recsys.model.experts": {"recsys.model.experts"},
     "recsys.model.experts.hilomoe": set(),
+    "recsys.model.experts.domains": set(),
     "recsys.model.towers": {"recsys.config", "recsys.model.towers"},
     "recsys.sharding": BASE | {"recsys.checkpoint.pending", "recsys.model", "recsys.sharding"},
     "recsys.training": BASE

@@ -173,7 +173,7 @@ def test_the_checkpoint_that_the_readme_evaluates_is_the_one_that_the_line_befor
     config = load_config(ROOT / "configs" / "small.yaml")
     assert config.data.synthetic is not None
     steps_per_epoch = -(-config.data.synthetic.train_rows // config.data.batch_size)
-    steps = sum(phase_lengths(config.stages, steps_per_epoch).values())
+    steps = sum(phase_lengths(config, lambda _: steps_per_epoch).values())
     assert f"{config.output_dir}/checkpoints/step-{steps} " in COMMANDS[index]
 
 

@@ -388,8 +388,50 @@ class HiLoMoEConfig(Section):
         return self
 
 
+class _DomainExperts(Section):
+    """What both kinds of domain experts have.
+
+    Those of a linear of D_out outputs have rank `rank`, or max(D_out / rank_reduction, 1), rounded down. `dropout` is
+    of the linear's own output, before experts add to it. `experts_in` is as HiLoMoE's.
+    """
+
+    rank: Width | None = None
+    rank_reduction: Width | None = None
+    dropout: Probability = 0.0
+    experts_in: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_rank(self) -> Self:
+        if self.rank is not None and self.rank_reduction is not None:
+            raise ValueError("give either rank or rank_reduction")
+        return self
+
+
+class MLoRAConfig(_DomainExperts):
+    """MLoRA (arXiv 2408.08913): a LoRA with a bias for each domain of `data.domain`, which its rows alone have."""
+
+    type: Literal["mlora"]
+
+
+class MoEMLoRAConfig(_DomainExperts):
+    """MoE-MLoRA (arXiv 2506.07563): `num_experts` of them, one for each domain if null, under one gate for all linears.
+
+    The gate reads the `domain` alone, or what the towers read as well (`features`); `uniform` has none, and every row
+    has all experts alike, as published code turns out to train them.
+    """
+
+    type: Literal["moe_mlora"]
+    num_experts: Width | None = None
+    gate: Literal["domain", "features", "uniform"] = "domain"
+
+
+DomainExpertsConfig = Annotated[MLoRAConfig | MoEMLoRAConfig, Field(discriminator="type")]
+
+
 class ModelConfig(Section):
     """The replicated part of the ranker; dense features are projected to `dense_dim`, null `hilomoe` is a baseline.
+
+    `domain_experts` adapt linears to the domains of `data.domain`, beside routed experts or without.
 
     There is either one `tower`, or two at least on the same tokens, `paths`, the mean of whose probabilities is the
     model's. `replaces` is the dense tower that these stand in for, with whose cost theirs is compared; null is the same
@@ -401,6 +443,7 @@ class ModelConfig(Section):
     tower: TowerConfig | None = None
     paths: Annotated[tuple[TowerConfig, ...], Field(min_length=2, max_length=_MAX_PATHS)] | None = None
     hilomoe: HiLoMoEConfig | None = None
+    domain_experts: DomainExpertsConfig | None = None
     replaces: TowerConfig | None = None
     dense_dim: Width = 16
     embedding_dropout: Probability = 0.0
@@ -417,6 +460,16 @@ class ModelConfig(Section):
     def padding(self) -> int:
         """Of the towers, which all have first-order weights or none (`TowerSettings.padding`)."""
         return next(iter(self.towers.values())).padding
+
+    @property
+    def has_experts(self) -> bool:
+        """Of either kind."""
+        return self.hilomoe is not None or self.domain_experts is not None
+
+    @property
+    def has_gate(self) -> bool:
+        """Over domain experts."""
+        return isinstance(self.domain_experts, MoEMLoRAConfig) and self.domain_experts.gate != "uniform"
 
     @model_validator(mode="after")
     def _tower_or_paths(self) -> Self:
@@ -588,7 +641,9 @@ class StageConfig(Section):
     """One stage of training.
 
     `trains` is `backbone` (embeddings and base weights; experts that no earlier stage trained are not even computed),
-    `experts` (backbone frozen) or `all`. The stage lasts `epochs` or `steps`. With `patience` or the schedule `plateau`
+    `experts` (backbone frozen), `gate` (of a mixture of domain experts, all else frozen) or `all`. Experts of such a
+    mixture are trained one after another, each from rows of its domain alone, in a phase that lasts as the stage says.
+    A stage lasts `epochs` or `steps`. With `patience` or the schedule `plateau`
     it is evaluated on the valid split after each epoch and ends with its best state by `monitor`, the one it started
     from included; `patience` stops it after that many epochs without a better one. `schedule_minimum` is the share of
     the rates that a schedule falls to, and `plateau` says when that of this name falls, null being its defaults. The
@@ -597,7 +652,7 @@ class StageConfig(Section):
     (`learning_rate` if null) for the up-projections of experts.
     """
 
-    trains: Literal["backbone", "experts", "all"]
+    trains: Literal["backbone", "experts", "gate", "all"]
     epochs: Count | None = None
     steps: Count | None = None
     learning_rate: PositiveFloat
@@ -613,7 +668,7 @@ class StageConfig(Section):
     diversity_weight: NonNegativeFloat = 0.0
     agreement_weight: NonNegativeFloat = 0.0
     patience: Count | None = None
-    monitor: Literal["log_loss", "auc"] = "log_loss"
+    monitor: Literal["log_loss", "auc", "wauc", "mean_auc"] = "log_loss"
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -640,8 +695,8 @@ class StageConfig(Section):
             raise ValueError(f"plateau is for schedule plateau, and schedule is {self.schedule}; leave one of them out")
         if self.schedule == "constant" and self.schedule_minimum:
             raise ValueError("schedule_minimum is for schedules that fall; set schedule to linear, cosine or plateau")
-        if self.trains == "backbone" and self.expert_learning_rate is not None:
-            raise ValueError("expert_learning_rate is for stages that train experts, and trains is backbone")
+        if self.trains in ("backbone", "gate") and self.expert_learning_rate is not None:
+            raise ValueError(f"expert_learning_rate is for stages that train experts, and trains is {self.trains}")
         return self
 
 
@@ -719,6 +774,19 @@ class Config(Section):
     checkpoints: CheckpointsConfig = CheckpointsConfig()
 
     @property
+    def num_domains(self) -> int:
+        """Of `data.domain`; 0 where the config has none."""
+        return 0 if self.data.domain is None else self.data.domain.num_domains
+
+    @property
+    def num_domain_experts(self) -> int:
+        """Of each linear that adapts to domains; 0 where none does."""
+        experts = self.model.domain_experts
+        if experts is None:
+            return 0
+        return (isinstance(experts, MoEMLoRAConfig) and experts.num_experts) or self.num_domains
+
+    @property
     def embedding_dims(self) -> dict[str, int]:
         """Width of the pooled embedding of each sparse feature, in their order."""
         return {name: self.tables[feature.table].embedding_dim for name, feature in self.features.sparse.items()}
@@ -760,6 +828,21 @@ class Config(Section):
                     "once, which must be below 1; lower one of them"
                     + (", or coupled_every" if sparse.weight_decay_mode == "coupled" else "")
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _domain_experts_have_domains(self) -> Self:
+        if self.model.domain_experts is None:
+            return self
+        if self.data.domain is None:
+            raise ValueError(
+                "model.domain_experts adapt to the domains of data.domain, which is not set; name a column"
+            )
+        if self.num_domain_experts < self.num_domains:
+            raise ValueError(
+                f"model.domain_experts.num_experts: {self.num_domain_experts} are fewer than the {self.num_domains} of "
+                "data.domain.num_domains, each of which has its own; raise it, or leave it out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -806,23 +889,34 @@ class Config(Section):
             raise ValueError(f"features: {min(both)!r} is both a sparse and a dense feature; rename one")
         any_sharded = not all(table.data_parallel for table in self.tables.values())
         for name, stage in self.stages.items():
-            if stage.trains != "experts" and stage.sparse_learning_rate is None and any_sharded:
+            if stage.trains in ("backbone", "all") and stage.sparse_learning_rate is None and any_sharded:
                 raise ValueError(
                     f"stages.{name}.sparse_learning_rate: a stage that trains {stage.trains} needs it, for its tables"
                 )
-            if stage.trains == "experts" and self.model.hilomoe is None:
+            if stage.trains == "experts" and not self.model.has_experts:
                 raise ValueError(
-                    f"stages.{name} trains experts but model.hilomoe is null; "
+                    f"stages.{name} trains experts but model.hilomoe and model.domain_experts are null; "
                     f"leave the stage out with stages.{name}=null"
+                )
+            if stage.trains == "gate" and not self.model.has_gate:
+                raise ValueError(
+                    f"stages.{name} trains the gate, which model.domain_experts of type moe_mlora have, if theirs is "
+                    f"domain or features; leave the stage out with stages.{name}=null"
                 )
             if stage.agreement_weight and self.model.paths is None:
                 raise ValueError(
                     f"stages.{name}.agreement_weight: weighs what model.paths differ by, and the model has one tower; "
                     "set it to 0, or give model.paths"
                 )
-            if stage.expert_learning_rate is not None and self.model.hilomoe is None:
+            if stage.expert_learning_rate is not None and not self.model.has_experts:
                 raise ValueError(
-                    f"stages.{name}.expert_learning_rate is for experts, and model.hilomoe is null; set it to null"
+                    f"stages.{name}.expert_learning_rate is for experts, and model.hilomoe and model.domain_experts "
+                    "are null; set it to null"
+                )
+            if stage.monitor in ("wauc", "mean_auc") and self.data.domain is None:
+                raise ValueError(
+                    f"stages.{name}.monitor: {stage.monitor} is over domains, and data.domain is not set; name a "
+                    "column, or take auc or log_loss"
                 )
             if stage.chosen_by is not None and self.data.valid is None:
                 raise ValueError(f"stages.{name}.{stage.chosen_by} needs a valid split; set data.valid")

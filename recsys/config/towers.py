@@ -39,10 +39,12 @@ class TowerSettings(PerceptronSettings):
     Attributes:
         type: names the tower.
         expert_linears: patterns of the linears that carry experts unless the config says which.
+        deep_linears: those of hidden layers, which adapt to domains unless the config says which; empty for the same.
         pairwise: whether it multiplies tokens with one another, which then are two at least, of one width.
     """
 
     expert_linears: ClassVar[tuple[str, ...]]
+    deep_linears: ClassVar[tuple[str, ...]] = ()
     pairwise: ClassVar[bool] = False
 
     type: str
@@ -285,6 +287,7 @@ class AutoIntTowerConfig(WideSettings, TowerSettings):
     """
 
     expert_linears = ("tower.*",)
+    deep_linears = ("tower.mlp.*",)
     pairwise = True
 
     type: Literal["autoint"]
@@ -308,6 +311,7 @@ class MaskNetTowerConfig(TowerSettings):
     """
 
     expert_linears = ("tower.blocks.*",)
+    deep_linears = ("tower.mlp.*",)
 
     type: Literal["masknet"]
     num_blocks: Layers = 3

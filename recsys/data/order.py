@@ -140,7 +140,7 @@ class Position:
 
     Attributes:
         epoch: which.
-        data: digest of what the order depends on beside the layout: row counts, seed, shuffling.
+        data: digest of what the order depends on beside the layout: row counts, seed, shuffling, which rows are read.
         taken: layout and number of steps taken under it, for each layout in turn.
     """
 
@@ -189,6 +189,7 @@ class Epoch:
         epoch: which epoch, from 0; each has an order of its own.
         shuffle: False keeps the order of the files, for evaluation.
         window_row_groups: slices in a window, the reach of the row shuffle.
+        of: which rows of the row groups there are alone, in words; empty for all.
         before: layouts under which the epoch was read before, and the steps taken; see `resumed`.
         first_step: step at which to go on under this layout.
     """
@@ -200,6 +201,7 @@ class Epoch:
     epoch: int = 0
     shuffle: bool = True
     window_row_groups: int = 8
+    of: str = ""
     before: tuple[tuple[Layout, int], ...] = ()
     first_step: int = 0
 
@@ -234,7 +236,7 @@ class Epoch:
     def data(self) -> str:
         """Digest of what the order depends on beside epoch and layout."""
         settings = (self.seed, self.shuffle, self.window_row_groups, len(self.row_counts))
-        digest = hashlib.sha256(repr(settings).encode())
+        digest = hashlib.sha256(repr((*settings, self.of) if self.of else settings).encode())
         digest.update(np.asarray(self.row_counts, "<i8").tobytes())
         return digest.hexdigest()[:16]
 

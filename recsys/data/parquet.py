@@ -5,10 +5,12 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
+from copy import copy
 from functools import lru_cache
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
@@ -144,7 +146,7 @@ class ShardTables:
                 self._files.append(
                     _File(place, opened.version, opened.has_extensions, leaves, opened.footer, opened.partitions)
                 )
-        self.row_counts = tuple(row_counts)
+        self.row_counts = self._in_files = tuple(row_counts)
         if not may_be_empty and not sum(row_counts):
             raise DataError(f"{source}: the {len(places)} files matching {', '.join(patterns)} hold no rows")
 
@@ -187,11 +189,11 @@ class ShardTables:
                 footer, place = self._footer_of(number, group, file)
                 reading = _Reading(file, of, footer, place, where)
                 in_file = tuple(name for name in names if name not in of.partitions)
-                table = reading.table(in_file, tuple(dictionaries), self.row_counts[row_group])
+                table = reading.table(in_file, tuple(dictionaries), self._in_files[row_group])
         for name in names:
             if name in of.partitions:
                 kind = self._partition_types[name]
-                values = pa.repeat(_scalar(of.partitions[name], kind), self.row_counts[row_group])
+                values = pa.repeat(_scalar(of.partitions[name], kind), self._in_files[row_group])
                 table = table.append_column(name, values)
         return table
 
@@ -309,6 +311,7 @@ class ParquetShards(ShardTables):
         columns: what is read.
         kinds: what features hold.
         layout: of the rows of all files; a feature that is a list in one file is one in all.
+        of: which rows there are alone, in words; empty for all.
     """
 
     def __init__(
@@ -323,6 +326,8 @@ class ParquetShards(ShardTables):
     ) -> None:
         super().__init__(patterns, columns.names, source=source, found=found, path_types=path_types)
         self.columns, self._dictionaries = columns, columns.dictionary_names
+        self.of = ""
+        self._only: int | None = None
         self.kinds = Kinds() if kinds is None else kinds
         checked: dict[int, frozenset[str]] = {}
         for file, schema in zip(self.files, self.schemas, strict=True):
@@ -330,6 +335,17 @@ class ParquetShards(ShardTables):
                 checked[id(schema)] = columns.check_schema(schema, file)
                 self.kinds.check(columns, schema, file)
         self.layout = columns.layout(frozenset[str]().union(*checked.values()))
+
+    def of_domain(self, domain: int, row_counts: Sequence[int]) -> "ParquetShards":
+        """The rows of one domain alone, as if there were no others.
+
+        Args:
+            domain: of the column that `columns.domain` names.
+            row_counts: how many each row group has, as `recsys.data.domains.count_domains` finds.
+        """
+        only = copy(self)
+        only.row_counts, only._only, only.of = tuple(row_counts), domain, f"domain {domain}"
+        return only
 
     def read(self, part: RowSlice, order: RowOrder | Callable[[], RowOrder] = AS_THEY_STAND) -> Rows:
         """Decode and check the rows of a slice, and put them into an order; safe to call from several threads.
@@ -342,6 +358,9 @@ class ParquetShards(ShardTables):
             DataError: as `Columns.decode` and `ShardTables.table`.
         """
         table = self.table(part.row_group, self.columns.names, self._dictionaries)
+        if self._only is not None:
+            assert self.columns.domain is not None
+            table = table.filter(pc.equal(table.column(self.columns.domain.column), self._only))
         return self.columns.decode(
             table.slice(part.start, part.stop - part.start),
             self.layout,

@@ -97,6 +97,7 @@ def train_order(shards: ParquetShards, config: Config, world_size: int, number: 
         epoch=number,
         shuffle=data.shuffle,
         window_row_groups=data.window_row_groups,
+        of=shards.of,
     )
 
 

@@ -17,7 +17,8 @@ the query updated in R^d, cost 2 [d^2 + (4L-2) K d] for d = D_in = D_out, of whi
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from recsys.config import Config, ConfigError, ModelConfig, TowerConfig
 from recsys.config.towers import PerceptronSettings
 from recsys.model.dense_arch import DenseArch, build_dense_arch
-from recsys.model.experts import expert_layers
+from recsys.model.experts import DomainLinear, domain_adaptation, domain_linears, expert_layers
 
 PARTS = ("embedding", "projection", "tower", "interaction", "experts", "routing", "head")
 """`projection` is that of the dense features. `tower` are the linears of the tower, or of all paths,
@@ -174,10 +175,10 @@ def cost_report(config: Config, ids_per_example: Mapping[str, float] | None = No
     """
     model = config.model
     cost = _cost(config, model, ids_per_example or {})
-    if model.hilomoe is None and model.replaces is None:
+    if not model.has_experts and model.replaces is None:
         return CostReport(cost, None, config.data.batch_size)
     towers = {"tower": model.replaces, "paths": None} if model.replaces else {}
-    dense = model.model_copy(update={**towers, "hilomoe": None})
+    dense = model.model_copy(update={**towers, "hilomoe": None, "domain_experts": None})
     return CostReport(cost, _cost(config, dense, ids_per_example or {}), config.data.batch_size)
 
 
@@ -193,7 +194,7 @@ def _cost(config: Config, model: ModelConfig, ids_per_example: Mapping[str, floa
     width, num_dense = sum(dims.values()), len(config.features.dense)
     # Fake tensors have shapes and no content; of attention's kernels, the counter knows only the plain one on a CPU.
     with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        dense_arch = build_dense_arch(model, dims, num_dense_features=num_dense).eval()
+        dense_arch = build_dense_arch(model, dims, num_dense_features=num_dense, num_domains=config.num_domains).eval()
         two, four = (count_flops(dense_arch, torch.empty(rows, width), torch.empty(rows, num_dense)) for rows in (2, 4))
         parameters = count_parameters(dense_arch)
     # What grows with the rows is an example's, what does not is the call's.
@@ -237,7 +238,8 @@ def count_flops(dense_arch: DenseArch, pooled: Tensor, dense_features: Tensor) -
         hooks = [linear.register_forward_pre_hook(enter) for linear in parts]
         hooks += [linear.register_forward_hook(leave) for linear in parts]
         try:
-            dense_arch(pooled, dense_features)
+            with _without_domains(dense_arch):
+                dense_arch(pooled, dense_features, domain=torch.zeros(len(pooled), dtype=torch.int64))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -247,7 +249,25 @@ def count_flops(dense_arch: DenseArch, pooled: Tensor, dense_features: Tensor) -
         base = 2 * rows[linear] * linear.in_features * linear.out_features
         experts = 2 * rows[linear] * of_experts.get(id(linear), 0)
         found.update({part: base, "experts": experts, "routing": spent[linear] - base - experts})
+    if (adaptation := domain_adaptation(dense_arch)) is not None:
+        of_rows = [rows[linear] * linear.domain_multiply_adds for linear in domain_linears(dense_arch).values()]
+        found["experts"] += 2 * sum(of_rows)
+        found["routing"] += 2 * len(pooled) * (adaptation.gate.linear.weight.numel() if adaptation.gate else 0)
     return found
+
+
+@contextmanager
+def _without_domains(dense_arch: DenseArch) -> Iterator[None]:
+    """What domain experts cost is told by their formula, as some of it depends on the rows."""
+    adaptation = domain_adaptation(dense_arch)
+    if adaptation is None:
+        yield
+        return
+    was_active, adaptation.active = adaptation.active, False
+    try:
+        yield
+    finally:
+        adaptation.active = was_active
 
 
 def count_parameters(dense_arch: DenseArch) -> Counter[str]:
@@ -257,7 +277,11 @@ def count_parameters(dense_arch: DenseArch) -> Counter[str]:
     for linear, part in _parts_of_linears(dense_arch).items():
         base = linear.weight.numel() + (0 if linear.bias is None else linear.bias.numel())
         experts = of_experts.get(id(linear), 0)
+        if isinstance(linear, DomainLinear):
+            experts += _size(linear.domain_experts)
         found.update({part: base, "experts": experts, "routing": _size(linear) - base - experts})
+    if (adaptation := domain_adaptation(dense_arch)) is not None:
+        found["routing"] += _size(adaptation)
     found["interaction"] = _size(dense_arch) - found.total()
     return found
 
@@ -273,6 +297,11 @@ def model_name(model: ModelConfig) -> str:
         for field, value in hilomoe:
             default = type(hilomoe).model_fields[field].default
             if field not in ("num_layers", "num_experts") and value != default:
+                words.append(f"{field}={_shown(value)}")
+    if (domains := model.domain_experts) is not None:
+        words.append(f"+ {domains.type}")
+        for field, value in domains:
+            if field != "type" and value != type(domains).model_fields[field].default:
                 words.append(f"{field}={_shown(value)}")
     return " ".join(words)
 
@@ -307,6 +336,8 @@ def _parts_of_linears(dense_arch: DenseArch) -> dict[nn.Linear, str]:
                 visit(child, part)
 
     for name, child in dense_arch.named_children():
+        if name == "domain_adaptation":
+            continue
         visit(child, {"head": "head", "heads": "head", "dense_projection": "projection"}.get(name, "tower"))
     return found
 

@@ -5,17 +5,27 @@ Shapes: B rows, F_d dense features, W the towers' input width, P paths.
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recsys.config import ConfigError, HiLoMoEConfig, ModelConfig
+from recsys.config import ConfigError, DomainExpertsConfig, HiLoMoEConfig, ModelConfig, MoEMLoRAConfig
 from recsys.config.towers import FIRST_ORDER_WIDTH
-from recsys.model.experts import attach_experts, expert_layers
+from recsys.model.experts import (
+    DomainAdaptation,
+    DomainGate,
+    attach_domain_experts,
+    attach_experts,
+    expert_layers,
+    rank_of,
+)
 from recsys.model.losses import Losses, auxiliary_losses
 from recsys.model.towers import Tokens, Tower, build_tower
+
+_RANK_REDUCTION = 16
+"""Of domain experts where neither it nor their rank is said; MoE-MLoRA's code has it for most towers."""
 
 
 class DenseOutput(NamedTuple):
@@ -25,11 +35,13 @@ class DenseOutput(NamedTuple):
         logits: (B,) of the click; with paths, that of the mean of their probabilities.
         losses: the auxiliary losses of its experts.
         paths: (P, B) logits of each path; None with one tower.
+        order: (B,) in which the towers had the rows, which routing is recorded in; None for as they were given.
     """
 
     logits: Tensor
     losses: Losses
     paths: Tensor | None
+    order: Tensor | None = None
 
 
 class EmbeddingDropout(nn.Module):
@@ -71,10 +83,14 @@ class DenseArch(nn.Module):
         dense_dim: width to which the dense features are projected.
         towers: one at least, each from (B, W).
         embedding_dropout: of what the tables give, None where it enters the towers as it is.
+
+    Attributes:
+        domain_adaptation: of the linears that adapt to domains, None where none does.
     """
 
     tower: Tower
     head: nn.Linear
+    domain_adaptation: DomainAdaptation | None
 
     def __init__(
         self,
@@ -85,6 +101,7 @@ class DenseArch(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding_dropout = embedding_dropout
+        self.domain_adaptation = None
         self.dense_projection = nn.Linear(num_dense_features, dense_dim) if num_dense_features else None
         self._has_paths = len(towers) > 1
         if self._has_paths:
@@ -100,28 +117,46 @@ class DenseArch(nn.Module):
         return list(zip(self.paths, self.heads, strict=True)) if self._has_paths else [(self.tower, self.head)]  # type: ignore[arg-type]
 
     def forward(
-        self, pooled: Tensor, dense_features: Tensor, loss_weights: Mapping[str, float] = MappingProxyType({})
+        self,
+        pooled: Tensor,
+        dense_features: Tensor,
+        domain: Tensor | None = None,
+        loss_weights: Mapping[str, float] = MappingProxyType({}),
     ) -> DenseOutput:
         """From a batch to its logits, and what its experts' routing costs.
 
         Args:
             pooled: embeddings, (B, sum of dims).
             dense_features: (B, F_d).
+            domain: of the rows, (B,); read only where linears adapt to it.
             loss_weights: factors by name, which decide what auxiliary losses are computed.
         """
         parts = [pooled if self.embedding_dropout is None else self.embedding_dropout(pooled)]
         if self.dense_projection is not None:
             parts.append(self.dense_projection(dense_features))
-        x, paths = torch.cat(parts, 1), None
-        if self._has_paths:
-            # A view for each path: if one of them copies a request's context into all rows, the others need not.
-            each = [head(path(x[:, :])).squeeze(-1) for path, head in zip(self.paths, self.heads, strict=True)]
-            paths = torch.stack(each)
-            logits = logit_of_mean(paths)
+        x, order = torch.cat(parts, 1), None
+        if self.domain_adaptation is None:
+            each = self._logits(x)
         else:
-            logits = self.head(self.tower(x)).squeeze(-1)
+            if domain is None:
+                raise ValueError("linears adapt to domains, and no domain of the rows is given")
+            with self.domain_adaptation.call(domain, x) as order:
+                each = self._logits(x if order is None else x.index_select(0, order))
+            if order is not None:
+                each = each.index_select(1, order.argsort())
+        paths = each if self._has_paths else None
+        logits = each.squeeze(0) if paths is None else logit_of_mean(paths)
         layers = [layer for layer in expert_layers(self).values() if layer.experts_active]
-        return DenseOutput(logits, auxiliary_losses(layers, loss_weights, logits), paths)
+        return DenseOutput(logits, auxiliary_losses(layers, loss_weights, logits), paths, order)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """Of each tower, (P, B), from what all read, (B, W)."""
+        if not self._has_paths:
+            alone: Tensor = self.head(self.tower(x))
+            return alone.t()
+        # A view for each path: if one of them copies a request's context into all rows, the others need not.
+        each = [head(path(x[:, :])).squeeze(-1) for path, head in zip(self.paths, self.heads, strict=True)]
+        return torch.stack(each)
 
 
 def logit_of_mean(logits: Tensor) -> Tensor:
@@ -152,13 +187,16 @@ def _begin_by_xavier(dense_arch: DenseArch) -> None:
             _add_as_it_is(tower, head)
 
 
-def build_dense_arch(config: ModelConfig, embedding_dims: Mapping[str, int], *, num_dense_features: int) -> DenseArch:
+def build_dense_arch(
+    config: ModelConfig, embedding_dims: Mapping[str, int], *, num_dense_features: int, num_domains: int = 0
+) -> DenseArch:
     """The replicated part: tokens are the sparse features' pooled embeddings and the projected dense features.
 
     Args:
         config: towers and experts.
         embedding_dims: width of each sparse feature's pooled embedding, in the order in which they enter the tower.
         num_dense_features: F_d, may be 0.
+        num_domains: to which linears may adapt.
 
     Raises:
         ConfigError: experts are asked for in a linear that is not there.
@@ -176,13 +214,17 @@ def build_dense_arch(config: ModelConfig, embedding_dims: Mapping[str, int], *, 
     if config.linear_init == "xavier_normal":
         _begin_by_xavier(dense_arch)
     if config.hilomoe is not None:
-        own = [
-            f"{name}.{pattern.removeprefix('tower.')}"
-            for name, tower in config.towers.items()
-            for pattern in tower.expert_linears
-        ]
+        own = _of_towers({name: tower.expert_linears for name, tower in config.towers.items()})
         _attach(dense_arch, config.hilomoe, config.hilomoe.experts_in or own)
+    if config.domain_experts is not None:
+        own = _of_towers({name: tower.deep_linears or tower.expert_linears for name, tower in config.towers.items()})
+        _adapt(dense_arch, config.domain_experts, config.domain_experts.experts_in or own, tokens.width, num_domains)
     return dense_arch
+
+
+def _of_towers(patterns: Mapping[str, Sequence[str]]) -> list[str]:
+    """Patterns of linears of each tower by the name that the tower has here."""
+    return [f"{name}.{pattern.removeprefix('tower.')}" for name, own in patterns.items() for pattern in own]
 
 
 def _attach(dense_arch: DenseArch, config: HiLoMoEConfig, patterns: Sequence[str]) -> None:
@@ -192,3 +234,27 @@ def _attach(dense_arch: DenseArch, config: HiLoMoEConfig, patterns: Sequence[str
         raise ConfigError(f"model.hilomoe.experts_in: {error}") from None
     for layer in attached.values():
         layer.record_routing = True
+
+
+def _adapt(
+    dense_arch: DenseArch, config: DomainExpertsConfig, patterns: Sequence[str], width: int, num_domains: int
+) -> None:
+    """Have linears adapt to domains; a gate may read the width of the towers' input."""
+    gate, num_experts = None, num_domains
+    shared_by: Literal["own", "all"] = "own"
+    if isinstance(config, MoEMLoRAConfig):
+        num_experts = config.num_experts or num_domains
+        if config.gate == "uniform":
+            shared_by = "all"
+        else:
+            gate = DomainGate(num_domains, num_experts, width if config.gate == "features" else 0)
+    adaptation = DomainAdaptation(num_domains, num_experts, gate, shared_by=shared_by)
+
+    def rank(linear: nn.Linear) -> int:
+        return config.rank or rank_of(linear.out_features, config.rank_reduction or _RANK_REDUCTION)
+
+    try:
+        attach_domain_experts(dense_arch, patterns, adaptation, rank, dropout=config.dropout)
+    except ValueError as error:
+        raise ConfigError(f"model.domain_experts.experts_in: {error}") from None
+    dense_arch.domain_adaptation = adaptation

@@ -30,6 +30,7 @@ class RankerOutput(NamedTuple):
             step's), each row's multiplied by its weight, of paths what they have beside it, and auxiliary losses; see
             `recsys.model.losses`.
         dense_features: (B, F_d) as in the batch.
+        order: (B,) in which the towers had the rows; None for as they stand here.
     """
 
     logits: Tensor
@@ -37,6 +38,12 @@ class RankerOutput(NamedTuple):
     domain: Tensor
     losses: Losses
     dense_features: Tensor
+    order: Tensor | None = None
+
+    @property
+    def routed_domain(self) -> Tensor:
+        """(B,) or (0,), of the rows as routing was recorded."""
+        return self.domain if self.order is None else self.domain[self.order]
 
 
 class MeanPooling(nn.Module):
@@ -115,9 +122,11 @@ class Ranker(nn.Module):
             (features,) = KeyedTensor.regroup([pooled], [self.feature_names])
             if self.mean_pooling is not None:
                 features = self.mean_pooling(features, batch.sparse_features)
-        logits, auxiliary, paths = self.dense_arch(features, batch.dense_features, self.loss_weights)
+        logits, auxiliary, paths, order = self.dense_arch(
+            features, batch.dense_features, batch.domain, self.loss_weights
+        )
         total, losses = self.total_loss(logits, auxiliary, batch, self.loss_weights, paths)
-        return total, RankerOutput(logits.detach(), batch.labels, batch.domain, losses, batch.dense_features)
+        return total, RankerOutput(logits.detach(), batch.labels, batch.domain, losses, batch.dense_features, order)
 
 
 def build_ranker(config: Config, *, seed: int, device: torch.device | None = None) -> Ranker:
@@ -142,22 +151,23 @@ def build_ranker(config: Config, *, seed: int, device: torch.device | None = Non
     weighted = any(feature.weights is not None for feature in config.features.sparse.values())
     collection = EmbeddingBagCollection(tables=tables, device=device or torch.device("meta"), is_weighted=weighted)
     dims = config.embedding_dims
-    _check_memory(config.model, dims, num_dense_features=len(config.features.dense))
+    sizes = {"num_dense_features": len(config.features.dense), "num_domains": config.num_domains}
+    _check_memory(config.model, dims, sizes)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        dense_arch = build_dense_arch(config.model, dims, num_dense_features=len(config.features.dense))
+        dense_arch = build_dense_arch(config.model, dims, **sizes)
     means = [config.tables[feature.table].pooling == "mean" for feature in config.features.sparse.values()]
     mean_pooling = MeanPooling(list(dims.values()), means) if any(means) else None
     return Ranker({POOLED: collection}, dense_arch, list(dims), mean_pooling)
 
 
-def _check_memory(config: ModelConfig, embedding_dims: Mapping[str, int], *, num_dense_features: int) -> None:
+def _check_memory(config: ModelConfig, embedding_dims: Mapping[str, int], sizes: Mapping[str, int]) -> None:
     with torch.random.fork_rng(devices=()), FakeTensorMode():  # whose tensors have shapes and no content
-        dense_arch = build_dense_arch(config, embedding_dims, num_dense_features=num_dense_features)
+        dense_arch = build_dense_arch(config, embedding_dims, **sizes)
     needed = sum(parameter.numel() * parameter.element_size() for parameter in dense_arch.parameters())
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:
         raise ConfigError(
             f"model: its dense part takes {needed / 2**30:,.1f} GiB, and this machine has {there / 2**30:,.1f}; make "
-            f"the {'paths' if config.paths else 'tower'} or model.hilomoe smaller"
+            f"the {'paths' if config.paths else 'tower'}, model.hilomoe or model.domain_experts smaller"
         )

@@ -3,6 +3,8 @@
 A program takes what the tables and the config give of N rows, any number of them, and gives their logits:
 
     pooled (N, W) float32, dense_features (N, F_d) float32 -> (N,) float32
+
+That of a model that adapts to domains takes theirs, domain (N,) int64, after these.
 """
 
 import warnings
@@ -14,10 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from recsys.model.experts import domain_adaptation
 from recsys.serving.artifact import ArtifactError
 
 Format = Literal["torch-export", "aoti"]
-Program = Callable[[Tensor, Tensor], Tensor]
+Program = Callable[..., Tensor]
 
 PROGRAMS: dict[Format, str] = {"torch-export": "dense.pt2", "aoti": "dense.aoti.pt2"}
 """By format, the file in an artefact."""
@@ -37,8 +40,8 @@ class _Logits(nn.Module):
         super().__init__()
         self.dense_arch = dense_arch
 
-    def forward(self, pooled: Tensor, dense_features: Tensor) -> Tensor:
-        logits: Tensor = self.dense_arch(pooled, dense_features)[0]
+    def forward(self, pooled: Tensor, dense_features: Tensor, domain: Tensor | None = None) -> Tensor:
+        logits: Tensor = self.dense_arch(pooled, dense_features, domain)[0]
         return logits
 
 
@@ -58,10 +61,12 @@ def write_program(dense_arch: nn.Module, width: int, num_dense_features: int, ki
     """
     rows = torch.export.Dim("rows", min=0)
     # As examples, many rows: of few, the compiler makes a program that some towers cannot use for more than 28.
-    inputs = torch.zeros(_ROWS, width), torch.zeros(_ROWS, num_dense_features)
+    inputs = {"pooled": torch.zeros(_ROWS, width), "dense_features": torch.zeros(_ROWS, num_dense_features)}
+    if domain_adaptation(dense_arch) is not None:
+        inputs["domain"] = torch.zeros(_ROWS, dtype=torch.int64)
     with _told(f"--format {kind}"):
         program = torch.export.export(
-            _Logits(dense_arch).eval(), inputs, dynamic_shapes={"pooled": {0: rows}, "dense_features": {0: rows}}
+            _Logits(dense_arch).eval(), tuple(inputs.values()), dynamic_shapes={name: {0: rows} for name in inputs}
         )
         if kind == "torch-export":
             torch.export.save(program, path)

@@ -27,7 +27,7 @@ from recsys.data.storage import DataError
 from recsys.errors import UserError
 from recsys.files import FileError, read_regular
 from recsys.model.dense_arch import build_dense_arch
-from recsys.model.experts import expert_layers, merge_experts
+from recsys.model.experts import domain_adaptation, expert_layers, merge_experts
 from recsys.model.towers.normalization import Folds
 from recsys.serving.artifact import Artifact, ArtifactError
 from recsys.serving.candidates import Sharing, shared_rows
@@ -67,8 +67,8 @@ class Scorer:
         ArtifactError: it is damaged, or none.
 
     Attributes:
-        columns: names of the columns that rows must have; among them that of the domain, where one is calibrated by
-            itself.
+        columns: names of the columns that rows must have; among them that of the domain, where the model adapts to it,
+            or one is calibrated by itself.
         dense_arch: of the artefact, in evaluation.
         raw_columns: what is read of raw rows; `domain` is that by which they are calibrated, None where all are alike.
         dictionaries: as in `recsys.serving.predicting.Model`, like `batch_rows`, `reader_threads` and `origin`.
@@ -79,7 +79,8 @@ class Scorer:
         directory, config = self.artifact.directory, self.artifact.config
         self._calibration = self.artifact.calibration
         columns = build_columns(config, directory / VOCABULARIES, raw=True)
-        by_domain = self._calibration is not None and self._calibration.domains
+        adapts = config.model.domain_experts is not None
+        by_domain = adapts or (self._calibration is not None and self._calibration.domains)
         self.raw_columns = columns if by_domain else replace(columns, domain=None)
         self._domain = self.raw_columns.parts.get("data.domain")
         self.columns, self.dictionaries = self.raw_columns.feature_names, self.raw_columns.dictionary_names
@@ -159,13 +160,15 @@ class Scorer:
             row = self._table({name: [context[name]] for name in context}, tuple(context)) if context else pa.table({})
             items = self._table(candidates, [name for name in self.columns if name not in context], context)
             parts = division.context.read(row, "context", one=True), division.items.read(items, "candidates")
-            logits: Tensor = self.dense_arch(*map(shared_rows, *parts, division.sharings))[0]
+            domains = self._domains(context, row, items)
+            inputs = *map(shared_rows, *parts, division.sharings), *self._read_by_the_model(domains)
+            logits: Tensor = self.dense_arch(*inputs)[0]
             if self._calibration is not None:
-                logits = self._calibration(logits, self._domains(context, row, items))
+                logits = self._calibration(logits, domains)
             return probabilities(logits, "candidates").numpy()
 
     def _domains(self, context: Mapping[str, Any], row: pa.Table, items: pa.Table) -> NDArray[np.int64]:
-        """Domains (N,) of the candidates, theirs or the context's; (0,) where they are calibrated alike."""
+        """Domains (N,) of the candidates, theirs or the context's; (0,) where nothing depends on them."""
         if self._domain is None:
             return np.empty(0, np.int64)
         shared = self._domain.names[0] in context
@@ -218,9 +221,16 @@ class Scorer:
         return logits if self._calibration is None else self._calibration(logits, rows.domain)
 
     @torch.inference_mode()
-    def inputs(self, rows: Rows, layout: SparseLayout) -> tuple[Tensor, Tensor]:
-        """What the dense arch is given of decoded rows: pooled embeddings (N, W) and dense features (N, F_d)."""
-        return self._features.inputs(rows, layout)
+    def inputs(self, rows: Rows, layout: SparseLayout) -> tuple[Tensor, ...]:
+        """What the dense arch is given of decoded rows.
+
+        Returns:
+            Pooled embeddings (N, W) and dense features (N, F_d); of a model that adapts to domains, these (N,) too.
+        """
+        return *self._features.inputs(rows, layout), *self._read_by_the_model(rows.domain)
+
+    def _read_by_the_model(self, domains: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        return () if domain_adaptation(self.dense_arch) is None else (torch.from_numpy(domains),)
 
     def _divide(self, context: frozenset[str]) -> "_Division":
         """The features that read columns of the context, and those that read the others."""
@@ -508,7 +518,10 @@ def _dense_arch(artifact: Artifact) -> torch.nn.Module:
     config = artifact.config
     with torch.device("meta"), _Unfilled():
         dense_arch = build_dense_arch(
-            config.model, config.embedding_dims, num_dense_features=len(config.features.dense)
+            config.model,
+            config.embedding_dims,
+            num_dense_features=len(config.features.dense),
+            num_domains=config.num_domains,
         )
     try:
         # Tensors of a mapped file cannot be written to; a copy of these few can, as some layers fold theirs.
@@ -522,6 +535,8 @@ def _dense_arch(artifact: Artifact) -> torch.nn.Module:
     for layer in expert_layers(dense_arch).values():
         layer.experts_active, layer.record_routing = True, False
     merge_experts(dense_arch)
+    if (adaptation := domain_adaptation(dense_arch)) is not None:
+        adaptation.grouped = False  # requests have few rows, whose order is not worth changing
     for part in [module for module in dense_arch.modules() if isinstance(module, Folds)]:
         part.fold_norms()
     return dense_arch.eval().requires_grad_(False)

@@ -21,9 +21,10 @@ from recsys.model.ranker import Ranker, RankerOutput
 from recsys.prepare.synthetic import require_embedded
 from recsys.runtime import Ranks, once_on_each_machine, process_group
 from recsys.terminal import console, say, table
+from recsys.training.by_domain import domain_line, domain_rows
 from recsys.training.checkpoint import load_ranker, verified
 from recsys.training.counts import Counts, by_kind, in_words, reduce_counts
-from recsys.training.metrics import BinaryMetrics, GroupedMetrics, Metrics
+from recsys.training.metrics import BinaryMetrics, GroupedMetrics, Metrics, OverDomains
 from recsys.training.predictions import writing_predictions
 
 
@@ -35,12 +36,14 @@ class Evaluation(NamedTuple):
         reference: of the reference column, if there is one.
         counts: how often values were cut, replaced or left out.
         domains: of the ranker on each domain's rows, by the domain's name; empty where the config names no domains.
+        reference_domains: the same of the reference column.
     """
 
     model: Metrics
     reference: Metrics | None
     counts: Counts
     domains: Mapping[str, Metrics]
+    reference_domains: Mapping[str, Metrics]
 
 
 def _ignore(output: RankerOutput) -> None:
@@ -90,7 +93,8 @@ def evaluate_checkpoint(
             if predictions
             else nullcontext(_ignore)
         ) as on_output:
-            model, reference, counts, domains = evaluate(ranker, shards, config, ranks, on_output=on_output)
+            found = evaluate(ranker, shards, config, ranks, on_output=on_output)
+            model, reference, counts, domains, _ = found
         results = {"model": model} if labelled else {}
         results |= {"reference": reference} if reference else {}
         about: dict[str, Any] = {"checkpoint": directory, "split": split, "step": meta.step}
@@ -101,10 +105,11 @@ def evaluate_checkpoint(
         if ranks.is_first and as_json:
             figures = {name: metrics.as_dict() for name, metrics in results.items()}
             of_domains = {"domains": {name: it.as_dict() for name, it in domains.items()}} if domains else {}
+            of_domains |= model.told_over_domains
             print(json.dumps({**about, **figures, **of_domains, "data": by_kind(counts)}, indent=2))
         elif ranks.is_first:
             warnings = [*shards.warnings, *([f"{split}: {in_words(counts)}"] if counts else [])]
-            _show(about, results, domains, warnings)
+            _show(about, results, found, warnings)
         return results
 
 
@@ -136,13 +141,18 @@ def evaluate(
     epoch = eval_order(shards, config, ranks.world_size)
     limits, domain = config.metrics.model_dump(), config.data.domain
     model, reference = BinaryMetrics(**limits), BinaryMetrics(**limits)
-    by_domain = GroupedMetrics(domain.num_domains, **limits) if domain else None
+    by_domain, reference_by_domain = (
+        GroupedMetrics(domain.num_domains, **limits) if domain and is_there else None
+        for is_there in (True, config.data.reference)
+    )
     labelled, was_training = config.data.label is not None, ranker.training
     ranker.eval()
     with open_loader(shards, [epoch], config, ranks) as loader:
         for step, batch in enumerate(loader):
             if labelled and config.data.reference:
                 reference.update(_logits(batch.reference), batch.labels)
+                if reference_by_domain is not None:
+                    reference_by_domain.update(_logits(batch.reference), batch.labels, batch.domain)
             if not labelled:  # one for each row is needed, but no figure is made of it
                 batch = replace(batch, labels=torch.full((batch.sparse_features.stride(),), torch.nan))
             _, output = ranker(batch.to(ranks.device, non_blocking=True))
@@ -154,21 +164,36 @@ def evaluate(
             on_batch(step + 1, epoch.num_steps)
     ranker.train(was_training)
     counts = reduce_counts(loader.counts, shards.columns.counted, ranks.device)
-    domains = dict(zip(domain.labels, by_domain.compute(), strict=True)) if labelled and domain and by_domain else {}
-    has_reference = labelled and config.data.reference
-    return Evaluation(model.compute(), reference.compute() if has_reference else None, counts, domains)
+    if not labelled:
+        return Evaluation(model.compute(), None, counts, {}, {})
+    domains, of_reference = (
+        dict(zip(domain.labels, grouped.compute(), strict=True)) if domain and grouped else {}
+        for grouped in (by_domain, reference_by_domain)
+    )
+    return Evaluation(
+        _with_domains(model.compute(), domains),
+        _with_domains(reference.compute(), of_reference) if config.data.reference else None,
+        counts,
+        domains,
+        of_reference,
+    )
 
 
-def _show(
-    about: Mapping[str, Any], results: Mapping[str, Metrics], domains: Mapping[str, Metrics], warnings: Sequence[str]
-) -> None:
+def _with_domains(metrics: Metrics, domains: Mapping[str, Metrics]) -> Metrics:
+    return replace(metrics, over_domains=OverDomains.of(domains)) if domains else metrics
+
+
+def _show(about: Mapping[str, Any], results: Mapping[str, Metrics], found: Evaluation, warnings: Sequence[str]) -> None:
     """Print what came of a checkpoint as tables."""
     where = f"{about['checkpoint']}, {about['split']}"
     if "predictions" in about:
         say(console(), f"{about['rows']:,} predictions in {about['predictions']} ({where})")
-    for title, figures in ((where, results), ("By domain", domains)):
-        if figures:
-            say(console(), table([_row(name, metrics) for name, metrics in figures.items()], title))
+    if results:
+        say(console(), table([_row(name, metrics) for name, metrics in results.items()], where))
+    if found.domains:
+        rows, title = domain_rows(found.domains, found.reference_domains)
+        say(console(), table(rows, title))
+        say(console(), domain_line(found.model))
     for warning in warnings:
         say(console(), f"warning: {warning}")
 

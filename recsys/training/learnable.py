@@ -35,7 +35,7 @@ def check_labels(config: Config, splits: Mapping[str, ParquetShards], ranks: Ran
             "data.label, or join the labels again when the shards are written"
         )
     chosen = [name for name, stage in config.stages.items() if stage.chosen_by is not None]
-    by_auc = [name for name in chosen if config.stages[name].monitor == "auc"]
+    by_auc = [name for name in chosen if config.stages[name].monitor != "log_loss"]
     if not (by_auc or (skips and chosen)):
         return
     classes = _classes(splits["valid"], ranks, needed=2 if by_auc else 1)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import isfinite, isnan, log
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,50 @@ class DivergedError(UserError):
 
 
 @dataclass(frozen=True)
+class OverDomains:
+    """What the figures of domains come to; None where no domain has rows of both classes.
+
+    Attributes:
+        domains: with rows.
+        wauc: mean of their AUCs, weighted by their rows (MoE-MLoRA, arXiv 2506.07563).
+        wauc_error: bound on |wauc - exact wauc|; 0 when it is exact.
+        mean_auc: unweighted mean.
+        worst_auc: the least.
+        worst: whose.
+        one_class: names of those that have no AUC, as all their rows are of one class; the above leave them out.
+    """
+
+    domains: int
+    wauc: float | None
+    wauc_error: float
+    mean_auc: float | None
+    worst_auc: float | None
+    worst: str | None
+    one_class: tuple[str, ...]
+
+    @classmethod
+    def of(cls, domains: Mapping[str, "Metrics"]) -> "OverDomains":
+        """Of each domain's figures by its name."""
+        there = {name: metrics for name, metrics in domains.items() if metrics.examples}
+        aucs = {name: metrics.auc for name, metrics in there.items() if metrics.auc is not None}
+        one_class = tuple(name for name in there if name not in aucs)
+        if not aucs:
+            return cls(len(there), None, 0.0, None, None, None, one_class)
+        rows = {name: there[name].examples for name in aucs}
+        total = sum(rows.values())
+        worst = min(aucs, key=lambda name: aucs[name])
+        return cls(
+            domains=len(there),
+            wauc=sum(rows[name] * auc for name, auc in aucs.items()) / total,
+            wauc_error=sum(rows[name] * there[name].auc_error for name in aucs) / total,
+            mean_auc=sum(aucs.values()) / len(aucs),
+            worst_auc=aucs[worst],
+            worst=worst,
+            one_class=one_class,
+        )
+
+
+@dataclass(frozen=True)
 class Metrics:
     """Figures of a set of examples; None where they are undefined (no examples, or one class only).
 
@@ -37,6 +82,7 @@ class Metrics:
         log_loss: mean binary cross entropy in nats.
         ne: normalised entropy, log loss over that of always predicting the label rate (He et al., ADKDD 2014).
         calibration: sum of predictions over number of positives.
+        over_domains: of their domains, where they have some.
     """
 
     examples: int
@@ -46,10 +92,28 @@ class Metrics:
     log_loss: float | None
     ne: float | None
     calibration: float | None
+    over_domains: OverDomains | None = None
+
+    @property
+    def wauc(self) -> float | None:
+        """That of `over_domains`."""
+        return self.over_domains.wauc if self.over_domains else None
+
+    @property
+    def mean_auc(self) -> float | None:
+        """That of `over_domains`."""
+        return self.over_domains.mean_auc if self.over_domains else None
 
     def as_dict(self) -> dict[str, float | int | None]:
-        """All figures by name, for JSON."""
-        return asdict(self)
+        """All figures by name, for JSON, but for those over domains."""
+        found = asdict(self)
+        del found["over_domains"]
+        return found
+
+    @property
+    def told_over_domains(self) -> dict[str, dict[str, Any]]:
+        """Those over domains as JSON has them, under their key; empty without any."""
+        return {"over_domains": asdict(self.over_domains)} if self.over_domains else {}
 
 
 class BinaryMetrics:

@@ -13,6 +13,7 @@ from torch.utils.tensorboard.summary import hparams as hparams_summary
 
 from recsys import terminal
 from recsys.model.cost import CostReport
+from recsys.training.by_domain import domain_line, domain_rows, draw_domains, shown_domains
 from recsys.training.heatmap import cell_text, draw_heat_map
 from recsys.training.metrics import Metrics
 from recsys.training.routing import RoutingSummary
@@ -196,13 +197,49 @@ class Monitor:
         """
         self.check()
         if self._writer is not None:
-            told = {"source": source, "split": split, "step": step, "epochs": epochs, **metrics.as_dict()}
+            about = {"source": source, "split": split, "step": step, "epochs": epochs}
+            told = {**about, **metrics.as_dict(), **metrics.told_over_domains}
             with (self.output_dir / EVALUATIONS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(_without_non_finite(told, "", []), allow_nan=False) + "\n")
         self._record(f"{split}_reference" if source == "reference" else split, step, metrics)
         if self._task is not None:
             self._progress.update(self._task, figures="")
         self.say(f"{source:<10} {split:<5} {_shown(metrics)}  {metrics.examples:,} examples")
+
+    def domains(
+        self,
+        split: str,
+        step: int,
+        metrics: Metrics,
+        domains: Mapping[str, Metrics],
+        reference: Mapping[str, Metrics],
+        *,
+        with_table: bool,
+    ) -> None:
+        """Figures of each domain of a held-out split: a line, and a picture and a table.
+
+        Args:
+            split: `valid` or `test`.
+            step: of the run.
+            metrics: of all rows.
+            domains: figures by name.
+            reference: those of the reference column, empty without one.
+            with_table: whether the table is shown on the terminal too.
+        """
+        self.say(f"{'':<10} {split:<5} {domain_line(metrics)}")
+        if self._writer is None:
+            return
+        for figure in ("wauc", "mean_auc", "worst_auc"):
+            value = getattr(metrics.over_domains, figure)
+            if value is not None:
+                self._writer.add_scalar(f"{split}/{figure}", value, step)
+        rows, title = domain_rows(domains, reference)
+        if rows:
+            self._writer.add_text(f"{split}_by_domain", terminal.markdown(rows), step)
+            image = draw_domains(domains, shown_domains(domains))
+            self._writer.add_image(f"{split}_by_domain", image, step, dataformats="HWC")
+            if with_table:
+                self.say(terminal.table(rows, title))
 
     def close_run(self, summary: Mapping[str, Any], hyperparameters: Mapping[str, str | int | float | bool]) -> None:
         """Write summary.json, record hyperparameters with the final figures, print the closing table.

@@ -1,6 +1,6 @@
 """What the phases of a stage train, with which optimizers and learning rates."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
-from recsys.config import Config, ConfigError, StageConfig
-from recsys.model.experts import expert_layers, parameter_groups
+from recsys.config import Config, ConfigError, MoEMLoRAConfig, StageConfig
+from recsys.model.experts import DOMAIN_EXPERTS, GATE, domain_adaptation, expert_layers, parameter_groups
 from recsys.sharding.rows import Rows
 from recsys.sharding.shard import ShardedRanker
 from recsys.training.dense_optimizer import UP_PROJECTIONS, build_dense_optimizer
@@ -23,9 +23,10 @@ TABLES = "tables"
 _TRAINED: Mapping[str, tuple[frozenset[str], ...]] = {
     "backbone": (frozenset({TABLES, "backbone"}),),
     "experts": (frozenset({"experts"}),),
-    "all": (frozenset({TABLES, "backbone", "experts"}),),
+    "gate": (frozenset({GATE}),),
+    "all": (frozenset({TABLES, "backbone", "experts", GATE}),),
 }
-"""By what a stage's `trains` says, the groups of parameters that each of its phases trains."""
+"""By what a stage's `trains` says, the groups of parameters that each of its phases trains, domain experts aside."""
 
 
 class Phase(NamedTuple):
@@ -34,33 +35,49 @@ class Phase(NamedTuple):
     Attributes:
         number: within its stage, from 0.
         trains: names of groups of parameters, `TABLES` or those of `recsys.model.experts.parameter_groups`.
+        expert: the only domain expert that there is, whose domain's rows alone are read; None for all rows.
     """
 
     number: int
     trains: frozenset[str]
-
-    @property
-    def trains_experts(self) -> bool:
-        """Whether it trains anything that experts have."""
-        return bool(self.trains - {TABLES, "backbone"})
+    expert: int | None = None
 
 
-def phases(stage: StageConfig) -> tuple[Phase, ...]:
-    """The phases of a stage in order; each lasts as long as the stage's settings say."""
-    return tuple(Phase(number, trains) for number, trains in enumerate(_TRAINED[stage.trains]))
+def phases(config: Config, stage: str) -> tuple[Phase, ...]:
+    """The phases of a stage in order; each lasts as long as the stage's settings say.
+
+    A mixture's experts are trained one after another. Those of MLoRA, each of which has rows of its own, are trained
+    together, in one phase with routed ones.
+    """
+    trains, model = config.stages[stage].trains, config.model
+    found: list[tuple[frozenset[str], int | None]] = [(groups, None) for groups in _TRAINED[trains]]
+    of_domains = [f"{DOMAIN_EXPERTS}{expert}" for expert in range(config.num_domain_experts)]
+    if trains == "experts" and isinstance(model.domain_experts, MoEMLoRAConfig):
+        found = found if model.hilomoe is not None else []
+        found += [(frozenset({group}), expert) for expert, group in enumerate(of_domains)]
+    elif trains in ("experts", "all"):
+        found[-1] = found[-1][0].union(of_domains), None
+    return tuple(Phase(number, groups, expert) for number, (groups, expert) in enumerate(found))
 
 
-def phase_lengths(stages: Mapping[str, StageConfig], steps_per_epoch: int) -> dict[str, int]:
-    """Optimizer steps that each phase of a stage lasts at most, by stage.
+def phase_lengths(config: Config, steps_per_epoch: Callable[[Phase], int]) -> dict[str, int]:
+    """Optimizer steps that the longest phase of a stage lasts at most, by stage.
+
+    Args:
+        config: the run.
+        steps_per_epoch: of a phase.
 
     Raises:
-        ConfigError: a warm-up is longer than its phase.
+        ConfigError: a warm-up is longer than a phase.
     """
-    lengths = {name: stage.steps or (stage.epochs or 0) * steps_per_epoch for name, stage in stages.items()}
-    for name, stage in stages.items():
-        if stage.warmup_steps > lengths[name]:
+    lengths = {}
+    for name, stage in config.stages.items():
+        of_phases = [stage.steps or (stage.epochs or 0) * steps_per_epoch(phase) for phase in phases(config, name)]
+        lengths[name] = max(of_phases)
+        if stage.warmup_steps > min(of_phases):
+            which = "the stage" if len(of_phases) == 1 else "a phase of the stage"
             raise ConfigError(
-                f"stages.{name}.warmup_steps is {stage.warmup_steps}, but the stage has {lengths[name]} steps"
+                f"stages.{name}.warmup_steps is {stage.warmup_steps}, but {which} has {min(of_phases)} steps"
             )
     return lengths
 
@@ -143,13 +160,18 @@ def begin_phase(
     up-projections start at zero.
     """
     settings, ranker = config.stages[stage], sharded.ranker
-    phase = phases(settings)[number]
+    phase = phases(config, stage)[number]
     names = list(config.stages)
-    so_far = [phase for name in names[: names.index(stage)] for phase in phases(config.stages[name])]
-    so_far += phases(settings)[: number + 1]
+    before = [phase for name in names[: names.index(stage)] for phase in phases(config, name)]
+    so_far = frozenset[str]().union(*(phase.trains for phase in (*before, *phases(config, stage)[: number + 1])))
     for layer in expert_layers(dense_arch).values():
-        layer.experts_active = any(phase.trains_experts for phase in so_far)
+        layer.experts_active = not so_far.isdisjoint(layer.parameter_groups())
         layer.forget_routing()
+    if (adaptation := domain_adaptation(dense_arch)) is not None:
+        adaptation.active = any(group.startswith(DOMAIN_EXPERTS) for group in so_far)
+        adaptation.expert = phase.expert
+        if adaptation.gate is not None and GATE in phase.trains:
+            adaptation.use_gate()
     for group, parameters in parameter_groups(dense_arch).items():
         for parameter in parameters:
             parameter.requires_grad_(group in phase.trains)
@@ -173,8 +195,9 @@ def _settle_buckets(dense_arch: DistributedDataParallel, config: Config, stage: 
     width = sum(config.embedding_dims.values())
     buffers = [(buffer, buffer.clone()) for buffer in dense_arch.buffers()]  # which zeros must not move
     inputs = (torch.zeros(2, width, device=device), torch.zeros(2, len(config.features.dense), device=device))
+    domain = torch.zeros(2, dtype=torch.int64, device=device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # of which dropout draws
-        logits, losses, paths = dense_arch(*inputs, stage.loss_weights)
+        logits, losses, paths, _ = dense_arch(*inputs, domain, stage.loss_weights)
         ((logits if paths is None else paths).sum() + sum(losses.values())).backward()
     for buffer, before in buffers:
         buffer.copy_(before)

@@ -114,6 +114,8 @@ def export(
         raise ConfigError(f"data.{split} is not set, to compare the artefact with the model on; give --split ({there})")
     if max_rows < 1:
         raise ConfigError(f"--max-rows: {max_rows} rows compare nothing; give 1 or more")
+    if config.model.domain_experts is not None:
+        _check_domain(config, "train without model.domain_experts")
     if calibration:
         _check_calibration(config, calibration_rows)
     written = write_artifact(checkpoint, output, tables=tables)
@@ -155,16 +157,21 @@ def _check_calibration(config: Config, minimum: int) -> None:
         raise ConfigError(f"data.{FITTED_ON} is not set; calibrators are fitted on it: leave --calibration out")
     if config.data.label is None:
         raise ConfigError("data.label is null, and calibrators are fitted to labels; leave --calibration out")
+    _check_domain(config, "leave --calibration out")
+    if minimum < 1:
+        raise ConfigError(f"--calibration-rows: {minimum} rows fit nothing; give 1 or more")
+
+
+def _check_domain(config: Config, way_out: str) -> None:
+    """Refuse a column of domains that raw rows do not have."""
     domain = config.data.domain
     for name, feature in config.features.sparse.items():
         if domain and (feature.column or name) == domain.column and feature.ids and feature.ids.applied:
             raise ConfigError(
                 f"data.domain.column: {domain.column!r} is also read by features.sparse.{name}, whose ids were mapped "
                 "before training: rows to score have raw values there, which tell no domain; give the domain a column "
-                "of its own, or leave --calibration out"
+                f"of its own, or {way_out}"
             )
-    if minimum < 1:
-        raise ConfigError(f"--calibration-rows: {minimum} rows fit nothing; give 1 or more")
 
 
 def _describe(

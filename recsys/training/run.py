@@ -26,6 +26,7 @@ from recsys.data.storage import locate
 from recsys.data.vocabulary import save_vocabularies
 from recsys.errors import Stopped
 from recsys.model.cost import cost_report
+from recsys.model.experts import domain_adaptation
 from recsys.model.ranker import build_ranker
 from recsys.prepare.synthetic import write_embedded
 from recsys.runtime import Ranks, derive_seed, once_on_each_machine, process_group
@@ -48,12 +49,13 @@ from recsys.training.checkpoint import (
 )
 from recsys.training.counts import by_kind, in_words
 from recsys.training.dense_optimizer import check_dense_optimizer
+from recsys.training.domain_rows import DomainRows
 from recsys.training.evaluation import Evaluation, evaluate
 from recsys.training.finite import Moment, NotFinite, check_predictions, check_weights, end_not_finite
 from recsys.training.learnable import check_labels
 from recsys.training.metrics import Metrics, far_off
 from recsys.training.monitor import Monitor
-from recsys.training.optimizers import phase_lengths, phases
+from recsys.training.optimizers import Phase, phase_lengths, phases
 from recsys.training.output import OutputDirectory, State
 from recsys.training.progress import Best, Progress, StageTotals
 from recsys.training.resume import checkpoint_to_resume
@@ -137,7 +139,8 @@ class Trainer:
         check_dense_optimizer(self.dense_arch, config.optimizers.dense)
         self.sharded = shard(ranker, config, ranks, seed=derive_seed(config.seed, "tables"))
         self.progress = Progress(counts={split: Counter() for split in splits})
-        check_start(config.optimizers.average, phase_lengths(config.stages, self._epoch(0).num_steps))
+        self._rows = DomainRows(config, splits, ranks, monitor.say)
+        check_start(config.optimizers.average, phase_lengths(config, lambda phase: self._order(phase, 0).num_steps))
         self._cost = cost_report(config)
         self._versions = {**versions(), "commit": git_commit()}
         self.checkpoints = Checkpoints(
@@ -157,8 +160,7 @@ class Trainer:
             PositionError: the data are not those that it was trained on.
         """
         progress = Progress.from_json((directory / PROGRESS).read_bytes(), str(directory / PROGRESS))
-        order = train_order(self.splits["train"], self.config, self.ranks.world_size, progress.epoch)
-        progress.begin_again(progress.epoch_of(order))
+        progress.begin_again(progress.epoch_of(self._order(self._phase_of(progress), progress.epoch)))
         return progress
 
     def resume(self, directory: Path) -> None:
@@ -264,6 +266,7 @@ class Trainer:
             if test and test.reference
             else None,
             "domains": {name: metrics.as_dict() for name, metrics in test.domains.items()} if test else {},
+            **(test.model.told_over_domains if test else {}),
             "examples_per_second": sum(stage["examples"] for stage in stages.values()) / seconds,
             "data": {split: by_kind(counts) for split, counts in progress.counts.items()},
             "cost": self._cost.as_dict(),
@@ -302,17 +305,37 @@ class Trainer:
         progress = self.progress
         if progress.stage != name:
             progress.begin_stage(name)
-        for phase in phases(self.config.stages[name])[progress.phase :]:
+        of_stage = phases(self.config, name)
+        for phase in of_stage[progress.phase :]:
             if phase.number != progress.phase:
                 progress.begin_phase(phase.number)
             if not progress.phase_over:
+                if phase.expert is not None:
+                    progress.valid = None  # which is of other rows, or of another expert
                 self._run_phase(name)
+        if of_stage[-1].expert is not None:
+            self._end_experts(name)
+
+    def _end_experts(self, name: str) -> None:
+        """Figures of the experts of a stage together, each of which was measured by itself."""
+        adaptation = domain_adaptation(self.dense_arch)
+        assert adaptation is not None
+        adaptation.expert = None
+        if "valid" in self.splits:
+            self.progress.valid = self.progress.of_stage.valid = self._evaluate(name, "valid").model
+            self._warn_far_off(f"{name} valid", self.progress.valid)
 
     def _run_phase(self, name: str) -> None:
         """Train a phase, evaluate what it leads to and save it."""
         progress, settings = self.progress, self.config.stages[name]
         num_steps = self._phase_length(settings)
-        self.monitor.begin_stage(name, settings.trains, num_steps)
+        phase = self._phase
+        trains: str = settings.trains
+        if phase.expert is not None:
+            assert self.config.data.domain is not None
+            domain = self.config.data.domain.labels[phase.expert % self.config.num_domains]
+            trains = f"expert {phase.expert} of {self.config.num_domain_experts}, of domain {domain}"
+        self.monitor.begin_stage(name, trains, num_steps)
         trainer = PhaseTrainer(
             self.config,
             self.ranks,
@@ -338,7 +361,8 @@ class Trainer:
         under_way = self._epoch(progress.epoch)
         # What is over, though not done with, has nothing left to read.
         first = progress.epoch + (progress.is_within_epoch and progress.epoch_step >= under_way.num_steps)
-        with open_loader(self.splits["train"], map(self._epoch, count(first)), self.config, self.ranks) as loader:
+        shards = self._rows.of(phase, "train")
+        with open_loader(shards, map(self._epoch, count(first)), self.config, self.ranks) as loader:
             if settings.chosen_by is not None:
                 self._train_to_best(trainer, loader)
             else:
@@ -453,7 +477,19 @@ class Trainer:
 
     def _epoch(self, number: int) -> Epoch:
         """The order of an epoch, or of what is left of it."""
-        return self.progress.epoch_of(train_order(self.splits["train"], self.config, self.ranks.world_size, number))
+        return self.progress.epoch_of(self._order(self._phase, number))
+
+    @property
+    def _phase(self) -> Phase:
+        """The phase under way; before any, the first."""
+        return self._phase_of(self.progress)
+
+    def _phase_of(self, progress: Progress) -> Phase:
+        return phases(self.config, progress.stage or next(iter(self.config.stages)))[progress.phase]
+
+    def _order(self, phase: Phase, number: int) -> Epoch:
+        """The order of the rows that a phase reads in an epoch."""
+        return train_order(self._rows.of(phase, "train"), self.config, self.ranks.world_size, number)
 
     def _evaluate_under_way(self, trainer: PhaseTrainer) -> Metrics:
         """Figures of the valid split within a phase, of its averages where it has some."""
@@ -467,18 +503,28 @@ class Trainer:
         self.sharded.rows.settle()
         found = evaluate(
             self.sharded.ranker,
-            self.splits[split],
+            self._rows.of(self._phase, split) if split == "valid" and self._is_of_one_expert else self.splits[split],
             self.config,
             self.ranks,
             on_batch=partial(self.monitor.evaluating, split),
         )
         self.monitor.evaluation(source, split, progress.step, progress.epoch, found.model)
+        if found.domains and not self._is_of_one_expert:
+            self.monitor.domains(
+                split, progress.step, found.model, found.domains, found.reference_domains, with_table=source == "final"
+            )
         if found.counts != progress.counts[split]:  # they are the same each time
             progress.counts[split] = found.counts
             self.monitor.say(f"warning: {split}: {in_words(found.counts)}")
         if found.reference is not None and split == "test":
             self.monitor.evaluation("reference", split, progress.step, progress.epoch, found.reference)
         return found
+
+    @property
+    def _is_of_one_expert(self) -> bool:
+        """Whether the model has one domain expert for all rows, as in the phase that trains it."""
+        adaptation = domain_adaptation(self.dense_arch)
+        return adaptation is not None and adaptation.expert is not None
 
     @property
     def _is_saved(self) -> bool:
@@ -500,7 +546,7 @@ class Trainer:
         progress = self.progress
         end_not_finite(
             found,
-            self.splits["train"],
+            self._rows.of(self._phase, "train"),
             self._epoch(progress.epoch),
             progress.epoch_step - 1 - (progress.step - found.step),
             self.ranks,
@@ -561,6 +607,7 @@ def _stage_summary(settings: StageConfig, totals: StageTotals) -> dict[str, Any]
         "data_wait": totals.waited / totals.seconds,
         "losses": totals.losses,
         "valid": totals.valid.as_dict() if totals.valid else None,
+        **(totals.valid.told_over_domains if totals.valid else {}),
         "routing": totals.routing,
         "checkpoint": str(totals.checkpoint),
     }
@@ -570,7 +617,7 @@ def _better(metrics: Metrics, best: Metrics, stage: StageConfig) -> bool:
     new, old = getattr(metrics, stage.monitor), getattr(best, stage.monitor)
     if new is None or math.isnan(new):
         return False
-    return bool(old is None or (new > old if stage.monitor == "auc" else new < old))
+    return bool(old is None or (new < old if stage.monitor == "log_loss" else new > old))
 
 
 def _figures(config: Config, stage: str) -> tuple[Any, ...]:

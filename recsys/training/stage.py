@@ -111,7 +111,7 @@ class EpochFigures:
         self.window.examples += examples
         self.window.counts.update(counts)
         self.counts.update(counts)
-        self.routing.update(output.domain)
+        self.routing.update(output.routed_domain)
 
     def next_window(self, window: Window) -> None:
         """A line of the log is written: another window begins."""

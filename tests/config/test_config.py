@@ -166,7 +166,7 @@ def test_wrong_type_names_its_path_and_the_type_wanted(
         ("stages.joint.learning_rate=.inf", "stages.joint.learning_rate", "finite number"),
         ("stages.joint.learning_rate=.nan", "stages.joint.learning_rate", "finite number"),
         ("stages.joint.warmup_steps=-1", "stages.joint.warmup_steps", "greater than or equal to 0"),
-        ("stages.joint.trains=nothing", "stages.joint.trains", "'backbone', 'experts' or 'all'"),
+        ("stages.joint.trains=nothing", "stages.joint.trains", "'backbone', 'experts', 'gate' or 'all'"),
         ("stages.joint.epochs=1", "stages.joint", "give either epochs or steps"),
         ("stages.joint.steps=null", "stages.joint", "give either epochs or steps"),
         ("stages.joint.patience=1", "stages.joint", "length must be given in epochs"),
@@ -432,7 +432,8 @@ stages:
         (["stages.backbone.expert_learning_rate=0.1"], "for stages that train experts, and trains is backbone"),
         (
             ["stages.joint.expert_learning_rate=0.1", "model.hilomoe=null", "stages.experts=null"],
-            "stages.joint.expert_learning_rate is for experts, and model.hilomoe is null; set it to null",
+            "stages.joint.expert_learning_rate is for experts, and model.hilomoe and model.domain_experts are null; "
+            "set it to null",
         ),
     ],
 )

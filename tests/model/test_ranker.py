@@ -280,7 +280,7 @@ def test_every_tower_gives_one_logit_a_row(tmp_path: Path, tower: str, num_dense
     overrides += [] if experts else ["model.hilomoe=null", "stages.experts=null"]
     config = load_config(write_tiny_config(tmp_path / "tiny.yaml", tmp_path, tmp_path), overrides)
     arch = build_dense_arch(config.model, {"user": 8, "item": 8}, num_dense_features=num_dense_features)
-    logits, losses, _ = arch(torch.randn(5, 16), torch.randn(5, num_dense_features), {"diversity": 1.0})
+    logits, losses, *_ = arch(torch.randn(5, 16), torch.randn(5, num_dense_features), loss_weights={"diversity": 1.0})
     assert logits.shape == (5,)
     assert bool(expert_layers(arch)) == experts
     assert set(losses) == {"balance", "z", "diversity"}

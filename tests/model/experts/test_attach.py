@@ -116,7 +116,7 @@ def test_an_alien_kind_of_expert_is_found_grouped_and_counted(alien: None, confi
 def test_an_alien_kind_of_expert_has_losses_and_statistics(alien: None, config: Config, process_group: None) -> None:
     arch = with_adapters(config)
     statistics = RoutingStatistics(arch, num_domains=3)
-    logits, losses, _ = arch(torch.randn(6, 20), torch.randn(6, 2), {"diversity": 1.0})
+    logits, losses, *_ = arch(torch.randn(6, 20), torch.randn(6, 2), loss_weights={"diversity": 1.0})
     assert set(losses) == {"balance", "z", "diversity"} and all(loss > 0 for loss in losses.values())
     statistics.update(torch.tensor([0, 1, 2, 0, 1, 2]))
     (summary,) = statistics.epoch().values()
@@ -136,7 +136,7 @@ def _phases_of_aliens(ranks: Ranks, config: Config) -> list[set[str]]:
     arch = ranker.dense_arch = with_adapters(config)
     sharded = shard(ranker, config, ranks, seed=1)
     free = []
-    for number in range(len(optimizers.phases(config.stages["experts"]))):
+    for number in range(len(optimizers.phases(config, "experts"))):
         optimizers.begin_phase(sharded, arch, config, "experts", number, num_steps=5)
         free.append({name for name, parameter in arch.named_parameters() if parameter.requires_grad})
     return free

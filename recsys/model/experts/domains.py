@@ -1,0 +1,349 @@
+"""Linears that adapt to domains: MLoRA (arXiv 2408.08913) and MoE-MLoRA (arXiv 2506.07563). Plain torch.
+
+Shapes: B rows, n domains, E experts of rank r, D_in and D_out widths.
+
+Each expert is a LoRA with a bias, and a linear with experts computes, where a row's experts have weights g,
+
+    y = dropout(W x + b) + sum_e g_e (B_e A_e x + b_e)
+
+B_e and b_e begin at 0, so that adapting a linear does not change what it computes. The weights are those of one
+`DomainAdaptation` for all linears of a tower, and are told for each call:
+
+* MLoRA: n experts; the expert of the row's domain has weight 1.
+* MoE-MLoRA: E >= n experts. Expert e learns, with weight 1, from rows of domain e mod n alone; then a gate weighs all.
+  Until it does, a row's own experts, those with e mod n its domain, share its weight alike. Under
+  published code no phase takes effect: all experts learn jointly, and share every row's weight alike
+  (`shared_by="all"`).
+
+Rows of one domain need not be together: each row has its own weights. Where every row has one expert, and rows are
+sorted by it, a linear multiplies them group by group, so that its cost does not grow with n; else all experts are
+computed as one product of width E r. Nothing of size B x D_in x D_out is ever made.
+
+    adaptation = DomainAdaptation(num_domains=3)
+    adapt(tower[0], adaptation, rank=8)
+    adapt(tower[2], adaptation, rank=4)
+    with adaptation.call(domains) as order:
+        y = tower(x[order])[order.argsort()]
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Which experts the rows of the call under way have, in one of three forms.
+
+    Attributes:
+        expert: the one that all have.
+        ends: (n,) int32, where the rows of each domain end: sorted by it, each has the expert of its number.
+        weights: (B, E) of any experts.
+    """
+
+    expert: int | None = None
+    ends: Tensor | None = None
+    weights: Tensor | None = None
+
+
+class _Call:
+    """What the linears of a tower read of the call under way; no module, as it is nothing that a model holds."""
+
+    def __init__(self) -> None:
+        self.rows: _Rows | None = None
+
+
+def rank_of(out_features: int, reduction: int) -> int:
+    """max(floor(D_out / reduction), 1): the parent's rule, whose README calls `reduction` the temperature alpha."""
+    return max(out_features // reduction, 1)
+
+
+class DomainGate(nn.Module):
+    """Weights of all experts for each row, the same for all linears.
+
+    g = softmax(C [embedding of the domain, features]): by the domain alone, as published code has it, or by features
+    as well, as the abstract of 2506.07563 describes.
+
+    Args:
+        num_domains: n.
+        num_experts: E.
+        num_features: width of what it reads beside the domain, 0 for the domain alone.
+        embedding_dim: of the domains.
+    """
+
+    def __init__(self, num_domains: int, num_experts: int, num_features: int = 0, embedding_dim: int = 4) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.embedding = nn.Embedding(num_domains, embedding_dim)
+        self.linear = nn.Linear(embedding_dim + num_features, num_experts)
+        nn.init.uniform_(self.embedding.weight, -0.05, 0.05)
+        nn.init.xavier_uniform_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, domains: Tensor, features: Tensor | None = None) -> Tensor:
+        """(B,) domains and (B, num_features) -> (B, E), not negative, rows sum to 1."""
+        inputs = self.embedding(domains)
+        if self.num_features:
+            assert features is not None
+            inputs = torch.cat([inputs, features], 1)
+        weights: Tensor = self.linear(inputs).softmax(1)
+        return weights
+
+
+class DomainAdaptation(nn.Module):
+    """Which experts adapt which rows, told once for all linears of a tower.
+
+    Args:
+        num_domains: n.
+        num_experts: E, None for one of each domain.
+        gate: of a mixture; None where experts share a row's weight alike.
+        shared_by: without a gate, or as long as it is not used: `own`, the experts of a row's domain, or `all`.
+
+    Raises:
+        ValueError: fewer experts than domains, or a gate of other numbers.
+
+    Attributes:
+        active: False has all linears compute their base alone.
+        expert: the only one that all rows have, with weight 1, while it is learning; None else.
+        gated: whether the gate weighs experts, (); a buffer, for it is part of what a model computes.
+        grouped: False computes all experts of a linear even where each row has one.
+    """
+
+    gated: Tensor
+
+    def __init__(
+        self,
+        num_domains: int,
+        num_experts: int | None = None,
+        gate: DomainGate | None = None,
+        *,
+        shared_by: Literal["own", "all"] = "own",
+    ) -> None:
+        super().__init__()
+        self.num_domains, self.num_experts = num_domains, num_domains if num_experts is None else num_experts
+        if self.num_experts < num_domains:
+            raise ValueError(f"num_experts {num_experts} must be at least num_domains {num_domains}: each has its own")
+        if gate is not None:
+            sizes = gate.embedding.num_embeddings, gate.linear.out_features
+            if sizes != (self.num_domains, self.num_experts):
+                raise ValueError(f"the gate is of {sizes[0]} domains and {sizes[1]} experts, not of these")
+            self.register_buffer("gated", torch.tensor(False))
+        self.gate, self.shared_by = gate, shared_by
+        self.active, self.grouped = True, True
+        self.expert: int | None = None
+        self._call = _Call()
+
+    @property
+    def is_of_one(self) -> bool:
+        """Whether each row has one expert, that of its domain."""
+        return self.gate is None and self.shared_by == "own" and self.num_experts == self.num_domains
+
+    def use_gate(self) -> None:
+        """Have the gate weigh experts from now on."""
+        self.gated.fill_(True)
+
+    def domain_of(self, expert: int) -> int:
+        """From whose rows an expert learns before there is a gate."""
+        return expert % self.num_domains
+
+    def weights(self, domains: Tensor, features: Tensor | None = None) -> Tensor:
+        """(B,) domains and (B, F) features, which the gate may read, -> (B, E)."""
+        experts = torch.arange(self.num_experts, device=domains.device)
+        if self.shared_by == "all":
+            shared = (
+                torch.ones_like(experts).expand(domains.shape[0], -1).float()
+            )  # `len` would be a constant of exports
+        else:
+            shared = (experts % self.num_domains == domains[:, None]).float()
+        shared = shared / shared.sum(1, keepdim=True)
+        return shared if self.gate is None else torch.where(self.gated, self.gate(domains, features), shared)
+
+    @contextmanager
+    def call(self, domains: Tensor, features: Tensor | None = None) -> Iterator[Tensor | None]:
+        """Have all linears adapt the rows of the calls within.
+
+        Args:
+            domains: of the rows, (B,) of 0 .. n - 1.
+            features: that the gate reads, (B, F); None where it reads none.
+
+        Yields:
+            The order in which the linears must be given the rows, (B,); None for as they are.
+        """
+        order = None
+        if not self.active:
+            self._call.rows = None
+        elif self.expert is not None:
+            self._call.rows = _Rows(expert=self.expert)
+        elif self._is_grouped(domains.device):
+            order = domains.argsort(stable=True)
+            ends = torch.bincount(domains, minlength=self.num_domains).cumsum(0).to(torch.int32)
+            self._call.rows = _Rows(ends=ends)
+        else:
+            self._call.rows = _Rows(weights=self.weights(domains, features))
+        try:
+            yield order
+        finally:
+            self._call.rows = None
+
+    def _is_grouped(self, device: torch.device) -> bool:
+        # On a GPU the product by groups is one kernel in bfloat16 alone, and waits for the groups' sizes else.
+        # The flag itself, for under torch.compile `is_exporting()` of torch 2.11 is true as well.
+        is_at_hand = device.type == "cpu" and not torch.compiler._is_exporting_flag
+        return self.grouped and self.is_of_one and is_at_hand
+
+
+class DomainExpert(nn.Module):
+    """A LoRA with a bias: what one expert adds to the output of one linear.
+
+    Args:
+        in_features: D_in.
+        out_features: D_out.
+        rank: r.
+        like: whose device and type its parameters have.
+
+    Attributes:
+        lora_A: (r, D_in), Glorot-uniform.
+        lora_B: (D_out, r), zeros.
+        bias: (D_out,), zeros.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, like: Tensor) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(like.new_empty(rank, in_features))
+        self.lora_B = nn.Parameter(like.new_zeros(out_features, rank))
+        self.bias = nn.Parameter(like.new_zeros(out_features))
+        nn.init.xavier_uniform_(self.lora_A)
+
+
+class DomainLinear(nn.Linear):
+    """A linear that experts of its `DomainAdaptation` adapt; `adapt` makes one of a linear.
+
+    A state dict of the linear is a subset of this layer's.
+
+    Attributes:
+        domain_experts: E of them.
+        domain_dropout: of the base's output, before experts add to it, in training only.
+    """
+
+    domain_experts: nn.ModuleList
+    domain_dropout: float
+    _call: _Call
+    _is_of_one: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ..., D_in) -> (B, ..., D_out), of the rows whose domains the adaptation was told."""
+        base = super().forward(x)
+        if self.domain_dropout:
+            base = F.dropout(base, self.domain_dropout, self.training)
+        rows = self._call.rows
+        if rows is None:
+            return base
+        if rows.expert is not None:
+            expert = self.domain_experts[rows.expert]
+            assert isinstance(expert, DomainExpert)
+            return base + F.linear(F.linear(x, expert.lora_A), expert.lora_B, expert.bias)
+        each = x.shape[1:-1].numel()  # vectors that a row has
+        flat = x.reshape(-1, self.in_features)
+        weights = rows.weights
+        if rows.ends is not None:
+            if flat.dtype != torch.float64:  # which the product by groups does not know
+                return base + self._grouped(flat, rows.ends * each).view(base.shape)
+            places = torch.arange(len(x), device=x.device)
+            weights = F.one_hot(torch.searchsorted(rows.ends, places, right=True), len(rows.ends))
+        assert weights is not None
+        weights = weights.repeat_interleave(each, 0) if each > 1 else weights
+        return self._mixture(base.reshape(-1, self.out_features), flat, weights.to(flat.dtype)).view(base.shape)
+
+    def domain_parameters(self, expert: int) -> list[nn.Parameter]:
+        """Those of one expert."""
+        return list(self.domain_experts[expert].parameters())
+
+    @property
+    def domain_multiply_adds(self) -> int:
+        """Of the experts' products for one vector: one expert's where each row has its own, else all experts'."""
+        first = self.domain_experts[0]
+        assert isinstance(first, DomainExpert)
+        each = len(first.lora_A) * (self.in_features + self.out_features) + self.out_features
+        return each if self._is_of_one else len(self.domain_experts) * each
+
+    def domain_up_projections(self) -> list[nn.Parameter]:
+        """B of all experts."""
+        return [expert.lora_B for expert in self.domain_experts if isinstance(expert, DomainExpert)]
+
+    def written_out(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight (n, D_out, D_in) and bias (n, D_out) that rows with expert weights (n, E) meet in evaluation."""
+        down, up, bias = (torch.stack(tensors) for tensors in self._experts())
+        weight = self.weight + torch.einsum("ne,eor,eri->noi", weights, up, down)
+        shift = weights @ bias
+        return weight, shift if self.bias is None else shift + self.bias
+
+    def _experts(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """All experts' A (r, D_in), B (D_out, r) and b (D_out,)."""
+        experts = list(self.domain_experts)
+        return tuple([getattr(expert, name) for expert in experts] for name in ("lora_A", "lora_B", "bias"))  # type: ignore[return-value]
+
+    def _mixture(self, base: Tensor, x: Tensor, weights: Tensor) -> Tensor:
+        """(N, D_out) and what experts of weights (N, E) add to it for x (N, D_in)."""
+        down, up, bias = self._experts()
+        hidden = F.linear(x, torch.cat(down)).unflatten(1, (len(down), -1)) * weights[:, :, None]
+        return torch.addmm(
+            base, torch.cat([hidden.flatten(1), weights], 1), torch.cat([*up, torch.stack(bias, 1)], 1).t()
+        )
+
+    def _grouped(self, x: Tensor, ends: Tensor) -> Tensor:
+        """What experts add to x (N, D_in), whose vectors up to ends (E,) are those of each in turn."""
+        down, up, bias = (torch.stack(tensors) for tensors in self._experts())
+        hidden = _by_groups(x, down, ends)
+        hidden = torch.cat([hidden, hidden.new_ones(len(x), 1)], 1)  # which the biases are for
+        return _by_groups(hidden, torch.cat([up, bias[:, :, None]], 2), ends)
+
+
+def adapt(linear: nn.Linear, adaptation: DomainAdaptation, rank: int, *, dropout: float = 0.0) -> DomainLinear:
+    """Have a linear adapt to domains, in place: it computes what it did, and keeps its parameters under their names.
+
+    Args:
+        linear: of a class that `ADAPTED` has.
+        adaptation: of all linears of the tower.
+        rank: r.
+        dropout: of the linear's own output, before experts add to it, as MLoRA's code has it.
+
+    Raises:
+        ValueError: another class of linears, a rank below 1.
+    """
+    kind = ADAPTED.get(type(linear))
+    if kind is None:
+        raise ValueError(
+            f"a {type(linear).__name__} cannot be adapted; take one of {', '.join(of.__name__ for of in ADAPTED)}"
+        )
+    if rank < 1:
+        raise ValueError(f"rank {rank} must be at least 1")
+    linear.__class__ = kind  # as torch.nn.utils.parametrize does; a copy would have to know what each class holds
+    assert isinstance(linear, DomainLinear)
+    linear.domain_experts = nn.ModuleList(
+        DomainExpert(linear.in_features, linear.out_features, rank, linear.weight)
+        for _ in range(adaptation.num_experts)
+    )
+    linear.domain_dropout = dropout
+    linear._call, linear._is_of_one = adaptation._call, adaptation.is_of_one
+    return linear
+
+
+ADAPTED: dict[type[nn.Linear], type[DomainLinear]] = {nn.Linear: DomainLinear}
+"""What becomes of a linear of each class that can be adapted."""
+
+
+def _by_groups(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Vectors (N, I) up to each of ends (E,) times the matrix of their group, of (E, O, I), giving (N, O)."""
+    # The kernel and its backward pass ask for rows of sixteen bytes, and zeros fill them up.
+    unit = 16 // x.element_size()
+    outputs, inputs = (-size % unit for size in weights.shape[1:])
+    x = F.pad(x, (0, inputs)) if inputs else x.contiguous()  # as a slice of columns may begin between two of sixteen
+    if outputs or inputs:
+        weights = F.pad(weights, (0, inputs, 0, outputs))
+    result = F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
+    return result[:, :-outputs] if outputs else result

@@ -1,0 +1,102 @@
+"""Models that adapt to domains, served: any row by its own, alone, among others, as a candidate, and by a program."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from runs import as_config
+from test_scorer import TOWERS
+from tiny import take_tower, tiny_config, tiny_table
+
+from recsys.data.storage import DataError
+from recsys.model.dense_arch import build_dense_arch
+from recsys.model.experts import domain_linears, expert_layers
+from recsys.serving import Artifact, Scorer
+from recsys.serving.artifact import Manifest
+from recsys.serving.formats import load_program, write_program
+from recsys.serving.scorer import RequestError
+from recsys.serving.tables import Table
+
+COLUMNS = ("user", "item", "tags", "x", "z", "domain")
+KINDS: dict[str, dict[str, Any]] = {
+    "mlora": {"type": "mlora", "rank": 2},
+    "domain_gate": {"type": "moe_mlora", "num_experts": 6},
+    "feature_gate": {"type": "moe_mlora", "gate": "features"},
+    "uniform": {"type": "moe_mlora", "gate": "uniform"},
+}
+OF_THE_PAPER = ("wdl", "nfm", "autoint", "deepfm", "pnn", "dcn", "xdeepfm", "fibinet")
+
+
+def make(folder: Path, tower: str, kind: str, *, routed: bool = False) -> Artifact:
+    """An artefact of the tiny config, in memory, whose experts are drawn at random."""
+    raw = tiny_config(folder, folder)
+    take_tower(raw, TOWERS[tower])
+    raw["model"] |= {"domain_experts": KINDS[kind], "hilomoe": {"num_layers": 2, "num_experts": 2} if routed else None}
+    config = as_config(raw, folder)
+    torch.manual_seed(7)
+    arch = build_dense_arch(config.model, config.embedding_dims, num_dense_features=2, num_domains=config.num_domains)
+    for layer in expert_layers(arch).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.3)  # type: ignore[attr-defined]
+    for linear in domain_linears(arch).values():
+        for parameter in linear.domain_experts.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    if arch.domain_adaptation is not None and arch.domain_adaptation.gate is not None:
+        arch.domain_adaptation.use_gate()
+    tables = {
+        name: Table(torch.randn(table.num_embeddings, table.embedding_dim), "float32")
+        for name, table in config.tables.items()
+    }
+    return Artifact(folder, Manifest(config.name, "float32", 0, "joint"), config, arch.state_dict(), tables)
+
+
+@pytest.mark.parametrize("tower", OF_THE_PAPER)
+def test_only_hidden_layers_of_the_deep_part_adapt(tmp_path: Path, tower: str) -> None:
+    """Neither the other parts of the paper's towers nor the head."""
+    arch = Scorer(make(tmp_path, tower, "mlora")).dense_arch
+    deep = {name for name, child in arch.named_modules() if isinstance(child, torch.nn.Linear) and ".mlp." in name}
+    assert set(domain_linears(arch)) == deep != set()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("tower", "routed"),
+    [("mlp", False), ("mlp", True), ("transformer", False), *((tower, False) for tower in OF_THE_PAPER[::3])],
+)
+def test_candidates_are_scored_as_rows_by_their_own_domains(
+    tmp_path: Path, tower: str, kind: str, routed: bool
+) -> None:
+    scorer = Scorer(make(tmp_path, tower, kind, routed=routed))
+    assert set(scorer.columns) == set(COLUMNS)
+    rows = tiny_table(40, 5).select(COLUMNS).to_pylist()
+    alone = np.concatenate([scorer.score([row]) for row in rows])
+    np.testing.assert_allclose(scorer.score(rows), alone, atol=2e-6)
+    for shared in (("user", "domain"), ("user",)):
+        context = {name: rows[0][name] for name in shared}
+        candidates = [{name: value for name, value in row.items() if name not in shared} for row in rows]
+        expected = scorer.score([{**row, **context} for row in rows])
+        np.testing.assert_allclose(scorer.score_candidates(context, candidates), expected, atol=2e-6)
+    other = scorer.score([{**row, "domain": (row["domain"] + 1) % 3} for row in rows])
+    assert bool(np.abs(other - alone).max() > 1e-5) is (kind != "uniform")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_programs_take_the_domain(tmp_path: Path, kind: str) -> None:
+    scorer = Scorer(make(tmp_path, "mlp", kind))
+    write_program(scorer.dense_arch, 20, 2, "torch-export", tmp_path / "dense.pt2")
+    program = load_program("torch-export", tmp_path / "dense.pt2")
+    for rows in (1, 2, 50):
+        inputs = torch.randn(rows, 20), torch.randn(rows, 2), torch.arange(rows) % 3
+        torch.testing.assert_close(program(*inputs), scorer.dense_arch(*inputs)[0])
+
+
+def test_domains_that_no_row_may_have_are_named(tmp_path: Path) -> None:
+    scorer = Scorer(make(tmp_path, "mlp", "mlora"))
+    row = tiny_table(1, 5).select(COLUMNS).to_pylist()[0]
+    with pytest.raises(DataError, match="row 0: domain column 'domain' has 1 value out of range, such as 3"):
+        scorer.score([{**row, "domain": 3}])
+    with pytest.raises(DataError, match="domain column 'domain' has 1 null"):
+        scorer.score([{**row, "domain": None}])
+    with pytest.raises(RequestError, match="'domain' is missing"):
+        scorer.score([{name: value for name, value in row.items() if name != "domain"}])
