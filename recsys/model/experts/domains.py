@@ -298,9 +298,9 @@ class DomainLinear(nn.Linear):
     def _grouped(self, x: Tensor, ends: Tensor) -> Tensor:
         """What experts add to x (N, D_in), whose vectors up to ends (E,) are those of each in turn."""
         down, up, bias = (torch.stack(tensors) for tensors in self._experts())
-        hidden = _by_groups(x, down, ends)
+        hidden = multiply_by_groups(x, down, ends)
         hidden = torch.cat([hidden, hidden.new_ones(len(x), 1)], 1)  # which the biases are for
-        return _by_groups(hidden, torch.cat([up, bias[:, :, None]], 2), ends)
+        return multiply_by_groups(hidden, torch.cat([up, bias[:, :, None]], 2), ends)
 
 
 def adapt(linear: nn.Linear, adaptation: DomainAdaptation, rank: int, *, dropout: float = 0.0) -> DomainLinear:
@@ -337,7 +337,7 @@ ADAPTED: dict[type[nn.Linear], type[DomainLinear]] = {nn.Linear: DomainLinear}
 """What becomes of a linear of each class that can be adapted."""
 
 
-def _by_groups(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+def multiply_by_groups(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Vectors (N, I) up to each of ends (E,) times the matrix of their group, of (E, O, I), giving (N, O)."""
     # The kernel and its backward pass ask for rows of sixteen bytes, and zeros fill them up.
     unit = 16 // x.element_size()
@@ -346,4 +346,6 @@ def _by_groups(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     if outputs or inputs:
         weights = F.pad(weights, (0, inputs, 0, outputs))
     result = F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
+    if result.requires_grad:
+        result.register_hook(Tensor.contiguous)  # of a gradient, too
     return result[:, :-outputs] if outputs else result
