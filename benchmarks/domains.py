@@ -28,6 +28,7 @@ from recsys.model.experts.domains import (
     adapt,
     multiply_by_groups,
 )
+from recsys.runtime import keep_freed_memory
 from recsys.terminal import Rows
 
 FORMS = {
@@ -108,6 +109,7 @@ def main() -> None:
 
 
 def _benchmark(arguments: argparse.Namespace) -> None:
+    keep_freed_memory()  # as training does
     device = Device("cuda" if torch.cuda.is_available() else "cpu")
     times: dict[str, dict[str, dict[str, list[float]]]] = {}
     memory: dict[str, float] = {}
