@@ -33,7 +33,7 @@ def test_every_form_of_every_size_is_timed(tmp_path: Path) -> None:
     assert str(tmp_path) not in page.read_text() + json.dumps(result)
     assert result["about"][0]["command"] == " ".join(("python -m benchmarks.domains", *sizes))
     names = [f"n {n}, r {rank}" for n in (2, 3) for rank in (1, 2)]
-    assert [(line["size"], line["pass"]) for line in result["time"]] == [(n, kind) for n in names for kind in PASSES]
+    assert [(line["size"], line["pass"]) for line in result["time"]] == [(n, kind) for kind in PASSES for n in names]
     for line in result["time"]:
         forms = list(FORMS) if line["pass"] == PASSES[0] else list(TRAINED)
         assert list(line["milliseconds"]) == list(line["ratios to dense"]) == forms
