@@ -147,8 +147,8 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         x = torch.randn(arguments.batch, dim, device=device.name, requires_grad=True)
         d_y = torch.randn(arguments.batch, dim, device=device.name)
         forms = _forms(dim, num_layers, num_experts, device, compiled=(num_layers, num_experts) in compiled)
-        memory[name] = {form: _memory(device, module, x, d_y) for form, module in forms.items() if form != "compiled"}
-        times[name] = {kind: _time(device, forms, x, d_y, kind, arguments.turns) for kind in PASSES}
+        memory[name] = {form: memory_of(device, module, x, d_y) for form, module in forms.items() if form != "compiled"}
+        times[name] = {kind: time_passes(device, forms, x, d_y, kind, arguments.turns) for kind in PASSES}
         print(f"{name}: done", flush=True)
     _report(arguments, sizes, device, times, memory)
 
@@ -181,7 +181,7 @@ def _forms(dim: int, num_layers: int, num_experts: int, device: Device, *, compi
     return forms
 
 
-def _time(
+def time_passes(
     device: Device, forms: Mapping[str, nn.Module], x: Tensor, d_y: Tensor, kind: str, turns: int
 ) -> dict[str, list[float]]:
     """Seconds of one pass of each form, by turn."""
@@ -217,7 +217,7 @@ class _LargestTensor(TorchDispatchMode):
         return result
 
 
-def _memory(device: Device, module: nn.Module, x: Tensor, d_y: Tensor) -> dict[str, float]:
+def memory_of(device: Device, module: nn.Module, x: Tensor, d_y: Tensor) -> dict[str, float]:
     """MiB: largest tensor made, what the forward pass keeps for the backward pass, and a GPU's peak over both.
 
     The input and the parameters are kept in any case and do not count.
@@ -248,7 +248,8 @@ def _memory(device: Device, module: nn.Module, x: Tensor, d_y: Tensor) -> dict[s
     return figures
 
 
-def _ratio(seconds: Mapping[str, Sequence[float]], form: str, other: str) -> float:
+def median_ratio(seconds: Mapping[str, Sequence[float]], form: str, other: str) -> float:
+    """Of two forms, the median over turns of the ratio within a turn."""
     return median(a / b for a, b in zip(seconds[form], seconds[other], strict=True))
 
 
@@ -314,7 +315,7 @@ def _report(
             "size": name,
             "pass": kind,
             "milliseconds": {form: 1000 * median(seconds) for form, seconds in of[kind].items()},
-            "ratios to dense": {form: _ratio(of[kind], form, "dense") for form in of[kind]},
+            "ratios to dense": {form: median_ratio(of[kind], form, "dense") for form in of[kind]},
         }
         for name, of in times.items()
         for kind in PASSES
@@ -329,12 +330,12 @@ def _row(name: str, seconds: Mapping[str, Sequence[float]], forms: Sequence[str]
     return {
         "": name,
         **{
-            form: f"{1000 * median(seconds[form]):.2f} ({_ratio(seconds, form, 'dense'):.2f})"
+            form: f"{1000 * median(seconds[form]):.2f} ({median_ratio(seconds, form, 'dense'):.2f})"
             if form in seconds
             else "-"
             for form in forms
         },
-        "fused / formula": f"{_ratio(seconds, 'fused', 'formula'):.2f}",
+        "fused / formula": f"{median_ratio(seconds, 'fused', 'formula'):.2f}",
     }
 
 
@@ -343,7 +344,9 @@ def _targets(times: Seconds) -> list[dict[str, Any]]:
     name = _name(*TARGET_SIZE)
     if name not in times:
         return []
-    found = [(kind, form, other, limit, _ratio(times[name][kind], form, other)) for kind, form, other, limit in TARGETS]
+    found = [
+        (kind, form, other, limit, median_ratio(times[name][kind], form, other)) for kind, form, other, limit in TARGETS
+    ]
     return [
         {
             "size": name,
@@ -364,7 +367,7 @@ def _growth(sizes: Sequence[tuple[int, int, int]], times: Seconds) -> list[dict[
         few, many = _name(dim, min(layers), num_experts), _name(dim, max(layers), num_experts)
         for kind in PASSES if few != many else ():
             growth = {
-                form: _ratio(times[many][kind], form, "dense") / _ratio(times[few][kind], form, "dense")
+                form: median_ratio(times[many][kind], form, "dense") / median_ratio(times[few][kind], form, "dense")
                 for form in FORMS
                 if form not in ("dense", "compiled")
             }

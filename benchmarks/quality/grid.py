@@ -110,10 +110,15 @@ class Run:
 
     @property
     def is_there(self) -> bool:
-        """Whether its directory's run, complete or not, was begun with these settings."""
-        same = (self.config, self.config.model_copy(update={"resume": "never"}))  # as `recsys.train` was told to
-        text = self.config_there.read_text(encoding="utf-8") if self.config_there.exists() else None
-        return text in [config.to_yaml() for config in same]
+        """Whether its directory's run, complete or not, was begun with these settings.
+
+        Keys that the config has had since then count as if they had been at their defaults.
+        """
+        try:
+            begun_with = load_config(self.config_there)
+        except ConfigError:  # or what is there is none of this version's
+            return False
+        return begun_with.model_copy(update={"resume": self.config.resume}) == self.config
 
     @property
     def makes_way(self) -> bool:

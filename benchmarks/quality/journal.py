@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+import yaml
 from optuna.pruners import BasePruner, NopPruner, PercentilePruner
 from optuna.samplers import TPESampler
 from optuna.storages import JournalStorage
@@ -24,6 +25,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from benchmarks.quality.study import StudyConfig
+from recsys.config import Config, ConfigError, validate
 from recsys.errors import UserError
 
 RETRY = "retry of"
@@ -71,7 +73,10 @@ class Journal:
         known = self._study.user_attrs.get("settings")
         if known is None:
             self._study.set_user_attr("settings", settings)
-        elif differing := sorted(key for key in settings.keys() | known.keys() if settings.get(key) != known.get(key)):
+            return
+        if _is_same_config(known.get("start"), settings["start"]):
+            known = {**known, "start": settings["start"]}
+        if differing := sorted(key for key in settings.keys() | known.keys() if settings.get(key) != known.get(key)):
             # Trials under other settings do not compare.
             what = ", ".join("the config that it starts from" if key == "start" else key for key in differing)
             raise UserError(
@@ -154,6 +159,16 @@ def _pruner(study: StudyConfig) -> BasePruner:
         return NopPruner()
     # Evaluations are numbered from 1, and optuna prunes from `n_warmup_steps` on.
     return PercentilePruner(pruning.percentile, pruning.startup_trials, pruning.warmup_evaluations + 1)
+
+
+def _is_same_config(known: object, now: str) -> bool:
+    """Whether a resolved config is what another was, but for keys that came since, if they are at their defaults."""
+    try:
+        return validate(Config, yaml.safe_load(str(known)), source="") == validate(
+            Config, yaml.safe_load(now), source=""
+        )
+    except (ConfigError, yaml.YAMLError):
+        return False
 
 
 class _Lock(JournalFileOpenLock):

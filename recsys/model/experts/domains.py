@@ -43,11 +43,13 @@ class _Rows:
     Attributes:
         expert: the one that all have.
         ends: (n,) int32, where the rows of each domain end: sorted by it, each has the expert of its number.
+        numbers: (B,) these numbers, rising.
         weights: (B, E) of any experts.
     """
 
     expert: int | None = None
     ends: Tensor | None = None
+    numbers: Tensor | None = None
     weights: Tensor | None = None
 
 
@@ -182,7 +184,7 @@ class DomainAdaptation(nn.Module):
         elif self._is_grouped(domains.device):
             order = domains.argsort(stable=True)
             ends = torch.bincount(domains, minlength=self.num_domains).cumsum(0).to(torch.int32)
-            self._call.rows = _Rows(ends=ends)
+            self._call.rows = _Rows(ends=ends, numbers=domains.index_select(0, order))
         else:
             self._call.rows = _Rows(weights=self.weights(domains, features))
         try:
@@ -234,27 +236,32 @@ class DomainLinear(nn.Linear):
     domain_dropout: float
     _call: _Call
     _is_of_one: bool
+    _is_plain: bool
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ..., D_in) -> (B, ..., D_out), of the rows whose domains the adaptation was told."""
+        rows = self._call.rows
+        if rows is not None and rows.ends is not None and rows.numbers is not None and self._merges(x):
+            return self._merged(x, rows.ends, rows.numbers)
         base = super().forward(x)
         if self.domain_dropout:
             base = F.dropout(base, self.domain_dropout, self.training)
-        rows = self._call.rows
         if rows is None:
             return base
+        # What a plain linear gives is nobody else's, so that it can be added to in its place.
+        add = Tensor.add_ if self._is_plain else Tensor.add
         if rows.expert is not None:
             expert = self.domain_experts[rows.expert]
             assert isinstance(expert, DomainExpert)
-            return base + F.linear(F.linear(x, expert.lora_A), expert.lora_B, expert.bias)
+            return add(base, F.linear(F.linear(x, expert.lora_A), expert.lora_B, expert.bias))
         each = x.shape[1:-1].numel()  # vectors that a row has
         flat = x.reshape(-1, self.in_features)
         weights = rows.weights
         if rows.ends is not None:
             if flat.dtype != torch.float64:  # which the product by groups does not know
-                return base + self._grouped(flat, rows.ends * each).view(base.shape)
-            places = torch.arange(len(x), device=x.device)
-            weights = F.one_hot(torch.searchsorted(rows.ends, places, right=True), len(rows.ends))
+                return add(base, self._grouped(flat, rows.ends * each).view(base.shape))
+            assert rows.numbers is not None
+            weights = F.one_hot(rows.numbers, len(rows.ends))
         assert weights is not None
         weights = weights.repeat_interleave(each, 0) if each > 1 else weights
         return self._mixture(base.reshape(-1, self.out_features), flat, weights.to(flat.dtype)).view(base.shape)
@@ -287,6 +294,35 @@ class DomainLinear(nn.Linear):
         experts = list(self.domain_experts)
         return tuple([getattr(expert, name) for expert in experts] for name in ("lora_A", "lora_B", "bias"))  # type: ignore[return-value]
 
+    def _merges(self, x: Tensor) -> bool:
+        """Whether x is better multiplied by each domain's whole weight than by the base and an expert.
+
+        Making W + B_e A_e takes as long as some rows do for each domain, and it pays with the backward pass alone
+        (benchmarks/results/domains_cpu.md).
+        """
+        first = self.domain_experts[0]
+        assert isinstance(first, DomainExpert)
+        rank, narrowest = len(first.lora_A), min(self.in_features, self.out_features)
+        spared = x.shape[:-1].numel() * (2 * rank / narrowest + 0.25)
+        is_possible = (
+            torch.is_grad_enabled()
+            and self._is_plain
+            and x.dtype != torch.float64
+            and not (self.domain_dropout and self.training)
+        )
+        return is_possible and len(self.domain_experts) * (rank + 24) <= spared
+
+    def _merged(self, x: Tensor, ends: Tensor, numbers: Tensor) -> Tensor:
+        """The layer for x (B, ..., D_in), whose rows up to ends (E,) have the experts of their numbers (B,)."""
+        down, up, bias = (torch.stack(tensors) for tensors in self._experts())
+        weights = torch.baddbmm(self.weight.expand(len(down), -1, -1), up, down)
+        if self.bias is not None:
+            bias = bias + self.bias
+        each = x.shape[1:-1].numel()
+        shifts = bias.index_select(0, numbers if each == 1 else numbers.repeat_interleave(each))
+        y = multiply_by_groups(x.reshape(-1, self.in_features), weights, ends * each)
+        return y.add_(shifts).view(*x.shape[:-1], self.out_features)
+
     def _mixture(self, base: Tensor, x: Tensor, weights: Tensor) -> Tensor:
         """(N, D_out) and what experts of weights (N, E) add to it for x (N, D_in)."""
         down, up, bias = self._experts()
@@ -298,9 +334,9 @@ class DomainLinear(nn.Linear):
     def _grouped(self, x: Tensor, ends: Tensor) -> Tensor:
         """What experts add to x (N, D_in), whose vectors up to ends (E,) are those of each in turn."""
         down, up, bias = (torch.stack(tensors) for tensors in self._experts())
-        hidden = _by_groups(x, down, ends)
+        hidden = multiply_by_groups(x, down, ends)
         hidden = torch.cat([hidden, hidden.new_ones(len(x), 1)], 1)  # which the biases are for
-        return _by_groups(hidden, torch.cat([up, bias[:, :, None]], 2), ends)
+        return multiply_by_groups(hidden, torch.cat([up, bias[:, :, None]], 2), ends)
 
 
 def adapt(linear: nn.Linear, adaptation: DomainAdaptation, rank: int, *, dropout: float = 0.0) -> DomainLinear:
@@ -329,7 +365,7 @@ def adapt(linear: nn.Linear, adaptation: DomainAdaptation, rank: int, *, dropout
         for _ in range(adaptation.num_experts)
     )
     linear.domain_dropout = dropout
-    linear._call, linear._is_of_one = adaptation._call, adaptation.is_of_one
+    linear._call, linear._is_of_one, linear._is_plain = adaptation._call, adaptation.is_of_one, kind is DomainLinear
     return linear
 
 
@@ -337,7 +373,7 @@ ADAPTED: dict[type[nn.Linear], type[DomainLinear]] = {nn.Linear: DomainLinear}
 """What becomes of a linear of each class that can be adapted."""
 
 
-def _by_groups(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+def multiply_by_groups(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Vectors (N, I) up to each of ends (E,) times the matrix of their group, of (E, O, I), giving (N, O)."""
     # The kernel and its backward pass ask for rows of sixteen bytes, and zeros fill them up.
     unit = 16 // x.element_size()
@@ -346,4 +382,6 @@ def _by_groups(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     if outputs or inputs:
         weights = F.pad(weights, (0, inputs, 0, outputs))
     result = F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
+    if result.requires_grad:
+        result.register_hook(Tensor.contiguous)  # of a gradient, too
     return result[:, :-outputs] if outputs else result

@@ -96,6 +96,15 @@ def test_a_study_is_only_gone_on_with_under_its_own_settings(folder: Path) -> No
         opened(folder)
 
 
+def test_a_study_from_before_a_key_of_the_config_came_goes_on(folder: Path) -> None:
+    journal = opened(folder)
+    settings = journal._study.user_attrs["settings"]
+    assert "  domain_experts: null\n" in settings["start"]
+    before = settings["start"].replace("  domain_experts: null\n", "")
+    journal._study.set_user_attr("settings", {**settings, "start": before})
+    assert opened(folder).ask() is not None
+
+
 def test_a_file_that_is_no_journal_is_named(folder: Path) -> None:
     (folder / "study").mkdir()
     (folder / "study" / "journal.jsonl").write_text("no journal\n[]\n")

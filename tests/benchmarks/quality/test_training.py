@@ -80,6 +80,19 @@ def test_a_run_of_other_settings_makes_way_and_one_of_the_same_goes_on(
     assert list(Figures(grid, cases).of["tiny"]) == [17]
 
 
+def test_a_run_from_before_a_key_of_the_config_came_is_there(folder: Path) -> None:
+    """If the key is at its default now; and what no version of the config has, or nothing reads, is not."""
+    (run,) = cases_of(write_grid(folder, {"tiny": {}}, seeds=[17]), Path("runs"))[0].runs
+    leave(run, auc=0.7)
+    text = run.config_there.read_text()
+    assert run.is_there and "  domain_experts: null\n" in text
+    run.config_there.write_text(text.replace("  domain_experts: null\n", ""))
+    assert run.is_there
+    for other in (text.replace("dense_dim: 4", "dense_dim: 5"), text + "of_old: 1\n", "{"):
+        run.config_there.write_text(other)
+        assert other != text and not run.is_there
+
+
 def test_a_run_that_another_process_still_trains_is_not_started_again(folder: Path) -> None:
     run = cases_of(write_grid(folder, {"tiny": {}}), Path("runs"))[0].runs[0]
     run.log.parent.mkdir(parents=True)

@@ -130,6 +130,58 @@ def test_products_by_groups_are_those_of_all_experts_with_gradients(present: Any
         assert all(not p.grad.any() for layer in linears(tower) for p in layer.domain_parameters(expert))  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("sizes", [(8, 4), (6, 5), (4, 4)])
+def test_products_by_groups_take_any_size_and_any_gradient(rank: int, sizes: tuple[int, int]) -> None:
+    """Columns of a wider tensor, and a gradient that is one number for all."""
+    torch.manual_seed(5)
+    adaptation = DomainAdaptation(N)
+    layer = adapt(nn.Linear(*sizes), adaptation, rank)
+    for parameter in layer.domain_experts.parameters():
+        nn.init.normal_(parameter)
+    found = []
+    for adaptation.grouped in (True, False):
+        wide = torch.linspace(-1, 1, 9 * (sizes[0] + 2)).view(9, -1).requires_grad_()
+        domains = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])
+        with adaptation.call(domains):
+            y = layer(wide[:, 1:-1])
+        found.append((y.detach(), torch.autograd.grad(y.sum(), [wide, *layer.parameters()])))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+def test_whole_weights_of_domains_compute_what_their_parts_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several vectors in a row too; and only where dropout of the base alone is off."""
+    merged = []
+    compute = DomainLinear._merged
+
+    def counted(self: DomainLinear, *arguments: Any) -> Tensor:
+        merged.append(self)
+        return compute(self, *arguments)
+
+    monkeypatch.setattr(DomainLinear, "_merged", counted)
+    torch.manual_seed(5)
+    adaptation = DomainAdaptation(N)
+    layer = adapt(nn.Linear(6, 7), adaptation, 2, dropout=0.3).eval()
+    for parameter in layer.domain_experts.parameters():
+        nn.init.normal_(parameter)
+    x, domains = rows(count=300)
+    tokens = torch.stack([x, -x], 1)
+    domains = domains.sort().values
+    found = []
+    for adaptation.grouped in (True, False):
+        with adaptation.call(domains):
+            y = layer(tokens)
+        found.append((y.detach(), gradients(layer, y)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+    assert merged == [layer]
+    adaptation.grouped = True
+    with adaptation.call(domains):
+        layer.train()(tokens)
+        with torch.no_grad():
+            layer.eval()(tokens)
+    assert merged == [layer]
+
+
 @pytest.mark.parametrize("grouped", [True, False])
 def test_rows_of_many_domains_are_as_in_batches_of_one(grouped: bool) -> None:
     tower, adaptation = tower_of()
