@@ -1,6 +1,7 @@
-"""Any CSV or JSON Lines to a data set: a schema says what the columns are, and files of any size are read in blocks.
+"""Any CSV, JSON Lines or Parquet to a data set: a schema says what the columns are, and files are read in blocks.
 
-The files are read up to three times: for the borders of the splits, for the vocabularies, and to write.
+The files, of any size, are read up to four times: for the last rows of keys, for the borders of the splits, for the
+vocabularies, and to write.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,16 +33,20 @@ from recsys.config import (
     Text,
     VocabularyIdsConfig,
     read_yaml,
+    shortened,
     validate,
 )
 from recsys.data.applied import AppliedIds, marked
 from recsys.data.arrow import is_list, raised, split_texts, whole
 from recsys.data.ids import IdMapping, PlainIds, VocabularyIds, build_ids
+from recsys.data.labels import Expression, parse_expression
 from recsys.data.storage import DataError
 from recsys.data.vocabulary import Vocabulary
 from recsys.prepare import writing
 from recsys.prepare.mapping import ANY_ROW, mapped, vocabulary_file
-from recsys.prepare.sources import check_free, new_data_set
+from recsys.prepare.parquet import ParquetFiles
+from recsys.prepare.selecting import Files, Selection
+from recsys.prepare.sources import check_free, new_data_set, split_at_random
 from recsys.prepare.text import BLOCK_BYTES, Block, Malformed, Progress, TextFiles, TextFormat, quietly
 from recsys.prepare.vocabularies import ValueCounts
 
@@ -68,6 +73,12 @@ class _Section(Section):
         """Refuse settings that mean nothing with what `choice` says."""
         if idle := self.model_fields_set - taken - {choice}:
             raise ValueError(f"{min(idle)} has no meaning with {choice} {getattr(self, choice)}; remove it")
+
+
+def _all_of(values: Sequence[str | int], kind: str) -> bool:
+    """Whether there are values and all are of a type of column, `int` or `string`."""
+    held = {"int": int, "string": str}.get(kind)
+    return bool(values) and held is not None and all(isinstance(value, held) for value in values)
 
 
 class TableSchema(_Section):
@@ -111,10 +122,11 @@ class TableSchema(_Section):
 class ColumnSchema(_Section):
     """One column.
 
-    `type`: `ints` and `strings` are lists, in CSV as a text with `separator` between the items, in JSON Lines an array.
-    `source` is the name in the files, by default its own. A column with a `table` becomes ids and a sparse feature, one
-    with `dense` a dense feature of these settings; one with neither is only carried along. Values below `minimum` are
-    raised to it.
+    `type`: `ints` and `strings` are lists, in CSV as a text with `separator` between the items, in JSON Lines an array,
+    in Parquet a list. `source` is the name in the files, by default its own. A column with a `table` becomes ids and a
+    sparse feature, one with `dense` a dense feature of these settings; one with neither is only carried along. Values
+    below `minimum` are raised to it. With `places_of`, which names all values that there are, the column holds their
+    places in that list, from 0, as a domain must.
     """
 
     type: Literal["bool", "int", "float", "string", "timestamp", "ints", "strings"]
@@ -123,6 +135,7 @@ class ColumnSchema(_Section):
     table: Name | None = None
     dense: DenseFeatureConfig | None = None
     minimum: float | None = None
+    places_of: tuple[str | Int64, ...] | None = None
 
     @property
     def least_id(self) -> int | None:
@@ -154,19 +167,26 @@ class ColumnSchema(_Section):
                 raise ValueError(f"minimum of an int must be whole, not {self.minimum}")
             if not -(2.0**63) <= self.minimum < 2.0**63:
                 raise ValueError(f"minimum of an int must fit 64 bits, unlike {self.minimum}")
+        if self.places_of is not None:
+            if self.table is not None or self.dense is not None or self.minimum is not None:
+                raise ValueError("places are no feature: give the values to a column of their own, of the same source")
+            if not _all_of(self.places_of, self.type) or len(set(self.places_of)) != len(self.places_of):
+                raise ValueError("places_of is for int and string, and names different values of that type")
         return self
 
 
 class SplitSchema(_Section):
     """Which rows are train, valid and test.
 
-    `by`: `random` draws each row under `seed`; `order` takes the last lines of all files, in the order in which they
-    are given; `time` the rows of the last times of `column`, or those from `boundaries` on: the first moment of valid
-    and that of test. `valid` and `test` are shares. `file` goes by the files' names, as the patterns `valid_files` and
-    `test_files` have them; of a file that both name, the first half is valid.
+    `by`: `random` draws each row under `seed`; `permutation` takes the first rows of
+    `numpy.random.default_rng(seed).permutation(rows)` for train, the next ones for valid, and the last for test;
+    `order` takes the last rows of all files, in the order in which they are given; `time` the rows of the last times of
+    `column`, or those from `boundaries` on: the first moment of valid and that of test. `valid` and `test` are shares.
+    `file` goes by the files' names, as the patterns `valid_files` and `test_files` have them; of a file that both name,
+    the first half is valid. `column` goes by the values of `column` that `values` names for each split.
     """
 
-    by: Literal["random", "order", "time", "file"] = "random"
+    by: Literal["random", "permutation", "order", "time", "file", "column"] = "random"
     valid: Share = 0.1
     test: Share = 0.1
     seed: Seed = 17
@@ -174,15 +194,23 @@ class SplitSchema(_Section):
     boundaries: tuple[str | Int64, str | Int64] | None = None
     valid_files: tuple[str, ...] = ()
     test_files: tuple[str, ...] = ()
+    values: dict[Literal["train", "valid", "test"], tuple[str | Int64, ...]] = Field(default_factory=dict)
+
+    @property
+    def split_of(self) -> dict[str | int, int]:
+        """The split of each value that `values` names, as its place in SPLITS."""
+        return {value: SPLITS.index(split) for split, values in self.values.items() for value in values}
 
     @model_validator(mode="after")
     def _settings_matter(self) -> Self:
         shares = {"valid", "test"}
         taken = {
             "random": {*shares, "seed"},
+            "permutation": {*shares, "seed"},
             "order": shares,
             "time": {"column", "boundaries"} if self.boundaries else {"column", "boundaries", *shares},
             "file": {"valid_files", "test_files"},
+            "column": {"column", "values"},
         }
         self._refuse_idle("by", taken[self.by])
         if self.valid + self.test >= 1:
@@ -191,6 +219,11 @@ class SplitSchema(_Section):
             raise ValueError("a split by time needs the column that says the time")
         if self.by == "file" and not (self.valid_files or self.test_files):
             raise ValueError("a split by file needs valid_files or test_files")
+        if self.by == "column":
+            if self.column is None or not self.values.get("train"):
+                raise ValueError("a split by column needs the column, and values with those of train at least")
+            if len(self.split_of) != sum(map(len, self.values.values())):
+                raise ValueError("values name one for two splits, or twice")
         return self
 
 
@@ -198,17 +231,22 @@ class Schema(_Section):
     """What is in the files, and what becomes of it.
 
     `columns` are by the names they get. Without a `header` they stand in the files' order and `null` passes one over;
-    with one, and in JSON Lines, columns that are not named are passed over.
+    with one, in JSON Lines and in Parquet, columns that are not named are passed over. `label` is a column, or an
+    expression over columns (`recsys.data.labels`), which makes a column `label`. Rows are left out for which the
+    expression `where` is false or unknown; then, of rows with equal values in the columns `keep_last_of`, all but the
+    last in the order of the files.
     """
 
     name: Text
-    format: Literal["csv", "jsonl"] = "csv"
+    format: Literal["csv", "jsonl", "parquet"] = "csv"
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
     quote: Annotated[str, Field(min_length=1, max_length=1)] | None = '"'
     header: bool = True
     nulls: tuple[str, ...] = ("",)
     timestamp_format: str | None = None
-    label: Name
+    label: Text
+    where: Text | None = None
+    keep_last_of: tuple[Name, ...] = ()
     domain: DomainConfig | None = None
     tables: dict[Name, TableSchema] = Field(default_factory=dict)
     columns: Annotated[dict[Name, ColumnSchema | None], Field(min_length=1)]
@@ -219,6 +257,45 @@ class Schema(_Section):
     def read(self) -> dict[str, ColumnSchema]:
         """The columns that are not passed over."""
         return {name: column for name, column in self.columns.items() if column is not None}
+
+    @property
+    def label_column(self) -> str:
+        """The column of the shards that has the label."""
+        return self.label if self.label_expression.tree is None else "label"
+
+    @property
+    def label_expression(self) -> Expression:
+        """The label as it is made of raw values.
+
+        Raises:
+            ConfigError: it is neither a name nor an expression.
+        """
+        return parse_expression(self.label, source="label")
+
+    @property
+    def condition(self) -> Expression | None:
+        """What rows that are kept fulfil, if not all are.
+
+        Raises:
+            ConfigError: it is neither a name nor an expression.
+        """
+        return None if self.where is None else parse_expression(self.where, source="where")
+
+    @property
+    def sources(self) -> dict[str, pa.DataType]:
+        """What each column that is read is parsed as, by its name in the files.
+
+        Raises:
+            ValueError: columns of one source have different types.
+        """
+        types: dict[str, pa.DataType] = {}
+        for name, column in self.read.items():
+            kind = _TYPES.get(column.type, pa.string())  # a list in CSV is a text until it is split
+            if self.format != "csv" and column.is_list:
+                kind = pa.list_(_TYPES[column.type.removesuffix("s")])
+            if types.setdefault(column.source or name, kind) != kind:
+                raise ValueError(f"columns.{name}: another column of the same source has another type")
+        return types
 
     @property
     def sparse(self) -> dict[str, str]:
@@ -278,16 +355,25 @@ class Schema(_Section):
     @model_validator(mode="after")
     def _references_resolve(self) -> Self:
         kinds = {name: column.type for name, column in self.read.items()}
+        placed = {name for name, column in self.read.items() if column.places_of is not None}
+        label = None if self.label_expression.tree is not None else self.label
+        by_value = ("int", "string") if self.split.by == "column" else ("int", "timestamp")
         for path, name, allowed in (
-            ("label", self.label, ("bool", "int")),
-            ("split.column", self.split.column, ("int", "timestamp")),
+            ("label", label, ("bool", "int")),
+            ("split.column", self.split.column, by_value),
             ("domain.column", self.domain.column if self.domain else None, ("int",)),
         ):
             ids = self.tables.get(self.sparse.get(name or "", ""))
-            if name is not None and (kinds.get(name) not in allowed or (ids is not None and ids.ids != "keep")):
+            kind = kinds.get(name or "") if name not in placed else "int" if path == "domain.column" else None
+            if name is not None and (kind not in allowed or (ids is not None and ids.ids != "keep")):
                 raise ValueError(f"{path}: {name!r} is no column of type {' or '.join(allowed)}, or its values change")
         if self.boundaries and self.boundaries[0] > self.boundaries[1]:
             raise ValueError("split.boundaries: test begins before valid")
+        if self.split.by == "column" and not _all_of(tuple(self.split.split_of), kinds[self.split.column or ""]):
+            raise ValueError(f"split.values: they are not of the type of {self.split.column!r}")
+        for name in self.keep_last_of:
+            if kinds.get(name) not in ("bool", "int", "string", "timestamp"):
+                raise ValueError(f"keep_last_of: {name!r} is no column of type bool, int, string or timestamp")
         if not self.sparse:
             raise ValueError("columns: none has a table, and a model needs one")
         kinds_of: dict[str, tuple[str, str]] = {}
@@ -304,12 +390,33 @@ class Schema(_Section):
                 raise ValueError(f"columns.{name}: ids of {kinds[name]} cannot be kept; hash them or use a vocabulary")
         if unused := set(self.tables) - set(self.sparse.values()):
             raise ValueError(f"tables.{min(unused)}: no column uses this table; remove it")
-        if self.format == "jsonl" and (
+        if self.format != "csv" and (
             idle := {"delimiter", "quote", "header", "nulls", "timestamp_format"} & (self.model_fields_set)
         ):
-            raise ValueError(f"{min(idle)}: JSON Lines have none; remove it")
+            have = {"jsonl": "JSON Lines have", "parquet": "Parquet has"}[self.format]
+            raise ValueError(f"{min(idle)}: {have} none; remove it")
         if not self.header and any(column.source for column in self.read.values()):
             raise ValueError("columns: without a header, columns have no source; their order is that of the files")
+        _ = self.sources
+        return self
+
+    @model_validator(mode="after")
+    def _expressions_can_be_evaluated(self) -> Self:
+        if self.label_expression.tree is not None and "label" in self.read:
+            raise ValueError("label: the expression makes a column of this name; give columns.label another")
+        for path, expression in (("label", self.label_expression), ("where", self.condition)):
+            for name in expression.columns if expression else ():
+                if name not in self.read or self.read[name].is_list:
+                    raise ValueError(f"{path}: {name!r} is no column, or one of lists")
+            if expression is None or (path == "label" and expression.tree is None):
+                continue
+            empty = {name: pa.array([], _TYPES[self.read[name].type]) for name in expression.columns}
+            try:
+                kind = expression.evaluate(empty).type
+            except pa.ArrowException as error:
+                raise ValueError(f"{path}: {error}") from None
+            if not pa.types.is_boolean(kind):
+                raise ValueError(f"{path}: {expression.text!r} has type {kind}, which is no truth value; compare it")
         return self
 
 
@@ -334,17 +441,18 @@ def convert_text(
     progress: Progress = quietly,
     block_bytes: int = BLOCK_BYTES,
 ) -> None:
-    """Convert text files to Parquet shards, in memory that does not grow with the rows.
+    """Convert files to Parquet shards, in memory that does not grow with the rows.
 
-    It grows with the vocabularies alone, which `max_values` bounds.
+    It grows with the vocabularies, and with the keys of `keep_last_of`, which `max_values` bounds each; beside these,
+    such keys and a split by permutation take a byte of each row, and 8 more while rows are permuted.
 
     Args:
-        sources: the files, in the order that a split by order goes by; `.gz`, `.bz2` and `.zst` ones are unpacked.
+        sources: the files, in the order that a split by order goes by; text in `.gz`, `.bz2` and `.zst` is unpacked.
         output: becomes the data set. Each vocabulary is in `vocabularies/<table>.parquet`, from id 1.
         schema: what is in the files.
         skip_malformed: leave out rows that are wrong and count them in `dataset.json`, instead of refusing them.
         overwrite: replace the data set that is at `output`.
-        max_values: different values to count for all vocabularies together.
+        max_values: different values to count for all vocabularies together, and different keys of `keep_last_of`.
         progress: told after each block.
         block_bytes: text that is parsed at once.
 
@@ -354,32 +462,24 @@ def convert_text(
         DataError: a file, line or column does not say what it should, or there are more values than `max_values`.
     """
     check_free(output, overwrite)
-    files = TextFiles(
-        sources,
-        _text_format(schema),
-        lambda table: _typed(table, schema),
-        skip_malformed=skip_malformed,
-        block_bytes=block_bytes,
-        progress=progress,
-    )
-    start = _split_rule(schema, files)
-    vocabularies = _count(files, schema, start, max_values)
+    files = _files(sources, schema, skip_malformed=skip_malformed, block_bytes=block_bytes, progress=progress)
+    selection = Selection(files, schema.label_column if schema.where else None, schema.keep_last_of, max_values)
+    start = _split_rule(schema, selection)
+    vocabularies = _count(selection, schema, start, max_values)
     features = schema.sparse_features
     mappings = {name: build_ids(it, ANY_ROW, vocabularies.get(it.table)) for name, it in features.items()}
     with new_data_set(output, overwrite=overwrite) as stage:
         for name, vocabulary in vocabularies.items():
             vocabulary.write(stage / vocabulary_file(name))
-        written = _write(files, schema, mappings, start(), stage)
+        written = _write(selection, schema, mappings, start(), stage)
         if not written.splits["train"]["rows"]:
-            rows = sum(split["rows"] for split in written.splits.values())
-            if not rows and not any(files.skipped):
-                raise DataError(f"{', '.join(map(str, sources))}: no rows")
-            raise DataError(f"no row is in the train split, of {rows} in all")
+            raise _no_rows(selection, sum(split["rows"] for split in written.splits.values()))
         summary = {
             "name": schema.name,
             "columns": _meanings(pq.read_schema(writing.part_path(stage, "train", 0)), schema, written),
             "vocabularies": {name: vocabulary_file(name) for name in vocabularies},
             "splits": written.splits,
+            "left_out": {by: count for by, count in selection.left_out.items() if count},
             "skipped": {str(path): count for path, count in zip(sources, files.skipped, strict=True) if count},
             "empty": [
                 str(path)
@@ -394,19 +494,54 @@ def convert_text(
             sparse=features,
             dense=schema.dense_features,
             data={
-                "label": schema.label,
+                "label": schema.label_column,
                 **({"domain": schema.domain.model_dump(mode="json", exclude_none=True)} if schema.domain else {}),
             },
             embedding_dim=schema.embedding_dim,
         )
 
 
+def _files(
+    paths: Sequence[Path], schema: Schema, *, skip_malformed: bool, block_bytes: int, progress: Progress
+) -> TextFiles | ParquetFiles:
+    def convert(table: pa.Table) -> pa.Table:
+        return _typed(table, schema)
+
+    if schema.format == "parquet":
+        return ParquetFiles(paths, schema.sources, convert, skip_malformed=skip_malformed, progress=progress)
+    return TextFiles(
+        paths,
+        TextFormat(
+            schema.sources,
+            names=None if schema.header else list(schema.columns),
+            json=schema.format == "jsonl",
+            delimiter=schema.delimiter,
+            quote=schema.quote,
+            nulls=schema.nulls,
+            timestamp_format=schema.timestamp_format,
+        ),
+        convert,
+        skip_malformed=skip_malformed,
+        block_bytes=block_bytes,
+        progress=progress,
+    )
+
+
+def _no_rows(selection: Selection, kept: int) -> DataError:
+    """What to say where no row is left to train on, of `kept` in all splits."""
+    files = selection.files
+    if not sum(files.rows) and not any(files.skipped):
+        return DataError(f"{', '.join(map(str, files.paths))}: no rows")
+    told = "".join(f"; {by} left out {count}" for by, count in selection.left_out.items())
+    return DataError(f"no row is in the train split, of {kept} in all{told}")
+
+
 _Assign = Callable[[Block], NDArray[np.int64]]
 """The split of each row of a block, as its place in SPLITS."""
 
 
-def _split_rule(schema: Schema, files: TextFiles) -> Callable[[], _Assign]:
-    """What begins a pass over the files, in which the same rows get the same splits each time."""
+def _split_rule(schema: Schema, selection: Selection) -> Callable[[], _Assign]:
+    """What begins a pass over the rows, in which the same rows get the same splits each time."""
     split = schema.split
     if split.by == "random":
         edges = np.array([1 - split.valid - split.test, 1 - split.test])
@@ -416,15 +551,60 @@ def _split_rule(schema: Schema, files: TextFiles) -> Callable[[], _Assign]:
             return lambda block: np.searchsorted(edges, rng.random(len(block.table)), side="right")
 
         return draw
+    if split.by == "permutation" or (split.by == "order" and not selection.keeps_all):
+        places = _places(split, selection.count())
+
+        return lambda: _in_turn(places)
     if split.by == "time":
         assert split.column is not None
-        column, moments = split.column, schema.boundaries or _quantiles(split, split.column, files)
+        column, moments = split.column, schema.boundaries or _quantiles(split, split.column, selection)
         return lambda: lambda block: np.searchsorted(moments, _times(block, column), side="right")
-    ends = _ends_by_order(split, files) if split.by == "order" else _ends_by_file(split, files)
+    if split.by == "column":
+        return lambda: lambda block: _by_value(block, split, selection.files)
+    ends = (_ends_by_order if split.by == "order" else _ends_by_file)(split, selection.files)
     return lambda: lambda block: np.searchsorted(ends[block.file], block.lines, side="left")
 
 
-def _ends_by_order(split: SplitSchema, files: TextFiles) -> list[tuple[float, float]]:
+def _places(split: SplitSchema, rows: int) -> NDArray[np.int8]:
+    """The split of each row of a selection, by its place."""
+    places = np.zeros(rows, np.int8)
+    if split.by == "permutation":
+        for number, name in enumerate(SPLITS):
+            places[split_at_random(rows, seed=split.seed, valid=split.valid, test=split.test)[name]] = number
+        return places
+    test = rows - round(rows * split.test)
+    places[test - round(rows * split.valid) : test], places[test:] = 1, 2
+    return places
+
+
+def _in_turn(places: NDArray[np.int8]) -> _Assign:
+    begin = 0
+
+    def assign(block: Block) -> NDArray[np.int64]:
+        nonlocal begin
+        taken = places[begin : begin + len(block.table)]
+        begin += len(taken)
+        return taken.astype(np.int64)
+
+    return assign
+
+
+def _by_value(block: Block, split: SplitSchema, files: Files) -> NDArray[np.int64]:
+    """The split of each row of a block by the value of its column."""
+    assert split.column is not None
+    values = whole(block.table, split.column)
+    found = pc.index_in(values, pa.array(list(split.split_of), values.type))
+    if found.null_count:
+        row = int(np.argmax(found.is_null().to_numpy(zero_copy_only=False)))
+        raise DataError(
+            f"{files.paths[block.file]}: column {split.column!r} holds {shortened(str(values[row].as_py()))!r}, which "
+            "split.values gives to no split; name it there, or leave such rows out with where"
+        )
+    splits: NDArray[np.int64] = np.array(list(split.split_of.values()))[found.to_numpy()]
+    return splits
+
+
+def _ends_by_order(split: SplitSchema, files: Files) -> list[tuple[float, float]]:
     """The last line of train and that of valid, for each file and counted in it."""
     lines = files.row_lines("counting rows")
     rows = sum(last - first + 1 for first, last in lines)
@@ -438,7 +618,7 @@ def _ends_by_order(split: SplitSchema, files: TextFiles) -> list[tuple[float, fl
     return ends
 
 
-def _ends_by_file(split: SplitSchema, files: TextFiles) -> list[tuple[float, float]]:
+def _ends_by_file(split: SplitSchema, files: Files) -> list[tuple[float, float]]:
     """As `_ends_by_order`."""
     held_out = []
     for key, patterns in (("valid_files", split.valid_files), ("test_files", split.test_files)):
@@ -461,31 +641,31 @@ def _times(block: Block, column: str) -> NDArray[np.int64]:
     return times
 
 
-def _quantiles(split: SplitSchema, column: str, files: TextFiles) -> tuple[int, int]:
+def _quantiles(split: SplitSchema, column: str, selection: Selection) -> tuple[int, int]:
     """The first time of valid and that of test, so that the splits have their shares of the rows."""
     # Every row's time up to a million rows, then every second one's, every fourth one's and so on.
     sample, stride, seen = np.empty(0, np.int64), 1, 0
-    for block in files.blocks("reading times"):
+    for block in selection.blocks("reading times"):
         times = _times(block, column)
         sample = np.concatenate([sample, times[-seen % stride :: stride]])
         seen += len(times)
         while len(sample) > _SAMPLE_ROWS:
             sample, stride = sample[::2], stride * 2
     if not len(sample):
-        raise DataError(f"{', '.join(map(str, files.paths))}: no rows")
+        raise _no_rows(selection, 0)
     sample.sort()
     sample = np.append(sample, sample[-1] + 1)  # where a share of 0 begins
     valid, test = (round((len(sample) - 1) * share) for share in (1 - split.valid - split.test, 1 - split.test))
     return int(sample[valid]), int(sample[test])
 
 
-def _count(files: TextFiles, schema: Schema, start: Callable[[], _Assign], limit: int) -> dict[str, Vocabulary]:
+def _count(selection: Selection, schema: Schema, start: Callable[[], _Assign], limit: int) -> dict[str, Vocabulary]:
     """The vocabulary of each table that has one, counted in the train split."""
     tables = {name: table for name, table in schema.tables.items() if table.ids == "vocabulary"}
     if not tables:
         return {}
     assign, counts = start(), ValueCounts(tables, limit)
-    for block in files.blocks("counting values"):
+    for block in selection.blocks("counting values"):
         train = _rows(block.table, assign(block) == 0)
         for name, table in schema.sparse.items():
             if table in tables:
@@ -508,7 +688,7 @@ class _Written(NamedTuple):
 
 
 def _write(
-    files: TextFiles, schema: Schema, mappings: Mapping[str, IdMapping], assign: _Assign, stage: Path
+    selection: Selection, schema: Schema, mappings: Mapping[str, IdMapping], assign: _Assign, stage: Path
 ) -> _Written:
     """Write the shards."""
     kept = [name for name, mapping in mappings.items() if isinstance(mapping, PlainIds)]
@@ -517,12 +697,14 @@ def _write(
         name: dict.fromkeys(SPLITS, 0) for name, mapping in mappings.items() if isinstance(mapping, VocabularyIds)
     }
     with ExitStack() as stack:
-        writers = {split: stack.enter_context(writing.SplitWriter(stage, split, schema.label)) for split in SPLITS}
-        for block in files.blocks("writing shards"):
+        writers = {
+            split: stack.enter_context(writing.SplitWriter(stage, split, schema.label_column)) for split in SPLITS
+        }
+        for block in selection.blocks("writing shards"):
             table, place = block.table, assign(block)
             for name, mapping in mappings.items():
                 values = whole(table, name)
-                ids = mapped(values, mapping, f"{files.paths[block.file]}: column {name!r}")
+                ids = mapped(values, mapping, f"{selection.files.paths[block.file]}: column {name!r}")
                 if name in kept:
                     sizes[name] = max(sizes[name], (pc.max(_items(ids)).as_py() or 0) + 1)
                 field = marked(pa.field(name, ids.type), AppliedIds(mapping, schema.read[name].least_id), values.type)
@@ -560,51 +742,63 @@ def _meanings(types: pa.Schema, schema: Schema, written: _Written) -> dict[str, 
             told[name] |= {"size": written.sizes[name], "meaning": how[table.ids]}
         if name in written.unknown:
             told[name]["out_of_vocabulary"] = written.unknown[name]
+        if column.places_of is not None:
+            told[name]["values"] = list(column.places_of)
+    if schema.label_column not in told:
+        told[schema.label_column] = {"type": str(types.field(schema.label_column).type), "meaning": schema.label}
     return told
 
 
-def _text_format(schema: Schema) -> TextFormat:
-    types = {}
-    for name, column in schema.read.items():
-        kind = _TYPES.get(column.type, pa.string())  # a list is a text until it is split
-        if schema.format == "jsonl" and column.is_list:
-            kind = pa.list_(_TYPES[column.type.removesuffix("s")])
-        types[column.source or name] = kind
-    return TextFormat(
-        types,
-        names=None if schema.header else list(schema.columns),
-        json=schema.format == "jsonl",
-        delimiter=schema.delimiter,
-        quote=schema.quote,
-        nulls=schema.nulls,
-        timestamp_format=schema.timestamp_format,
-    )
-
-
 def _typed(table: pa.Table, schema: Schema) -> pa.Table:
-    """The columns of the schema, of its types and under its names.
+    """The columns of the schema, of its types and under its names; the label is null in rows that `where` leaves out.
 
     Raises:
         Malformed: a value is not what the schema says.
     """
-    needed = {schema.label, schema.split.column, schema.domain.column if schema.domain else None}
     columns = {}
     for name, column in schema.read.items():
         values = table[column.source or name].combine_chunks()
         try:
-            columns[name] = _checked(values, column, schema, name in needed)
+            columns[name] = _checked(values, column, schema)
         except (pa.ArrowInvalid, Malformed) as error:
             raise Malformed(f"column {name!r}: {error}") from None
-    label = columns[schema.label]
-    if not pc.all(pc.is_in(label, pa.array([0, 1], label.type)), min_count=0).as_py():
-        raise Malformed(f"column {schema.label!r}: the label is neither 0 nor 1")
-    return pa.table({**columns, schema.label: label.cast(pa.int8())})
+    expression, condition = schema.label_expression, schema.condition
+    chosen = pc.fill_null(_evaluated(condition, columns, schema), False) if condition else pa.scalar(True)
+    label = columns[schema.label] if expression.tree is None else _evaluated(expression, columns, schema)
+    needed, domain = {schema.label_column: label}, schema.domain.column if schema.domain else None
+    needed |= {name: columns[name] for name in (schema.split.column, domain) if name is not None}
+    for name, values in needed.items():
+        if pc.any(pc.and_(chosen, values.is_null()), min_count=0).as_py():
+            raise Malformed(f"column {name!r}: no value")
+    for name, column in schema.read.items():
+        if column.places_of is not None:
+            columns[name] = _places_of(pc.if_else(chosen, columns[name], None), column.places_of, name)
+    label = pc.if_else(chosen, label, None)
+    if not pc.all(pc.is_in(label.drop_null(), pa.array([0, 1]).cast(label.type)), min_count=0).as_py():
+        raise Malformed(f"column {schema.label_column!r}: the label is neither 0 nor 1")
+    return pa.table({**columns, schema.label_column: label.cast(pa.int8())})
 
 
-def _checked(values: pa.Array, column: ColumnSchema, schema: Schema, needed: bool) -> pa.Array:
+def _places_of(values: pa.Array, known: Sequence[str | int], name: str) -> pa.Array:
+    places = pc.index_in(values, pa.array(known, values.type), skip_nulls=True)
+    if places.null_count > values.null_count:
+        unknown = values.filter(pc.and_(places.is_null(), values.is_valid()))[0].as_py()
+        raise Malformed(f"column {name!r}: {shortened(str(unknown))!r} is none of places_of")
+    return places.cast(pa.int64())
+
+
+def _evaluated(expression: Expression, columns: Mapping[str, pa.Array], schema: Schema) -> pa.Array:
+    """(N,) booleans of an expression over columns, in which booleans are 0 and 1."""
+    return expression.evaluate(
+        {
+            name: columns[name].cast(pa.bool_()) if schema.read[name].type == "bool" else columns[name]
+            for name in expression.columns
+        }
+    )
+
+
+def _checked(values: pa.Array, column: ColumnSchema, schema: Schema) -> pa.Array:
     """Raw values as their mapping takes them, and others as shards hold them."""
-    if needed and values.null_count:
-        raise Malformed("no value")
     if column.is_list and not is_list(values.type):
         values = split_texts(values, column.separator)
         if pc.any(pc.is_in(values.flatten(), pa.array(schema.nulls, pa.string()))).as_py():
