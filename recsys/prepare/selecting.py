@@ -108,3 +108,12 @@ class Selection:
                 "--max-values as memory allows, or keep the last rows where the files are written"
             )
         return found.rename_columns({f"{_PLACE}_max": _PLACE})
+
+
+def no_rows(selection: Selection, kept: int) -> DataError:
+    """What to say where no row is left to train on, of `kept` in all splits."""
+    files = selection.files
+    if not sum(files.rows) and not any(files.skipped):
+        return DataError(f"{', '.join(map(str, files.paths))}: no rows")
+    told = "".join(f"; {by} left out {count}" for by, count in selection.left_out.items())
+    return DataError(f"no row is in the train split, of {kept} in all{told}")

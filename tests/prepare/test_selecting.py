@@ -12,7 +12,8 @@ import yaml
 from recsys.config import ConfigError
 from recsys.data.storage import DataError
 from recsys.prepare import __main__, selecting, writing
-from recsys.prepare.tabular import SPLITS, convert_text, load_schema
+from recsys.prepare.splitting import SPLITS
+from recsys.prepare.tabular import convert_text, load_schema
 
 ROWS = 300
 SCHEMA: dict[str, Any] = {
