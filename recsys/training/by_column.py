@@ -25,6 +25,7 @@ from recsys.data.storage import DataError
 from recsys.model.ranker import RankerOutput
 from recsys.runtime import Ranks
 from recsys.training.by_domain import LARGEST, WORST
+from recsys.training.metrics import aucs_by_group
 
 MOST_TOLD = 1000
 """Groups that JSON has, those of the most rows; of more, the figures over all are told alone."""
@@ -183,24 +184,15 @@ def group_figures(
         labels: (N,) of 0 and 1.
     """
     count = len(names)
-    order = np.lexsort((logits, groups))
-    of, score, positive = groups[order], logits[order], labels[order] == 1
-    starts = np.flatnonzero(np.r_[True, (of[1:] != of[:-1]) | (score[1:] != score[:-1])][: len(of)])
-    tied_positives = np.add.reduceat(positive, starts, dtype=np.int64) if len(of) else np.empty(0, np.int64)
-    tied_negatives = np.add.reduceat(~positive, starts, dtype=np.int64) if len(of) else np.empty(0, np.int64)
-    group = of[starts]
-    rows, positives = np.bincount(of, minlength=count), np.bincount(of, positive, count).astype(np.int64)
-    negatives = rows - positives
-    # Of negatives below a block of ties, those of its own group.
-    below = np.cumsum(tied_negatives) - tied_negatives - (np.cumsum(negatives) - negatives)[group]
-    won = np.bincount(group, tied_positives * (below + tied_negatives / 2), count)
+    rows = np.bincount(groups, minlength=count)
+    positives = np.bincount(groups, labels == 1, count).astype(np.int64)
     wide = logits.astype(np.float64)
     loss = np.bincount(groups, np.logaddexp(0, wide) - labels * wide, count)
     predicted = np.bincount(groups, 1 / (1 + np.exp(-wide)), count)
     with np.errstate(divide="ignore", invalid="ignore"):
-        auc = np.where(positives * negatives, won / (positives * negatives), np.nan)
         calibration = np.where(positives, predicted / positives, np.nan)
         log_loss = loss / rows
+    auc = aucs_by_group(groups, count, logits, labels == 1)
     largest = np.argsort(-rows, kind="stable")
     return GroupFigures(
         names=[names[number] for number in largest.tolist()],
