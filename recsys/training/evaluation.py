@@ -150,7 +150,7 @@ def evaluate(
     limits, domain = config.metrics.model_dump(), config.data.domain
     model, reference = BinaryMetrics(**limits), BinaryMetrics(**limits)
     by_domain, reference_by_domain = (
-        GroupedMetrics(domain.num_domains, **limits) if domain and is_there else None
+        GroupedMetrics(len(domain.labels), **limits) if domain and is_there else None
         for is_there in (True, config.data.reference)
     )
     labelled, was_training = config.data.label is not None, ranker.training
