@@ -1,5 +1,6 @@
 """Models that adapt to domains, served: any row by its own, alone, among others, as a candidate, and by a program."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,17 @@ def test_candidates_are_scored_as_rows_by_their_own_domains(
         np.testing.assert_allclose(scorer.score_candidates(context, candidates), expected, atol=2e-6)
     other = scorer.score([{**row, "domain": (row["domain"] + 1) % 3} for row in rows])
     assert bool(np.abs(other - alone).max() > 1e-5) is (kind != "uniform")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_requests_of_several_threads_do_not_meet(tmp_path: Path, kind: str) -> None:
+    scorer = Scorer(make(tmp_path, "mlp", kind))
+    rows = tiny_table(12, 5).select(COLUMNS[:-1]).to_pylist()
+    requests = [[{**row, "domain": domain} for row in rows[: 3 + domain * 4]] for domain in range(3)] * 20
+    expected = [scorer.score(request) for request in requests]
+    with ThreadPoolExecutor(4) as pool:
+        for found, alone in zip(pool.map(scorer.score, requests), expected, strict=True):
+            np.testing.assert_array_equal(found, alone)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -26,10 +26,12 @@ computed as one product of width E r. Nothing of size B x D_in x D_out is ever m
         y = tower(x[order])[order.argsort()]
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,11 +57,30 @@ class _Rows:
 
 
 class _Call:
-    """What the linears of a tower read of the call under way; no module, as it is nothing that a model holds."""
+    """What the linears of a tower read of the call under way; no module, as it is nothing that a model holds.
+
+    Each thread has a call of its own.
+    """
 
     def __init__(self, *, with_others: bool) -> None:
-        self.rows: _Rows | None = None
         self.with_others = with_others
+        self._thread = threading.local()
+
+    @property
+    def rows(self) -> _Rows | None:
+        """Of this thread's call; None without one, or where no row has experts."""
+        return getattr(self._thread, "rows", None)
+
+    @rows.setter
+    def rows(self, rows: _Rows | None) -> None:
+        self._thread.rows = rows
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Call":
+        """That of a copy, for which no call is under way."""
+        return _Call(with_others=self.with_others)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(_Call, with_others=self.with_others), ()
 
 
 def rank_of(out_features: int, reduction: int) -> int:

@@ -1,6 +1,7 @@
 """MLoRA and MoE-MLoRA on linears: the properties of `DomainLinear` against formulas written out row by row."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -324,6 +325,8 @@ def test_experts_have_the_parameters_of_their_formula() -> None:
 def test_a_deep_copy_listens_to_its_own_adaptation() -> None:
     model = nn.ModuleList(tower_of())
     twin = copy.deepcopy(model)
+    assert twin[0][0]._call is twin[0][2]._call is twin[1]._call  # type: ignore[index]
+    assert pickle.loads(pickle.dumps(twin))[0][0]._call.rows is None
     x, domains = rows()
     with model[1].call(domains):  # type: ignore[operator]
         assert twin[0][0]._call.rows is None  # type: ignore[index]
