@@ -291,6 +291,8 @@ class SyntheticConfig(Section):
     num_users: Rows = 2_000
     num_items: Rows = 1_000
     hierarchy: bool = True
+    num_domains: Annotated[int, Field(gt=0, le=2**20)] = 4
+    conflict: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 class DomainConfig(Section):

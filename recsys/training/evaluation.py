@@ -111,7 +111,8 @@ def evaluate_checkpoint(
             rows = model.examples if labelled else sum(shards.row_counts)
             about |= {"predictions": predictions, "rows": rows}
         if ranks.is_first and as_json:
-            figures = {name: metrics.as_dict() for name, metrics in results.items()}
+            over = reference.told_over_domains if reference else {}
+            figures = {name: it.as_dict() | (over if it is reference else {}) for name, it in results.items()}
             of_domains = {"domains": {name: it.as_dict() for name, it in domains.items()}} if domains else {}
             of_domains |= {**model.told_over_domains, **told_by_column(of_columns)}
             print(json.dumps({**about, **figures, **of_domains, "data": by_kind(counts)}, indent=2))
@@ -208,6 +209,8 @@ def _show(
         rows, title = domain_rows(found.domains, found.reference_domains)
         say(console(), table(rows, title))
         say(console(), domain_line(found.model))
+        if found.reference:
+            say(console(), f"reference, {domain_line(found.reference)}")
     for name, figures in of_columns.items():
         rows, which = figures.table()
         if rows:
