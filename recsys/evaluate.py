@@ -14,6 +14,9 @@ def main() -> None:
     parser.add_argument(
         "--predictions", metavar="PATH_OR_URL", help="a new directory for label and probability of each row, as Parquet"
     )
+    parser.add_argument(
+        "--by", metavar="COLUMN", action="append", default=[], help="figures of the rows of each value, and their GAUC"
+    )
     parser.add_overrides()
     arguments = parser.parse_args()
 
@@ -26,6 +29,7 @@ def main() -> None:
             arguments.overrides,
             as_json=arguments.json,
             predictions=arguments.predictions,
+            by=arguments.by,
         )
 
     run_entry(body)

@@ -83,7 +83,11 @@ class Figures:
 
         Cases that have no run yet are left out, and the trials of searches to tables of their own.
         """
-        forms = {figure: form for figure, form in _SHOWN.items() if not brief or figure in _BRIEF}
+        forms = {
+            figure: form
+            for figure, form in _SHOWN.items()
+            if (figure in _BRIEF if brief else figure not in _OVER_DOMAINS or self._has(figure))
+        }
         rows = []
         for case in self.cases:
             if self.of[case.name] and not self.grid.cases[case.section].search:
@@ -106,7 +110,8 @@ class Figures:
             "parameters include the tables. Training seconds are the stages', without evaluation.",
         ]
         references = {
-            f"Reference column {told['column']}: test AUC {digits(told['auc'])}, log loss {digits(told['log_loss'])}."
+            f"Reference column {told['column']}: test AUC {digits(told['auc'])}, log loss {digits(told['log_loss'])}"
+            + (f", test WAUC {digits(told['over_domains']['wauc'])}." if "over_domains" in told else ".")
             for summary in self._summaries.values()
             if (told := summary["reference"])
         }
@@ -132,6 +137,9 @@ class Figures:
         for section in self._searches():
             yield {"kind": "search", "case": section, "trials": self._ranked(section)}
 
+    def _has(self, figure: str) -> bool:
+        return any(figure in figures for runs in self.of.values() for figures in runs.values())
+
     def _spread(self, case: str, figure: str) -> Spread:
         return _spread([figures.get(figure) for figures in self.of[case].values()])
 
@@ -147,13 +155,16 @@ class Figures:
         for case in table.cases if self.of[table.baseline] else ():
             if not self.of[case]:
                 continue
-            auc, loss, flops, parameters = (self._difference(case, table.baseline, figure) for figure in _COMPARED)
+            auc, loss, flops, parameters, wauc = (
+                self._difference(case, table.baseline, figure) for figure in _COMPARED
+            )
             rows.append(
                 {
                     "case": case,
                     "compared": _how(auc),
                     "test AUC, 10⁻⁴": _in_1e4(auc),
                     "test AUC, %": _percent(auc, 3),
+                    **({"test WAUC, 10⁻⁴": _in_1e4(wauc)} if self._has("test WAUC") else {}),
                     "test log loss, 10⁻⁴": _in_1e4(loss),
                     "test log loss, %": _percent(loss, 3),
                     "FLOPs, %": _percent(flops, 1),
@@ -271,6 +282,8 @@ def _figures(summary: Mapping[str, Any]) -> dict[str, float | None]:
         "epochs": sum(stage["epochs"] for stage in stages.values()),
         "examples/s": summary["examples_per_second"],
     }
+    if over := summary.get("over_domains"):
+        figures |= {"test WAUC": over["wauc"], "worst domain": over["worst_auc"]}
     if reference is not None:
         known = test["auc"] is not None
         figures[f"test AUC of {reference['column']}"] = reference["auc"]
@@ -307,6 +320,8 @@ def _to_digits(places: int) -> Callable[[Spread], str]:
 _SHOWN: Mapping[str, Callable[[Spread], str]] = {
     "test AUC": _with_deviation,
     "test log loss": _with_deviation,
+    "test WAUC": _with_deviation,
+    "worst domain": _with_deviation,
     "best valid AUC": _with_deviation,
     "FLOPs per example": _to_digits(0),
     "dense parameters": _to_digits(0),
@@ -316,7 +331,8 @@ _SHOWN: Mapping[str, Callable[[Spread], str]] = {
     "epochs": _to_digits(1),
 }
 _BRIEF = ("test AUC", "test log loss", "best valid AUC", "training seconds")
-_COMPARED = ("test AUC", "test log loss", "FLOPs per example", "dense parameters")
+_OVER_DOMAINS = ("test WAUC", "worst domain")
+_COMPARED = ("test AUC", "test log loss", "FLOPs per example", "dense parameters", "test WAUC")
 
 
 def _how(found: Difference | None) -> str:

@@ -10,7 +10,7 @@ import os
 import re
 import zoneinfo
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
 
 import yaml
 from pydantic import (
@@ -25,6 +25,7 @@ from recsys.config.dialect import StrictDumper
 from recsys.config.faults import ConfigError
 from recsys.config.section import (
     Count,
+    Int64,
     Layers,
     Name,
     Number,
@@ -217,7 +218,7 @@ class SparseFeatureConfig(Section):
     table: Name
     column: Text | None = None
     list_text: ListTextConfig | None = None
-    minimum: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    minimum: Int64 | None = None
     ids: IdsConfig | None = None
     out_of_range: Literal["error", "hash", "clip_to_oov"] = "error"
     weights: Text | None = None
@@ -290,24 +291,54 @@ class SyntheticConfig(Section):
     num_users: Rows = 2_000
     num_items: Rows = 1_000
     hierarchy: bool = True
+    num_domains: Annotated[int, Field(gt=0, le=2**20)] = 4
+    conflict: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 class DomainConfig(Section):
-    """What divides the rows in reports: integer column `column` of 0 .. `num_domains` - 1, and a name for each."""
+    """What divides the rows, in reports and for `model.domain_experts`: by `column`, numbers 0 .. `num_domains` - 1.
+
+    The column has these numbers; or strings or integers, of which `values` has the domain's by its number; or any of
+    them, `hashed` into as many domains. A row of another value, or of none, is an error, or it is one of the
+    `backbone`: it has a number of its own behind those of the domains, and no expert of theirs. `names` are the
+    domains' in reports, `values` if null.
+    """
 
     column: Text
     num_domains: Annotated[int, Field(gt=0, le=2**20)]
+    values: Annotated[tuple[Text, ...] | tuple[Int64, ...], Field(min_length=1)] | None = None
+    hashed: bool = False
     names: tuple[Text, ...] | None = None
+    unseen: Literal["error", "backbone"] = "error"
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """A name for each domain, its number if it has no other."""
-        return self.names or tuple(map(str, range(self.num_domains)))
+        """A name for each number that a row can have."""
+        named = self.names or tuple(map(str, range(self.num_domains) if self.values is None else self.values))
+        return (*named, "(other)") if self.unseen == "backbone" else named
+
+    @property
+    def is_of_integers(self) -> bool:
+        """Whether the column must have integers, and no strings."""
+        return not self.hashed and not (self.values and isinstance(self.values[0], str))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_many_as_values(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        # What comes by JSON is no JSON any more to whoever checks it next.
+        lists = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+        return {"num_domains": len(lists["values"]), **lists} if isinstance(lists.get("values"), tuple) else lists
 
     @model_validator(mode="after")
     def _one_name_each(self) -> Self:
         if self.names is not None and not len(self.names) == len(set(self.names)) == self.num_domains:
             raise ValueError(f"names must be {self.num_domains} different ones, one for each of num_domains")
+        if self.values is not None and not len(self.values) == len(set(self.values)) == self.num_domains:
+            raise ValueError(f"values must be {self.num_domains} different ones, one for each of num_domains")
+        if self.values is not None and self.hashed:
+            raise ValueError("values and hashed are two ways to number domains; leave one of them out")
         return self
 
 
@@ -777,6 +808,11 @@ class Config(Section):
     def num_domains(self) -> int:
         """Of `data.domain`; 0 where the config has none."""
         return 0 if self.data.domain is None else self.data.domain.num_domains
+
+    @property
+    def has_other_domains(self) -> bool:
+        """Whether rows may be of none of the domains."""
+        return self.data.domain is not None and self.data.domain.unseen == "backbone"
 
     @property
     def num_domain_experts(self) -> int:

@@ -17,6 +17,8 @@ Text = Annotated[str, AfterValidator(_without_nul)]
 """A path, the name of a column, an expression: what is handed to systems to which NUL ends a text."""
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 Number = Annotated[int, Field(ge=0, lt=2**63)]
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
 Count = Annotated[int, Field(gt=0, lt=2**63)]
 Rows = Annotated[int, Field(gt=0, lt=2**31)]
 """Of what one process holds at a time, which TorchRec counts in 32 bits."""

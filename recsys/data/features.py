@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from recsys.config import Config, ConfigError, DenseFeatureConfig, DomainConfig, SparseFeatureConfig
@@ -25,12 +26,14 @@ from recsys.data.arrow import (
     is_list,
     is_number,
     is_string,
+    plain,
     raised,
     usual,
     usual_type,
     value_type,
 )
 from recsys.data.comparing import among
+from recsys.data.hashing import hash_ids
 from recsys.data.ids import HashedIds, IdMapping, PlainIds, VocabularyIds, build_ids, check_rows, count, listed
 from recsys.data.labels import Expression, parse_expression
 from recsys.data.rows import Counts, Jagged, Rows, SparseLayout, offsets_of
@@ -170,9 +173,13 @@ class Columns:
             if name and not (is_number(kind := schema.field(name).type) or pa.types.is_null(kind)):
                 raise _wrong_type(file, name, role, kind, "numbers")
         if self.domain:
-            kind = schema.field(self.domain.column).type
-            if not (is_integer(kind) or pa.types.is_null(kind)):
-                raise _wrong_type(file, self.domain.column, "domain", kind, "integers")
+            kind = usual_type(schema.field(self.domain.column).type)
+            kind = value_type(kind) if pa.types.is_dictionary(kind) else kind
+            of_integers, hashed = self.domain.is_of_integers, self.domain.hashed
+            takes = ((of_integers or hashed) and is_integer(kind)) or (not of_integers and is_string(kind))
+            if not (takes or pa.types.is_null(kind)):
+                wanted = "integers" if of_integers else "integers or strings" if hashed else "strings"
+                raise _wrong_type(file, self.domain.column, "domain", kind, wanted)
         if label := self._label:
             try:
                 empty = {name: pa.array([], usual_type(schema.field(name).type)) for name in label.columns}
@@ -478,21 +485,27 @@ class _Decoding:
         return self.ordered(values, np.float64)
 
     def domains(self, domain: DomainConfig) -> NDArray[np.int64]:
-        """(N,) numbers of domains."""
-        column = self.arrays[domain.column]
-        if column.null_count:
+        """(N,) numbers of domains; rows of none have the number behind theirs, if the config has that."""
+        column = plain(self.arrays[domain.column])
+        what = f"{self.where}: domain column {domain.column!r}"
+        if column.null_count and domain.unseen == "error":
             raise DataError(
-                f"{self.where}: domain column {domain.column!r} has {column.null_count} nulls; "
-                "give rows of no known domain a number of their own when the shards are written"
+                f"{what} has {column.null_count} nulls; give rows of no known domain a number of their own when the "
+                "shards are written, or set data.domain.unseen to backbone"
             )
-        values = filled(column.cast(pa.int64()) if pa.types.is_null(column.type) else column, 0)
-        if (wrong := (values < 0) | (values >= domain.num_domains)).any():
-            raise DataError(
-                f"{self.where}: domain column {domain.column!r} has {count(wrong)} out of range, such as "
-                f"{values[wrong][0]}; there are domains 0..{domain.num_domains - 1}: raise data.domain.num_domains or "
-                "map them when the shards are written"
-            )
-        return self.ordered(values, np.int64)
+        numbers = _domain_numbers(column, domain)
+        if (unknown := numbers < 0).any():
+            if domain.unseen == "error":
+                there = f"domains 0..{domain.num_domains - 1}: raise data.domain.num_domains,"
+                if domain.values is not None:
+                    there = f"{domain.num_domains} data.domain.values: add it,"
+                example = column[int(np.argmax(unknown))].as_py()
+                raise DataError(
+                    f"{what} has {count(unknown)} out of range, such as {example}; there are {there} set "
+                    "data.domain.unseen to backbone, or map them when the shards are written"
+                )
+            numbers = np.where(unknown, domain.num_domains, numbers)
+        return self.ordered(numbers, np.int64)
 
     def weights(self, name: str) -> NDArray[np.float32]:
         """(N,) weights of the rows in the loss."""
@@ -587,3 +600,24 @@ def _no_label(where: str, label: Expression, error: pa.ArrowException) -> DataEr
         f"{where}: label {label.text!r} cannot be computed: {cause}; compare like with like, or cast columns when the "
         "shards are written"
     )
+
+
+def _domain_numbers(column: pa.Array, domain: DomainConfig) -> NDArray[np.int64]:
+    """(N,) numbers of domains, -1 where a value, or null, is of none."""
+    if pa.types.is_null(column.type):
+        return np.full(len(column), -1, np.int64)
+    if domain.hashed:
+        return hash_ids(column, domain.num_domains).astype(np.int64)
+    valid = column.is_valid().to_numpy(zero_copy_only=False)
+    if is_string(column.type):
+        places = pc.index_in(column.cast(pa.large_string()), value_set=pa.array(domain.values, pa.large_string()))
+        return filled(places, -1).astype(np.int64)
+    given = filled(column, 0)
+    inside = valid & (given <= np.iinfo(np.int64).max)
+    given = given.astype(np.int64)
+    if domain.values is None:
+        return np.where(inside & (given >= 0) & (given < domain.num_domains), given, -1)
+    values = np.array(domain.values, np.int64)
+    order = np.argsort(values)
+    places = order[np.searchsorted(values, given, sorter=order).clip(max=len(values) - 1)]
+    return np.where(inside & (values[places] == given), places, -1)

@@ -10,7 +10,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
@@ -359,8 +358,9 @@ class ParquetShards(ShardTables):
         """
         table = self.table(part.row_group, self.columns.names, self._dictionaries)
         if self._only is not None:
-            assert self.columns.domain is not None
-            table = table.filter(pc.equal(table.column(self.columns.domain.column), self._only))
+            domain = self.columns.parts["data.domain"]
+            found = domain.decode(table.select(domain.names), domain.layout(frozenset()), self.where(part.row_group))
+            table = table.filter(pa.array(found.domain == self._only))
         return self.columns.decode(
             table.slice(part.start, part.stop - part.start),
             self.layout,

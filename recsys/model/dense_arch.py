@@ -188,7 +188,12 @@ def _begin_by_xavier(dense_arch: DenseArch) -> None:
 
 
 def build_dense_arch(
-    config: ModelConfig, embedding_dims: Mapping[str, int], *, num_dense_features: int, num_domains: int = 0
+    config: ModelConfig,
+    embedding_dims: Mapping[str, int],
+    *,
+    num_dense_features: int,
+    num_domains: int = 0,
+    with_others: bool = False,
 ) -> DenseArch:
     """The replicated part: tokens are the sparse features' pooled embeddings and the projected dense features.
 
@@ -197,6 +202,7 @@ def build_dense_arch(
         embedding_dims: width of each sparse feature's pooled embedding, in the order in which they enter the tower.
         num_dense_features: F_d, may be 0.
         num_domains: to which linears may adapt.
+        with_others: whether rows may be of none of them.
 
     Raises:
         ConfigError: experts are asked for in a linear that is not there.
@@ -218,7 +224,8 @@ def build_dense_arch(
         _attach(dense_arch, config.hilomoe, config.hilomoe.experts_in or own)
     if config.domain_experts is not None:
         own = _of_towers({name: tower.deep_linears or tower.expert_linears for name, tower in config.towers.items()})
-        _adapt(dense_arch, config.domain_experts, config.domain_experts.experts_in or own, tokens.width, num_domains)
+        patterns, domains = config.domain_experts.experts_in or own, (num_domains, with_others)
+        _adapt(dense_arch, config.domain_experts, patterns, tokens.width, domains)
     return dense_arch
 
 
@@ -237,9 +244,10 @@ def _attach(dense_arch: DenseArch, config: HiLoMoEConfig, patterns: Sequence[str
 
 
 def _adapt(
-    dense_arch: DenseArch, config: DomainExpertsConfig, patterns: Sequence[str], width: int, num_domains: int
+    dense_arch: DenseArch, config: DomainExpertsConfig, patterns: Sequence[str], width: int, domains: tuple[int, bool]
 ) -> None:
-    """Have linears adapt to domains; a gate may read the width of the towers' input."""
+    """Have linears adapt to so many domains, and perhaps others; a gate may read the width of the towers' input."""
+    num_domains, with_others = domains
     gate, num_experts = None, num_domains
     shared_by: Literal["own", "all"] = "own"
     if isinstance(config, MoEMLoRAConfig):
@@ -248,7 +256,7 @@ def _adapt(
             shared_by = "all"
         else:
             gate = DomainGate(num_domains, num_experts, width if config.gate == "features" else 0)
-    adaptation = DomainAdaptation(num_domains, num_experts, gate, shared_by=shared_by)
+    adaptation = DomainAdaptation(num_domains, num_experts, gate, shared_by=shared_by, with_others=with_others)
 
     def rank(linear: nn.Linear) -> int:
         return config.rank or rank_of(linear.out_features, config.rank_reduction or _RANK_REDUCTION)

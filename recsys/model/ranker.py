@@ -4,7 +4,8 @@ Shapes: B rows of this rank's batch, W the width of all pooled embeddings togeth
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -151,19 +152,26 @@ def build_ranker(config: Config, *, seed: int, device: torch.device | None = Non
     weighted = any(feature.weights is not None for feature in config.features.sparse.values())
     collection = EmbeddingBagCollection(tables=tables, device=device or torch.device("meta"), is_weighted=weighted)
     dims = config.embedding_dims
-    sizes = {"num_dense_features": len(config.features.dense), "num_domains": config.num_domains}
-    _check_memory(config.model, dims, sizes)
+    build = partial(
+        build_dense_arch,
+        config.model,
+        dims,
+        num_dense_features=len(config.features.dense),
+        num_domains=config.num_domains,
+        with_others=config.has_other_domains,
+    )
+    _check_memory(config.model, build)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        dense_arch = build_dense_arch(config.model, dims, **sizes)
+        dense_arch = build()
     means = [config.tables[feature.table].pooling == "mean" for feature in config.features.sparse.values()]
     mean_pooling = MeanPooling(list(dims.values()), means) if any(means) else None
     return Ranker({POOLED: collection}, dense_arch, list(dims), mean_pooling)
 
 
-def _check_memory(config: ModelConfig, embedding_dims: Mapping[str, int], sizes: Mapping[str, int]) -> None:
+def _check_memory(config: ModelConfig, build: Callable[[], nn.Module]) -> None:
     with torch.random.fork_rng(devices=()), FakeTensorMode():  # whose tensors have shapes and no content
-        dense_arch = build_dense_arch(config, embedding_dims, **sizes)
+        dense_arch = build()
     needed = sum(parameter.numel() * parameter.element_size() for parameter in dense_arch.parameters())
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:

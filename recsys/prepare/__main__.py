@@ -20,7 +20,7 @@ from recsys.data.storage import DataError
 from recsys.prepare import writing
 from recsys.prepare.criteo import by_day, criteo_schema
 from recsys.prepare.movielens import convert_movielens_1m, convert_movielens_100k
-from recsys.prepare.synthetic import write_synthetic
+from recsys.prepare.synthetic import NUM_SURFACES, write_synthetic
 from recsys.prepare.tabular import MAX_VALUES, Schema, convert_text, load_schema
 from recsys.terminal import Rows, say, table, without_empty
 
@@ -131,7 +131,7 @@ def _add_synthetic(commands: "argparse._SubParsersAction[ArgumentParser]", outpu
     synthetic = commands.add_parser(
         "synthetic",
         parents=[output],
-        help="the embedded default: clicks on four surfaces, true probabilities known",
+        help="the embedded default: clicks in several domains, true probabilities known",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     synthetic.add_argument("--seed", type=int, default=1, help="draws the world and the rows")
@@ -143,6 +143,10 @@ def _add_synthetic(commands: "argparse._SubParsersAction[ArgumentParser]", outpu
     synthetic.add_argument("--num-users", type=int, default=2_000)
     synthetic.add_argument("--num-items", type=int, default=1_000)
     synthetic.add_argument("--flat", action="store_true", help="draw what users like item by item, not by the tree")
+    synthetic.add_argument("--num-domains", type=int, default=NUM_SURFACES, help="what divides the rows, unequally")
+    synthetic.add_argument(
+        "--conflict", type=float, default=0.0, help="of tastes between domains: 0 none, 1 opposite in every other one"
+    )
     synthetic.set_defaults(run=_synthetic)
 
 
@@ -241,6 +245,8 @@ def _synthetic(options: argparse.Namespace) -> None:
         num_users=options.num_users,
         num_items=options.num_items,
         hierarchy=not options.flat,
+        num_domains=options.num_domains,
+        conflict=options.conflict,
     )
     _report(options.output)
 

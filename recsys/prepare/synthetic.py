@@ -14,12 +14,18 @@ are its category's plus a smaller part of its brand's plus a still smaller one o
 item, so that knowing the tree helps nobody: the control on which a hierarchical model must not win by
 construction.
 
+`conflict` c turns the taste that counts in domains of odd number: by the angle whose cosine is 1 - 2 c, so that at
+1 whoever likes something in an even domain dislikes it as much in an odd one. Turning leaves a taste as strong as
+it was, so the best AUC stays about the same. `num_domains` n other than the four that are drawn by hand have
+shares of the rows proportional to 1 / 2, 1 / 3, .. 1 / (n + 1), gains of 1, and biases and peaks drawn at random.
+
 A missing value acts as zero effect, so the probability that is written is the best that can be said from the
-columns (but for tastes and traits, which must be learned). The AUC and log loss that `dataset.json` gives for
-each split are those of that probability: the ceiling of every model.
+columns (but for tastes and traits, which must be learned). The AUC, WAUC (mean over domains, weighted by rows)
+and log loss that `dataset.json` gives for each split are those of that probability: the ceiling of every model.
 """
 
 import shlex
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +38,6 @@ from recsys.config import Config, ConfigError, DenseFeatureConfig, SparseFeature
 from recsys.data.storage import DataError
 from recsys.prepare import writing
 
-NUM_DOMAINS = 4
 NUM_BRANDS = 200
 NUM_CATEGORIES = 20
 NUM_TAGS = 100
@@ -44,19 +49,7 @@ MAX_RECENT = 8
 
 _SEGMENTS = 6
 _CLICK_RATE = 0.25
-_DOMAIN_SHARES = np.array([0.45, 0.30, 0.15, 0.10])
-_DOMAIN_BIASES = np.array([0.0, 0.6, -0.5, 0.3])
-_DOMAIN_PEAKS = np.array([0.30, -0.10, 0.10, -0.35])  # the hour of most clicks, as time_of_day counts
-# Rows: domains; columns: taste factors. Each surface shows another side of a taste, the last turns one over.
-_DOMAIN_GAINS = np.array(
-    [
-        [1.0, 1.0],
-        [1.5, 0.0],
-        [0.0, 1.5],
-        [1.0, -1.0],
-    ]
-)
-_FACTORS = _DOMAIN_GAINS.shape[1]
+_FACTORS = 2  # a plane, in which a taste can be turned by an angle
 _AFFINITY = 0.8
 # Squares add to 1 or so: an item's traits are as large with the tree as without it.
 _LEVELS = {"category": 0.9, "brand": 0.4, "item": 0.2}
@@ -81,14 +74,46 @@ _DENSE = {
     "discount": DenseFeatureConfig(fill=0.0),
     "price": DenseFeatureConfig(log1p=True),
 }
-_DATA = {"reference": "true_probability", "domain": {"column": "domain", "num_domains": NUM_DOMAINS}}
-
 _SPLITS = ("train", "valid", "test")
 _VERSION = 1  # rises whenever the same arguments come to give other rows
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class _Domains:
+    """What the domains are, largest first; arrays of shape (domains,), gains of shape (domains, taste factors)."""
+
+    shares: Floats
+    biases: Floats
+    peaks: Floats  # the hour of most clicks, as time_of_day counts
+    gains: Floats
+
+    @classmethod
+    def drawn(cls, rng: np.random.Generator, n: int) -> "_Domains":
+        """Those of a log of `n` domains."""
+        shares = 1.0 / np.arange(2, n + 2)
+        return cls(shares / shares.sum(), rng.normal(0, 0.4, n), rng.uniform(-0.5, 0.5, n), np.ones((n, _FACTORS)))
+
+
+# Of the default log.
+_SURFACES = _Domains(
+    shares=np.array([0.45, 0.30, 0.15, 0.10]),
+    biases=np.array([0.0, 0.6, -0.5, 0.3]),
+    peaks=np.array([0.30, -0.10, 0.10, -0.35]),
+    # Each surface shows another side of a taste, the last turns one over.
+    gains=np.array(
+        [
+            [1.0, 1.0],
+            [1.5, 0.0],
+            [0.0, 1.5],
+            [1.0, -1.0],
+        ]
+    ),
+)
+NUM_SURFACES = len(_SURFACES.shares)
 
 
 def write_embedded(config: Config) -> None:
@@ -141,6 +166,8 @@ def write_synthetic(
     num_users: int = 2_000,
     num_items: int = 1_000,
     hierarchy: bool = True,
+    num_domains: int = NUM_SURFACES,
+    conflict: float = 0.0,
 ) -> None:
     """Write the synthetic click log as Parquet shards, unless `directory` already holds just that one.
 
@@ -158,6 +185,8 @@ def write_synthetic(
         num_users: size of `user_id`.
         num_items: size of `item_id`.
         hierarchy: whether what users like follows the tree of categories, brands and items.
+        num_domains: size of `domain`, largest first; four are the surfaces that are drawn by hand.
+        conflict: c, from 0 to 1: 1 - 2 c is the cosine between a user's tastes in domains of even and of odd number.
 
     Raises:
         DataError: an argument is out of range, or `directory` is a mount point.
@@ -173,6 +202,8 @@ def write_synthetic(
         num_users=num_users,
         num_items=num_items,
         hierarchy=hierarchy,
+        num_domains=num_domains,
+        conflict=conflict,
     )
     if _holds(directory, spec):
         return
@@ -185,7 +216,8 @@ def write_synthetic(
         splits = {split: _write_split(stage, split, spec, world) for split in _SPLITS}
         summary = {"name": "synthetic", "spec": spec.summary(), "columns": _columns(spec), "splits": splits}
         writing.write_summary(stage, summary)
-        writing.write_config(stage, summary, sparse=_SPARSE, dense=_DENSE, data=_DATA)
+        data = {"reference": "true_probability", "domain": {"column": "domain", "num_domains": num_domains}}
+        writing.write_config(stage, summary, sparse=_SPARSE, dense=_DENSE, data=data)
 
 
 @dataclass(frozen=True)
@@ -199,6 +231,8 @@ class _Spec:
     num_users: int
     num_items: int
     hierarchy: bool
+    num_domains: int
+    conflict: float
 
     def __post_init__(self) -> None:
         lowest = {
@@ -208,13 +242,19 @@ class _Spec:
             "row_group_rows": (self.row_group_rows, 1),
             "num_users": (self.num_users, 1),
             "num_items": (self.num_items, NUM_BRANDS),
+            "num_domains": (self.num_domains, 1),
         }
         for name, (value, least) in lowest.items():
             if value < least:
                 raise DataError(f"{name} must be at least {least}, not {value}")
+        if not 0 <= self.conflict <= 1:
+            raise DataError(f"conflict must be from 0 to 1, not {self.conflict}")
 
     def summary(self) -> dict[str, Any]:
-        return {"version": _VERSION, **asdict(self)}
+        told = {"version": _VERSION, **asdict(self)}
+        # As long as nobody turns these dials, the log is the one that was written before there were any.
+        untouched = {"num_domains": NUM_SURFACES, "conflict": 0.0}
+        return {name: value for name, value in told.items() if untouched.get(name) != value}
 
 
 def _spec(*, train_rows: int, valid_rows: int, test_rows: int, **other: Any) -> _Spec:
@@ -292,6 +332,10 @@ class _World:
         liking = popularity * np.exp(1.5 * segment_taste @ category_traits.T)
         self.recent_cdf = np.cumsum(liking / liking.sum(axis=1, keepdims=True), axis=1)
 
+        # Drawn last, so that worlds of any number of domains have everything else in common.
+        self.domains = _SURFACES if spec.num_domains == NUM_SURFACES else _Domains.drawn(rng, spec.num_domains)
+        self.cosine = 1.0 - 2.0 * spec.conflict
+
         self.intercept = 0.0
         self.intercept = self._calibrated(self.rows(np.random.default_rng([spec.seed, 1]), 50_000).logit)
 
@@ -302,6 +346,19 @@ class _World:
             + _LEVELS["brand"] * brand[self.item_brand]
             + _LEVELS["item"] * item
         )
+
+    def taste(self, user: Ints, domain: Ints) -> Floats:
+        """Each user's taste in a domain, of shape (rows, factors)."""
+        cos = np.where(domain % 2, self.cosine, 1.0)
+        sin = np.where(domain % 2, np.sqrt(1.0 - self.cosine**2), 0.0)
+        one, other = self.user_taste[user].T
+        return np.stack([cos * one - sin * other, sin * one + cos * other], axis=1)
+
+    def affinity(self, user: Ints, item: Ints, domain: Ints) -> Floats:
+        """What each user's taste in a domain makes of an item's traits; all of shape (rows,)."""
+        gains = self.domains.gains[domain]
+        affinity: Floats = (gains * self.taste(user, domain) * self.item_traits[item]).sum(axis=1)
+        return affinity
 
     @staticmethod
     def _calibrated(logit: Floats) -> float:
@@ -317,7 +374,7 @@ class _World:
         user = np.searchsorted(self.user_cdf, rng.random(n), side="right")
         item = np.searchsorted(self.item_cdf, rng.random(n), side="right")
         segment = self.user_segment[user]
-        domain = rng.choice(NUM_DOMAINS, size=n, p=_DOMAIN_SHARES)
+        domain = rng.choice(len(self.domains.shares), size=n, p=self.domains.shares)
         device = rng.choice(NUM_DEVICES, size=n, p=_zipf(NUM_DEVICES, exponent=1.0))
         region, has_region = self.user_region[user], rng.random(n) >= 0.05
 
@@ -328,17 +385,15 @@ class _World:
         has_discount = rng.random(n) >= 0.05
         price_level = self.item_price[item] + rng.normal(0, 0.3, n)
 
-        gains = _DOMAIN_GAINS[domain]
-        affinity = (gains * self.user_taste[user] * self.item_traits[item]).sum(axis=1)
         logit = (
             self.intercept
-            + _AFFINITY * affinity
+            + _AFFINITY * self.affinity(user, item, domain)
             + self.user_bias[user]
             + self.item_bias[item]
             + self.device_bias[device]
             + self.region_bias[region] * has_region
-            + _DOMAIN_BIASES[domain]
-            + 0.3 * np.cos(2 * np.pi * (time - _DOMAIN_PEAKS[domain]))
+            + self.domains.biases[domain]
+            + 0.3 * np.cos(2 * np.pi * (time - self.domains.peaks[domain]))
             - 0.25 * np.minimum((price_level - self.segment_price[segment]) ** 2, 4.0)
             - 0.8 * np.log1p(depth)
             + 0.6 * freshness**2 * has_freshness
@@ -404,11 +459,23 @@ def _write_split(stage: Path, split: str, spec: _Spec, world: _World) -> dict[st
         writing.write_part(rows.table, stage, split, part, row_group_rows=spec.row_group_rows)
         written.append((rows.domain, rows.label, rows.probability))
     domain, label, probability = (np.concatenate(arrays) for arrays in zip(*written, strict=True))
+    of_domain = np.split(
+        np.argsort(domain, kind="stable"), np.bincount(domain, minlength=spec.num_domains).cumsum()[:-1]
+    )
+    domains = {str(one): _ceiling(label[rows], probability[rows]) for one, rows in enumerate(of_domain)}
     return {
         "files": len(bounds),
         **_ceiling(label, probability),
-        "domains": {str(one): _ceiling(label[domain == one], probability[domain == one]) for one in range(NUM_DOMAINS)},
+        "bayes_wauc": _wauc(domains.values()),
+        "domains": domains,
     }
+
+
+def _wauc(domains: Iterable[dict[str, Any]]) -> float | None:
+    """Mean AUC of domains, weighted by their rows; those that have none are left out."""
+    known = [one for one in domains if one["bayes_auc"] is not None]
+    rows = sum(one["rows"] for one in known)
+    return sum(one["rows"] * one["bayes_auc"] for one in known) / rows if rows else None
 
 
 def _ceiling(label: Bools, probability: npt.NDArray[np.float32]) -> dict[str, Any]:
@@ -455,7 +522,7 @@ def _columns(spec: _Spec) -> dict[str, dict[str, Any]]:
             "categories the user looked at lately; empty: none, null: not known",
             "list<int64>",
         ),
-        "domain": ids(NUM_DOMAINS, "the surface on which the item is shown"),
+        "domain": ids(spec.num_domains, "the surface on which the item is shown"),
         "time_of_day": dense("fraction of the day, from noon: [-0.5, 0.5)"),
         "session_depth": dense("how far into the session, in mean sessions: 0 and up"),
         "freshness": dense("1 for a new item, falling to 0; null where unknown"),

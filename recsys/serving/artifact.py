@@ -271,7 +271,7 @@ def _stored_blocks(saved: PendingRows, name: str, precision: Precision) -> Itera
 
 def _calibration(directory: Path, config: Config) -> Calibration:
     path = directory / CALIBRATION
-    num_domains = config.data.domain.num_domains if config.data.domain else 0
+    num_domains = len(config.data.domain.labels) if config.data.domain else 0
     try:
         return Calibration.parse(read_json(path, _MAX_CALIBRATION), num_domains)
     except FileError as error:

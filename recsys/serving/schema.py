@@ -6,13 +6,13 @@ for and lists that are cut; docs/serving.md says what no JSON Schema can say.
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys.config import DenseFeatureConfig, ListTextConfig
+from recsys.config import DenseFeatureConfig, DomainConfig, ListTextConfig
 from recsys.data.arrow import is_integer, is_list, is_number, is_string, usual_type, value_type
 from recsys.data.features import Columns, SparseColumn
 from recsys.data.ids import LAST_SECOND, BucketizedIds, DatetimeIds, HashedIds, IdMapping, PlainIds, VocabularyIds
@@ -69,7 +69,9 @@ def raw_types(
         if settings.weights is not None:
             types[settings.weights] = (pa.list_((found(settings.weights) or (pa.float64(),))[0]),)
     if columns.domain is not None:
-        types.setdefault(columns.domain.column, (pa.int64(),))
+        either = found(columns.domain.column) or (pa.string(), pa.int64())
+        own = (pa.int64(),) if columns.domain.is_of_integers else either if columns.domain.hashed else (pa.string(),)
+        types.setdefault(columns.domain.column, own)
         return {name: types[name] for name in dict.fromkeys((*columns.feature_names, columns.domain.column))}
     return {name: types[name] for name in columns.feature_names}
 
@@ -77,7 +79,7 @@ def raw_types(
 def arrow_schema(columns: Columns, types: RawTypes) -> pa.Schema:
     """Arrow's schema of rows: the first of each column's types, and whether there may be nulls."""
     refusing = {dense.column or name for name, dense in columns.dense.items() if not accepted_numbers(dense)[2]}
-    refusing |= {columns.domain.column} if columns.domain else set()
+    refusing |= {columns.domain.column} if columns.domain and columns.domain.unseen == "error" else set()
     return pa.schema([pa.field(name, kinds[0], name not in refusing) for name, kinds in types.items()])
 
 
@@ -85,8 +87,8 @@ def json_schema(columns: Columns, types: RawTypes, title: str) -> dict[str, Any]
     """JSON Schema (2020-12) of one row, an object of the raw columns."""
     uses: dict[str, list[dict[str, Any]]] = {name: [] for name in types}
     if (domain := columns.domain) is not None:
-        number = {"type": "integer", "minimum": 0, "maximum": domain.num_domains - 1}
-        uses[domain.column].append({"description": "domain, by which the probability is calibrated", **number})
+        about = {"description": "domain, to which the model or its calibration adapts"}
+        uses[domain.column].append({**about, **_domain(domain, types[domain.column])})
     for name, dense in columns.dense.items():
         column = dense.column or name
         uses[column].append({"description": f"dense feature {name}", **_number(dense, types[column][0])})
@@ -203,6 +205,17 @@ def _of_mapping(ids: IdMapping, kind: str | None) -> tuple[pa.DataType, ...]:
         case DatetimeIds():
             return {"dates": (MOMENT,), "numbers": (pa.int64(),)}.get(kind or "", (MOMENT, pa.int64()))
     return (pa.int64(),)
+
+
+def _domain(domain: DomainConfig, types: Sequence[pa.DataType]) -> dict[str, Any]:
+    """What values a row may have of the column of domains."""
+    if domain.unseen == "error" and domain.values is not None:
+        return {"enum": list(domain.values)}
+    if domain.unseen == "error" and not domain.hashed:
+        return {"type": "integer", "minimum": 0, "maximum": domain.num_domains - 1}
+    kinds = ["string" if is_string(kind) else "integer" for kind in types]
+    bounds = {"minimum": -_INT64, "maximum": _INT64 - 1} if "integer" in kinds else {}
+    return {"type": [*kinds, "null"] if domain.unseen == "backbone" else kinds, **bounds}
 
 
 def _number(settings: DenseFeatureConfig, kind: pa.DataType) -> dict[str, Any]:

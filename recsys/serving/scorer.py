@@ -95,7 +95,7 @@ class Scorer:
         self.batch_rows, self.reader_threads = _BATCH_ROWS, config.data.reader_threads
         self.origin = f"artefact {hashlib.sha256(self.artifact.manifest.to_json().encode()).hexdigest()}"
         self._times_and_integers = times_and_integers(self.raw_columns)
-        if self.raw_columns.domain is not None:
+        if self.raw_columns.domain is not None and self.raw_columns.domain.is_of_integers:
             self._times_and_integers.setdefault(self.raw_columns.domain.column, False)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -522,6 +522,7 @@ def _dense_arch(artifact: Artifact) -> torch.nn.Module:
             config.embedding_dims,
             num_dense_features=len(config.features.dense),
             num_domains=config.num_domains,
+            with_others=config.has_other_domains,
         )
     try:
         # Tensors of a mapped file cannot be written to; a copy of these few can, as some layers fold theirs.

@@ -122,7 +122,7 @@ def _columns(columns: Columns, types: RawTypes) -> list[dict[str, str]]:
 
     def row(name: str, column: str, how: str, null: str) -> dict[str, str]:
         kinds = " or ".join(map(str, types[column]))
-        null = "refused" if column == domain else null
+        null = "refused" if column == domain and columns.domain and columns.domain.unseen == "error" else null
         return {"feature": _text(name), "column": _code(column), "type": kinds, "becomes": how, "null": null}
 
     rows = [
@@ -130,7 +130,7 @@ def _columns(columns: Columns, types: RawTypes) -> list[dict[str, str]]:
         for name, one in columns.sparse.items()
     ]
     rows += [row(name, one.column or name, _of_dense(one), _null(one)) for name, one in columns.dense.items()]
-    return rows + ([row("(domain)", domain, "which calibrator", "refused")] if domain else [])
+    return rows + ([row("(domain)", domain, "which experts or calibrator", "of no domain")] if domain else [])
 
 
 def _null(dense: DenseFeatureConfig) -> str:
@@ -271,7 +271,7 @@ def _limits(config: Config, columns: Columns, tables: Precision, progress: Mappi
     lines += [f"- {_text(name)}: one table of {', '.join(of)}" for name, of in shared.items() if len(of) > 1]
     refusing = [name for name, dense in config.features.dense.items() if dense.fill is None]
     lines += [f"- A null is refused in {', '.join(map(_text, refusing))}"] if refusing else []
-    if config.data.domain:
+    if config.data.domain and config.data.domain.unseen == "error":
         lines.append(f"- No other domains than {_some(config.data.domain.labels)} are known")
     if tables != "float32":
         lines.append(f"- Embeddings are rounded to {tables}")

@@ -78,13 +78,13 @@ def _check(config: Config, counts: Mapping[str, DomainCounts], stages: list[str]
         f"an expert of it cannot be trained in stages.{stages[0]}; leave the domain out of {domain.column!r} when the "
         "shards are written, or train all experts together (trains: all)"
     )
-    for number in np.flatnonzero(counts["train"].rows.sum(0) == 0)[:1].tolist():
+    for number in np.flatnonzero(counts["train"].rows.sum(0)[: domain.num_domains] == 0)[:1].tolist():
         raise DataError(f"data.train: no row of domain {number} ({labels[number]}), so {way_out}")
     for name in stages:
         stage = config.stages[name]
         if stage.chosen_by is None:
             continue
-        valid = counts["valid"].labels
+        valid = counts["valid"].labels[:, : domain.num_domains]
         for number in np.flatnonzero(valid.sum(0) == 0)[:1].tolist():
             raise DataError(
                 f"data.valid: no row of domain {number} ({labels[number]}), so stages.{name}.{stage.chosen_by} has "

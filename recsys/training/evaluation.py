@@ -21,6 +21,7 @@ from recsys.model.ranker import Ranker, RankerOutput
 from recsys.prepare.synthetic import require_embedded
 from recsys.runtime import Ranks, once_on_each_machine, process_group
 from recsys.terminal import console, say, table
+from recsys.training.by_column import ByColumns, GroupFigures, taken_by, told_by_column
 from recsys.training.by_domain import domain_line, domain_rows
 from recsys.training.checkpoint import load_ranker, verified
 from recsys.training.counts import Counts, by_kind, in_words, reduce_counts
@@ -57,6 +58,7 @@ def evaluate_checkpoint(
     *,
     as_json: bool = False,
     predictions: str | None = None,
+    by: Sequence[str] = (),
 ) -> dict[str, Metrics]:
     """Figures of a checkpoint's model on a split, printed by the first rank; those of a reference column beside it.
 
@@ -71,6 +73,7 @@ def evaluate_checkpoint(
         as_json: print one JSON object instead of a table.
         predictions: where to write them (see `writing_predictions`), if anywhere. Where `data.label` is null, they are
             all that there is.
+        by: columns of the split's files, whose values' rows have figures of their own.
 
     Raises:
         CheckpointError: no checkpoint is there, or it does not fit.
@@ -83,18 +86,23 @@ def evaluate_checkpoint(
     labelled = config.data.label is not None
     if not (labelled or predictions):
         raise ConfigError("data.label: null leaves nothing to measure; pass --predictions, or name the label")
+    if by and not labelled:
+        raise ConfigError("data.label: null leaves nothing to measure by column; leave --by out, or name the label")
     with process_group(config.device) as ranks:
         verified(path, ranks)
         once_on_each_machine(ranks, partial(require_embedded, config))
         shards = open_splits(config, [split], path / VOCABULARIES, read_kinds(path))[split]
+        by_columns = ByColumns(by, shards, eval_order(shards, config, ranks.world_size), ranks) if by else None
         ranker = load_ranker(path, config, ranks)
         with (
             writing_predictions(predictions, ranks, with_label=labelled, with_domain=config.data.domain is not None)
             if predictions
             else nullcontext(_ignore)
         ) as on_output:
-            found = evaluate(ranker, shards, config, ranks, on_output=on_output)
+            take = taken_by(on_output, by_columns) if by_columns else on_output
+            found = evaluate(ranker, shards, config, ranks, on_output=take)
             model, reference, counts, domains, _ = found
+        of_columns = by_columns.compute() if by_columns else {}
         results = {"model": model} if labelled else {}
         results |= {"reference": reference} if reference else {}
         about: dict[str, Any] = {"checkpoint": directory, "split": split, "step": meta.step}
@@ -103,13 +111,14 @@ def evaluate_checkpoint(
             rows = model.examples if labelled else sum(shards.row_counts)
             about |= {"predictions": predictions, "rows": rows}
         if ranks.is_first and as_json:
-            figures = {name: metrics.as_dict() for name, metrics in results.items()}
+            over = reference.told_over_domains if reference else {}
+            figures = {name: it.as_dict() | (over if it is reference else {}) for name, it in results.items()}
             of_domains = {"domains": {name: it.as_dict() for name, it in domains.items()}} if domains else {}
-            of_domains |= model.told_over_domains
+            of_domains |= {**model.told_over_domains, **told_by_column(of_columns)}
             print(json.dumps({**about, **figures, **of_domains, "data": by_kind(counts)}, indent=2))
         elif ranks.is_first:
             warnings = [*shards.warnings, *([f"{split}: {in_words(counts)}"] if counts else [])]
-            _show(about, results, found, warnings)
+            _show(about, results, found, of_columns, warnings)
         return results
 
 
@@ -142,7 +151,7 @@ def evaluate(
     limits, domain = config.metrics.model_dump(), config.data.domain
     model, reference = BinaryMetrics(**limits), BinaryMetrics(**limits)
     by_domain, reference_by_domain = (
-        GroupedMetrics(domain.num_domains, **limits) if domain and is_there else None
+        GroupedMetrics(len(domain.labels), **limits) if domain and is_there else None
         for is_there in (True, config.data.reference)
     )
     labelled, was_training = config.data.label is not None, ranker.training
@@ -183,7 +192,13 @@ def _with_domains(metrics: Metrics, domains: Mapping[str, Metrics]) -> Metrics:
     return replace(metrics, over_domains=OverDomains.of(domains)) if domains else metrics
 
 
-def _show(about: Mapping[str, Any], results: Mapping[str, Metrics], found: Evaluation, warnings: Sequence[str]) -> None:
+def _show(
+    about: Mapping[str, Any],
+    results: Mapping[str, Metrics],
+    found: Evaluation,
+    of_columns: Mapping[str, GroupFigures],
+    warnings: Sequence[str],
+) -> None:
     """Print what came of a checkpoint as tables."""
     where = f"{about['checkpoint']}, {about['split']}"
     if "predictions" in about:
@@ -194,6 +209,13 @@ def _show(about: Mapping[str, Any], results: Mapping[str, Metrics], found: Evalu
         rows, title = domain_rows(found.domains, found.reference_domains)
         say(console(), table(rows, title))
         say(console(), domain_line(found.model))
+        if found.reference:
+            say(console(), f"reference, {domain_line(found.reference)}")
+    for name, figures in of_columns.items():
+        rows, which = figures.table()
+        if rows:
+            say(console(), table(rows, f"By {name}{which}"))
+        say(console(), figures.line(name))
     for warning in warnings:
         say(console(), f"warning: {warning}")
 

@@ -18,6 +18,9 @@ _LOGIT_RANGE = 16.0
 """Bins of the AUC beyond its exact limit are even in logit space over +-this, so rare clicks are resolved as well."""
 
 
+_MOST_BINS = 1 << 22
+"""Of all groups together."""
+
 MOST_NE = 1.5
 """Of a model that is of use: beyond it, always predicting the label rate would be far better."""
 
@@ -225,12 +228,13 @@ class GroupedMetrics:
         num_groups: G.
         exact_examples: limit of the exact AUC; each rank keeps at most this many examples (12 bytes each, and the
             groups).
-        num_bins: bins beyond it, shared out among the groups; each has 1,024 at least.
+        num_bins: bins beyond it, shared out among the groups; each has 1,024 at least, but all together have 2^22 at
+            most (64 MiB), so that of many groups each has few.
     """
 
     def __init__(self, num_groups: int, *, exact_examples: int = 1 << 22, num_bins: int = 1 << 16) -> None:
         self._num_groups, self._exact_examples = num_groups, exact_examples
-        self._num_bins = max(1024, num_bins // num_groups)
+        self._num_bins = max(min(max(1024, num_bins // num_groups), _MOST_BINS // num_groups), 2)
         self._examples = 0
         self._sums: Tensor | None = None  # (G, 4) positives, sum of probabilities, sum of losses, examples; float64
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -273,9 +277,7 @@ class GroupedMetrics:
         aucs = torch.full((self._num_groups,), torch.nan, dtype=torch.float64)
         if gathered is not None:
             scores, labels, groups = gathered
-            for group in np.unique(groups).astype(int).tolist():
-                of_group = groups == group
-                aucs[group] = _exact_auc(scores[of_group], labels[of_group])
+            aucs = torch.from_numpy(aucs_by_group(groups.astype(np.int64), self._num_groups, scores, labels == 1))
         dist.broadcast(aucs, 0)
         return [(None if isnan(auc) else auc, 0.0) for auc in aucs.tolist()]
 
@@ -373,6 +375,35 @@ def _bin(logits: Tensor, num_bins: int) -> Tensor:
     """The bin of each logit; NaN, which has no place, fails when the figures are computed."""
     place = (logits.nan_to_num(0.0) / (2 * _LOGIT_RANGE) + 0.5).clamp(0, 1) * (num_bins - 1)
     return place.round().long()
+
+
+def aucs_by_group(
+    groups: NDArray[np.int64], num_groups: int, scores: NDArray[np.float32], positive: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """AUC (G,) of the rows of each group, ties counting half; NaN where they are of one class, or none.
+
+    Args:
+        groups: (N,) of 0 .. G - 1.
+        num_groups: G.
+        scores: (N,).
+        positive: (N,).
+    """
+    if not len(groups):
+        return np.full(num_groups, np.nan)
+    order = np.lexsort((scores, groups))
+    groups, scores, positive = groups[order], scores[order], positive[order]
+    starts = np.flatnonzero(np.r_[True, (groups[1:] != groups[:-1]) | (scores[1:] != scores[:-1])])
+    positives = np.add.reduceat(positive, starts, dtype=np.int64)
+    negatives = np.add.reduceat(~positive, starts, dtype=np.int64)
+    of = groups[starts]
+    all_negatives = np.bincount(groups, ~positive, num_groups).astype(np.int64)
+    pairs = np.bincount(groups, positive, num_groups) * all_negatives
+    # Of the negatives below a block of ties, those of its own group.
+    below = np.cumsum(negatives) - negatives - (np.cumsum(all_negatives) - all_negatives)[of]
+    won = np.bincount(of, positives * (below + negatives / 2), num_groups)
+    aucs = np.full(num_groups, np.nan)
+    np.divide(won, pairs, out=aucs, where=pairs > 0)
+    return aucs
 
 
 def _exact_auc(scores: NDArray[np.float32], labels: NDArray[np.float32]) -> float:

@@ -34,6 +34,7 @@ from recsys.sharding.plan import PLAN_TEXTS, plan_as_dict, plan_rows
 from recsys.sharding.shard import shard
 from recsys.terminal import markdown, table
 from recsys.training.averages import Averages, check_start
+from recsys.training.by_domain import domain_line
 from recsys.training.checkpoint import (
     Checkpoints,
     copy_checkpoint,
@@ -262,7 +263,11 @@ class Trainer:
             "stages": stages,
             "valid": progress.valid.as_dict() if progress.valid else None,
             "test": test.model.as_dict() if test else None,
-            "reference": {"column": config.data.reference, **test.reference.as_dict()}
+            "reference": {
+                "column": config.data.reference,
+                **test.reference.as_dict(),
+                **test.reference.told_over_domains,
+            }
             if test and test.reference
             else None,
             "domains": {name: metrics.as_dict() for name, metrics in test.domains.items()} if test else {},
@@ -518,6 +523,8 @@ class Trainer:
             self.monitor.say(f"warning: {split}: {in_words(found.counts)}")
         if found.reference is not None and split == "test":
             self.monitor.evaluation("reference", split, progress.step, progress.epoch, found.reference)
+            if found.reference_domains:
+                self.monitor.say(f"{'':<10} {split:<5} {domain_line(found.reference)}")
         return found
 
     @property

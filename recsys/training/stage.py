@@ -274,7 +274,7 @@ class PhaseTrainer:
 
     def _new_figures(self) -> EpochFigures:
         domain = self._config.data.domain
-        routing = RoutingStatistics(self._dense_arch, num_domains=domain.num_domains if domain else 0)
+        routing = RoutingStatistics(self._dense_arch, num_domains=len(domain.labels) if domain else 0)
         return EpochFigures(Window(BinaryMetrics(**self._config.metrics.model_dump()), 0.0), routing)
 
     def _step(self, batches: _Taken, examples: int, figures: EpochFigures) -> None:

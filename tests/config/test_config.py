@@ -174,6 +174,16 @@ def test_wrong_type_names_its_path_and_the_type_wanted(
         ("stages.backbone.plateau={factor: 0.5}", "stages.backbone", "and schedule is constant; leave one of them out"),
         ("stages.backbone.schedule_minimum=0.1", "stages.backbone", "set schedule to linear, cosine or plateau"),
         ("stages.joint.sparse_learning_rate=null", "stages.joint.sparse_learning_rate", "trains all needs it"),
+        (
+            "data.synthetic={directory: a, train_rows: 1, valid_rows: 1, test_rows: 1, conflict: 1.5}",
+            "data.synthetic.conflict",
+            "less than or equal to 1",
+        ),
+        (
+            "data.synthetic={directory: a, train_rows: 1, valid_rows: 1, test_rows: 1, num_domains: 0}",
+            "data.synthetic.num_domains",
+            "greater than 0, found 0",
+        ),
         ("metrics.num_bins=1", "metrics.num_bins", "greater than or equal to 2"),
         ("device=tpu", "device", "'auto', 'cpu' or 'cuda'"),
         ("features.sparse={}", "features.sparse", "at least 1 item"),

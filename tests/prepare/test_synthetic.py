@@ -18,6 +18,7 @@ import pytest
 from tiny import tiny_config
 
 from recsys.config import Config, ConfigError, validate
+from recsys.data.storage import DataError
 from recsys.prepare import synthetic, writing
 from recsys.prepare.synthetic import require_embedded, write_synthetic
 
@@ -55,6 +56,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_same_arguments_give_the_same_bytes(data: Path, tmp_path: Path) -> None:
     write_synthetic(tmp_path / "again", **SMALL)
     assert hashes(tmp_path / "again") == hashes(data)
+
+
+@pytest.mark.parametrize(
+    ("hierarchy", "digest", "mean"),
+    [(True, "e891298d293b6a33", 0.25045118), (False, "fccdfbd3e7bc5132", 0.25406369)],
+)
+def test_the_default_log_is_the_one_it_was(tmp_path: Path, hierarchy: bool, digest: str, mean: float) -> None:
+    write_synthetic(tmp_path / "log", **SMALL, hierarchy=hierarchy)
+    table = pq.read_table(tmp_path / "log/test").combine_chunks()
+    columns = (table[name].combine_chunks() for name in table.column_names)
+    # Labels, too, hold the probabilities; floating numbers themselves may differ by an ulp between processors.
+    flat = (of.flatten() if pa.types.is_list(of.type) else of for of in columns)
+    integers = (of.fill_null(-1).to_numpy().tobytes() for of in flat if pa.types.is_integer(of.type))
+    assert hashlib.sha256(b"".join(integers)).hexdigest()[:16] == digest
+    assert table["true_probability"].to_numpy().mean(dtype=np.float64) == pytest.approx(mean, abs=1e-7)
+    # Logs that were written before there were these dials are not written again.
+    assert not {"num_domains", "conflict"} & summary_of(tmp_path / "log")["spec"].keys()
 
 
 def test_rows_of_a_split_depend_on_no_other_split(data: Path, tmp_path: Path) -> None:
@@ -128,6 +146,69 @@ def test_ids_are_skewed_and_domains_unequal(data: Path) -> None:
     assert domains == pytest.approx([0.45, 0.30, 0.15, 0.10], abs=0.02)
 
 
+@pytest.mark.parametrize("num_domains", [2, 10, 30])
+def test_shares_of_other_numbers_of_domains_are_as_stated(tmp_path: Path, num_domains: int) -> None:
+    write_synthetic(tmp_path / "log", **SMALL, num_domains=num_domains, conflict=0.5)
+    rows = np.bincount(pq.read_table(tmp_path / "log/test")["domain"].to_numpy(), minlength=num_domains)
+    expected = 1 / np.arange(2, num_domains + 2)
+    expected *= SMALL["test_rows"] / expected.sum()
+    assert np.all(np.abs(rows - expected) < 4.5 * np.sqrt(expected))
+    summary = summary_of(tmp_path / "log")
+    assert summary["columns"]["domain"]["size"] == num_domains
+    told = summary["splits"]["test"]
+    assert [one["rows"] for one in told["domains"].values()] == rows.tolist()
+    aucs = [one["bayes_auc"] for one in told["domains"].values()]
+    assert told["bayes_wauc"] == pytest.approx(np.average(aucs, weights=rows), abs=1e-12)
+
+
+def world(**dials: Any) -> synthetic._World:
+    sizes = {**SMALL, "num_users": 2_000, "num_items": 1_000, "hierarchy": True, "num_domains": 10}
+    return synthetic._World(synthetic._spec(**{**sizes, **dials}))
+
+
+@pytest.mark.parametrize("conflict", [0.0, 0.2, 0.5, 1.0])
+def test_the_cosine_of_tastes_is_as_stated(conflict: float) -> None:
+    one, user = world(conflict=conflict), np.arange(2_000)
+    tastes = [one.taste(user, np.full(2_000, domain)) for domain in range(4)]
+    lengths = np.linalg.norm(one.user_taste, axis=1)
+    for a, b in [(0, 1), (0, 3), (2, 1), (0, 2), (1, 3)]:
+        cosine = (tastes[a] * tastes[b]).sum(axis=1) / lengths**2
+        assert cosine == pytest.approx(1.0 if (a - b) % 2 == 0 else 1 - 2 * conflict, abs=1e-9)
+        assert np.linalg.norm(tastes[b], axis=1) == pytest.approx(lengths)
+
+
+@pytest.mark.parametrize("conflict", [0.0, 0.3, 0.5, 1.0])
+def test_what_is_liked_in_an_even_domain_correlates_with_an_odd_one_as_stated(tmp_path: Path, conflict: float) -> None:
+    write_synthetic(tmp_path / "log", **SMALL, num_domains=10, conflict=conflict)
+    table = pq.read_table(tmp_path / "log/test").filter(pc.field("profile_id").is_valid())
+    odd = table["domain"].to_numpy() % 2 == 1
+    even_likes, odd_likes = (likes(table.filter(pa.array(of)))[0] for of in (~odd, odd))
+    # 6 segments and 20 categories are few: between 0 and 1, the two sides of taste correlate by chance.
+    assert np.corrcoef(even_likes.ravel(), odd_likes.ravel())[0, 1] == pytest.approx(1 - 2 * conflict, abs=0.15)
+
+
+@pytest.mark.parametrize("conflict", [0.0, 0.5, 1.0])
+def test_what_a_shared_taste_can_explain_is_as_stated(conflict: float) -> None:
+    one = world(conflict=conflict)
+    rng = np.random.default_rng(5)
+    user, item = rng.integers(2_000, size=50_000), rng.integers(1_000, size=50_000)
+    even, odd = (one.affinity(user, item, np.full(len(user), domain)) for domain in (0, 1))
+    share = one.domains.shares[::2].sum()
+    shared = share * even + (1 - share) * odd  # of all functions of user and item, the one nearest to the affinity
+    lost = share * (even - shared) ** 2 + (1 - share) * (odd - shared) ** 2
+    total = share * even**2 + (1 - share) * odd**2
+    assert 1 - lost.mean() / total.mean() == pytest.approx(1 - 4 * conflict * share * (1 - share), abs=0.05)
+    assert share == pytest.approx(0.57, abs=0.01)
+
+
+def test_the_best_auc_hardly_depends_on_the_conflict_and_the_rows_not_at_all() -> None:
+    drawn = [world(conflict=conflict).rows(np.random.default_rng(5), 50_000) for conflict in (0.0, 0.5, 1.0)]
+    best = [synthetic._ceiling(rows.label, rows.probability)["bayes_auc"] for rows in drawn]
+    assert max(best) - min(best) < 0.01 and min(best) > 0.8
+    shown = [rows.table.drop_columns(["label", "true_probability"]) for rows in drawn]
+    assert shown[0].equals(shown[1]) and shown[0].equals(shown[2])
+
+
 @pytest.mark.parametrize(("child", "parent"), [("item_id", "brand_id"), ("brand_id", "category_id")])
 def test_the_hierarchy_is_a_tree(data: Path, child: str, parent: str) -> None:
     pairs = pq.read_table(data / "train", columns=[child, parent]).group_by([child, parent]).aggregate([])
@@ -165,9 +246,8 @@ def test_auc_shares_ranks_between_ties_and_is_undefined_for_one_class() -> None:
     assert synthetic._ceiling(label[:0], p[:0])["bayes_log_loss"] is None
 
 
-def affinity_of_categories(directory: Path) -> float:
-    """Share of the variance of the true log odds that profile x category accounts for, beyond the margins."""
-    table = pq.read_table(directory / "train").filter(pc.field("profile_id").is_valid() & (pc.field("domain") == 0))
+def likes(table: pa.Table) -> tuple[Any, Any, Any]:
+    """Mean log odds of segment x category beyond the margins, and rows, both of that shape; the log odds of rows."""
     p = table["true_probability"].to_numpy().astype(np.float64)
     logit = np.log(p / (1 - p))
     row, column = table["profile_id"].to_numpy() % synthetic._SEGMENTS, table["category_id"].to_numpy()
@@ -177,6 +257,13 @@ def affinity_of_categories(directory: Path) -> float:
     mean = np.bincount(cell, logit, minlength=counts.size).reshape(shape) / np.maximum(counts, 1)
     mean -= mean.mean(axis=1, keepdims=True)
     mean -= mean.mean(axis=0, keepdims=True)
+    return mean, counts, logit
+
+
+def affinity_of_categories(directory: Path) -> float:
+    """Share of the variance of the true log odds that profile x category accounts for, beyond the margins."""
+    table = pq.read_table(directory / "train").filter(pc.field("profile_id").is_valid() & (pc.field("domain") == 0))
+    mean, counts, logit = likes(table)
     return float((counts * mean**2).sum() / counts.sum() / logit.var())
 
 
@@ -242,12 +329,19 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
         ("files", 0, 1),
         ("row_group_rows", 0, 1),
         ("num_items", 100, 200),
+        ("num_domains", 0, 1),
     ],
 )
 def test_arguments_out_of_range_are_named(tmp_path: Path, argument: str, value: int, least: int) -> None:
     with pytest.raises(ValueError, match=f"{argument} must be at least {least}, not {value}"):
         write_synthetic(tmp_path / "data", **{**SMALL, argument: value})
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("conflict", [-0.1, 1.1, float("nan")])
+def test_a_conflict_out_of_range_is_named(tmp_path: Path, conflict: float) -> None:
+    with pytest.raises(DataError, match=f"conflict must be from 0 to 1, not {conflict}"):
+        write_synthetic(tmp_path / "data", **SMALL, conflict=conflict)
 
 
 def test_fewer_rows_than_files_make_fewer_files(tmp_path: Path) -> None:
@@ -300,6 +394,7 @@ def test_only_with_hierarchy_do_recent_categories_tell_of_the_user(data: Path, t
 
 def test_a_log_that_is_not_there_is_named_and_made_by_the_line_that_is_told(tmp_path: Path) -> None:
     given = {**SMALL, "train_rows": 500, "valid_rows": 100, "test_rows": 101, "hierarchy": False}
+    given |= {"num_domains": 3, "conflict": 0.5}
     raw = tiny_config(tmp_path, tmp_path)
     raw["data"]["synthetic"] = {"directory": str(tmp_path / "a log; ls"), **given}
     config = validate(Config, raw, source="here")
@@ -310,7 +405,7 @@ def test_a_log_that_is_not_there_is_named_and_made_by_the_line_that_is_told(tmp_
     module, *arguments = shlex.split(command.partition(", or set")[0])[2:]
     subprocess.run([sys.executable, "-m", module, *arguments], check=True, cwd=tmp_path)
     require_embedded(config)
-    raw["data"]["synthetic"]["seed"] = 4
+    raw["data"]["synthetic"]["conflict"] = 0.25
     with pytest.raises(ConfigError, match="does not hold the log"):
         require_embedded(validate(Config, raw, source="here"))
 

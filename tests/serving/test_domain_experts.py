@@ -1,5 +1,6 @@
 """Models that adapt to domains, served: any row by its own, alone, among others, as a candidate, and by a program."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,21 @@ KINDS: dict[str, dict[str, Any]] = {
 OF_THE_PAPER = ("wdl", "nfm", "autoint", "deepfm", "pnn", "dcn", "xdeepfm", "fibinet")
 
 
-def make(folder: Path, tower: str, kind: str, *, routed: bool = False) -> Artifact:
-    """An artefact of the tiny config, in memory, whose experts are drawn at random."""
+def make(folder: Path, tower: str, kind: str, *, routed: bool = False, **domain: Any) -> Artifact:
+    """An artefact of the tiny config, in memory, whose experts are drawn at random; `domain` is another one."""
     raw = tiny_config(folder, folder)
+    raw["data"]["domain"] = {"column": "domain", **domain} if domain else raw["data"]["domain"]
     take_tower(raw, TOWERS[tower])
     raw["model"] |= {"domain_experts": KINDS[kind], "hilomoe": {"num_layers": 2, "num_experts": 2} if routed else None}
     config = as_config(raw, folder)
     torch.manual_seed(7)
-    arch = build_dense_arch(config.model, config.embedding_dims, num_dense_features=2, num_domains=config.num_domains)
+    arch = build_dense_arch(
+        config.model,
+        config.embedding_dims,
+        num_dense_features=2,
+        num_domains=config.num_domains,
+        with_others=config.has_other_domains,
+    )
     for layer in expert_layers(arch).values():
         torch.nn.init.normal_(layer.lora_B, std=0.3)  # type: ignore[attr-defined]
     for linear in domain_linears(arch).values():
@@ -82,6 +90,17 @@ def test_candidates_are_scored_as_rows_by_their_own_domains(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_requests_of_several_threads_do_not_meet(tmp_path: Path, kind: str) -> None:
+    scorer = Scorer(make(tmp_path, "mlp", kind))
+    rows = tiny_table(12, 5).select(COLUMNS[:-1]).to_pylist()
+    requests = [[{**row, "domain": domain} for row in rows[: 3 + domain * 4]] for domain in range(3)] * 20
+    expected = [scorer.score(request) for request in requests]
+    with ThreadPoolExecutor(4) as pool:
+        for found, alone in zip(pool.map(scorer.score, requests), expected, strict=True):
+            np.testing.assert_array_equal(found, alone)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_programs_take_the_domain(tmp_path: Path, kind: str) -> None:
     scorer = Scorer(make(tmp_path, "mlp", kind))
     write_program(scorer.dense_arch, 20, 2, "torch-export", tmp_path / "dense.pt2")
@@ -89,6 +108,22 @@ def test_programs_take_the_domain(tmp_path: Path, kind: str) -> None:
     for rows in (1, 2, 50):
         inputs = torch.randn(rows, 20), torch.randn(rows, 2), torch.arange(rows) % 3
         torch.testing.assert_close(program(*inputs), scorer.dense_arch(*inputs)[0])
+
+
+@pytest.mark.parametrize("kind", ["mlora", "domain_gate"])
+def test_rows_of_no_domain_are_scored_by_the_backbone(tmp_path: Path, kind: str) -> None:
+    """Of a column of strings: an unknown one, and null, in rows and in the context of candidates."""
+    scorer = Scorer(make(tmp_path, "mlp", kind, values=["home", "search"], unseen="backbone"))
+    row = tiny_table(1, 5).select(COLUMNS[:-1]).to_pylist()[0]
+    home, search, unknown, null = scorer.score([{**row, "domain": name} for name in ("home", "search", "cart", None)])
+    assert unknown == null and len({home, search, unknown}) == 3
+    assert scorer.score_candidates({"domain": "cart"}, [row])[0] == pytest.approx(unknown, abs=1e-6)
+    for linear in domain_linears(scorer.dense_arch).values():
+        for parameter in linear.domain_experts.parameters():
+            parameter.zero_()
+    assert scorer.score([{**row, "domain": "home"}])[0] == pytest.approx(unknown, abs=1e-6)
+    with pytest.raises(DataError, match=r"column .domain. .* has type int64; strings are needed"):
+        scorer.score([{**row, "domain": 1}])
 
 
 def test_domains_that_no_row_may_have_are_named(tmp_path: Path) -> None:

@@ -235,6 +235,20 @@ def test_grouped_figures_are_those_of_each_group_alone(world_size: int, exact_ex
         assert (together[0].auc_error > 0) == (exact_examples < 600)
 
 
+def test_the_bins_of_many_groups_take_no_more_memory_and_tell_their_error(process_group: None) -> None:
+    random = torch.Generator().manual_seed(3)
+    groups = torch.randint(0, 3, (3000,), generator=random) * 21_000
+    logits = torch.randn(3000, generator=random)
+    labels = (torch.rand(3000, generator=random) < 0.4).float()
+    metrics, exact = GroupedMetrics(2**16, exact_examples=10), GroupedMetrics(2**16)
+    for one in (metrics, exact):
+        one.update(logits, labels, groups)
+    assert metrics._bins is not None and metrics._bins.numel() == 2 * 2**22
+    found, truth = metrics.compute(), exact.compute()
+    for group in (0, 21_000, 42_000):
+        assert 0 < abs(found[group].auc - truth[group].auc) <= found[group].auc_error < 0.5  # type: ignore[operator]
+
+
 def test_a_group_of_one_class_has_no_auc(process_group: None) -> None:
     metrics = GroupedMetrics(2)
     metrics.update(torch.tensor([0.5, 1.0, -1.0]), torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0, 0, 1]))

@@ -118,6 +118,8 @@ def test_evaluate_reproduces_the_runs_test_figures_on_any_world_size(run: Path, 
     assert found["model"] == pytest.approx(summary["test"], abs=1e-6)
     for name, figures in summary["domains"].items():
         assert found["domains"][name] == pytest.approx(figures, abs=1e-6)
+    over, over_then = (it["reference"].pop("over_domains") for it in (found, summary))
+    assert over["wauc"] == pytest.approx(over_then["wauc"], abs=1e-6) and over["domains"] == 3
     assert {"column": "truth", **found["reference"]} == pytest.approx(summary["reference"], abs=1e-6)
     assert (found["split"], found["step"]) == ("test", 65)
 
@@ -231,6 +233,7 @@ def test_figures_over_domains_are_shown_and_recorded(run: Path) -> None:
     ]
     lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
     assert [line["over_domains"]["domains"] for line in lines] == [3] * len(lines)
+    assert summary["reference"]["over_domains"] == lines[-1]["over_domains"] != over
     assert summary["stages"]["joint"]["over_domains"]["wauc"] == lines[-3]["over_domains"]["wauc"]
 
 

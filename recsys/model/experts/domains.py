@@ -26,10 +26,12 @@ computed as one product of width E r. Nothing of size B x D_in x D_out is ever m
         y = tower(x[order])[order.argsort()]
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +44,8 @@ class _Rows:
 
     Attributes:
         expert: the one that all have.
-        ends: (n,) int32, where the rows of each domain end: sorted by it, each has the expert of its number.
+        ends: (n,) int32, where the rows of each domain end, or (n + 1,) with those of none: sorted by it, each has the
+            expert of its number.
         numbers: (B,) these numbers, rising.
         weights: (B, E) of any experts.
     """
@@ -54,10 +57,30 @@ class _Rows:
 
 
 class _Call:
-    """What the linears of a tower read of the call under way; no module, as it is nothing that a model holds."""
+    """What the linears of a tower read of the call under way; no module, as it is nothing that a model holds.
 
-    def __init__(self) -> None:
-        self.rows: _Rows | None = None
+    Each thread has a call of its own.
+    """
+
+    def __init__(self, *, with_others: bool) -> None:
+        self.with_others = with_others
+        self._thread = threading.local()
+
+    @property
+    def rows(self) -> _Rows | None:
+        """Of this thread's call; None without one, or where no row has experts."""
+        return getattr(self._thread, "rows", None)
+
+    @rows.setter
+    def rows(self, rows: _Rows | None) -> None:
+        self._thread.rows = rows
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Call":
+        """That of a copy, for which no call is under way."""
+        return _Call(with_others=self.with_others)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(_Call, with_others=self.with_others), ()
 
 
 def rank_of(out_features: int, reduction: int) -> int:
@@ -105,6 +128,7 @@ class DomainAdaptation(nn.Module):
         num_experts: E, None for one of each domain.
         gate: of a mixture; None where experts share a row's weight alike.
         shared_by: without a gate, or as long as it is not used: `own`, the experts of a row's domain, or `all`.
+        with_others: whether rows may be of no domain, which number n stands for: they have no expert.
 
     Raises:
         ValueError: fewer experts than domains, or a gate of other numbers.
@@ -125,6 +149,7 @@ class DomainAdaptation(nn.Module):
         gate: DomainGate | None = None,
         *,
         shared_by: Literal["own", "all"] = "own",
+        with_others: bool = False,
     ) -> None:
         super().__init__()
         self.num_domains, self.num_experts = num_domains, num_domains if num_experts is None else num_experts
@@ -138,7 +163,8 @@ class DomainAdaptation(nn.Module):
         self.gate, self.shared_by = gate, shared_by
         self.active, self.grouped = True, True
         self.expert: int | None = None
-        self._call = _Call()
+        self.with_others = with_others
+        self._call = _Call(with_others=with_others)
 
     @property
     def is_of_one(self) -> bool:
@@ -162,7 +188,13 @@ class DomainAdaptation(nn.Module):
             )  # `len` would be a constant of exports
         else:
             shared = (experts % self.num_domains == domains[:, None]).float()
-        shared = shared / shared.sum(1, keepdim=True)
+        if not self.with_others:
+            return self._gated(domains, features, shared / shared.sum(1, keepdim=True))
+        shared = shared / shared.sum(1, keepdim=True).clamp(min=1)
+        is_known = domains < self.num_domains
+        return self._gated(domains.clamp(max=self.num_domains - 1), features, shared) * is_known[:, None]
+
+    def _gated(self, domains: Tensor, features: Tensor | None, shared: Tensor) -> Tensor:
         return shared if self.gate is None else torch.where(self.gated, self.gate(domains, features), shared)
 
     @contextmanager
@@ -170,7 +202,7 @@ class DomainAdaptation(nn.Module):
         """Have all linears adapt the rows of the calls within.
 
         Args:
-            domains: of the rows, (B,) of 0 .. n - 1.
+            domains: of the rows, (B,) of 0 .. n - 1, and n for those of none.
             features: that the gate reads, (B, F); None where it reads none.
 
         Yields:
@@ -183,7 +215,8 @@ class DomainAdaptation(nn.Module):
             self._call.rows = _Rows(expert=self.expert)
         elif self._is_grouped(domains.device):
             order = domains.argsort(stable=True)
-            ends = torch.bincount(domains, minlength=self.num_domains).cumsum(0).to(torch.int32)
+            numbers = self.num_domains + self.with_others
+            ends = torch.bincount(domains, minlength=numbers).cumsum(0).to(torch.int32)
             self._call.rows = _Rows(ends=ends, numbers=domains.index_select(0, order))
         else:
             self._call.rows = _Rows(weights=self.weights(domains, features))
@@ -261,7 +294,7 @@ class DomainLinear(nn.Linear):
             if flat.dtype != torch.float64:  # which the product by groups does not know
                 return add(base, self._grouped(flat, rows.ends * each).view(base.shape))
             assert rows.numbers is not None
-            weights = F.one_hot(rows.numbers, len(rows.ends))
+            weights = F.one_hot(rows.numbers, len(rows.ends))[:, : len(self.domain_experts)]
         assert weights is not None
         weights = weights.repeat_interleave(each, 0) if each > 1 else weights
         return self._mixture(base.reshape(-1, self.out_features), flat, weights.to(flat.dtype)).view(base.shape)
@@ -314,7 +347,7 @@ class DomainLinear(nn.Linear):
 
     def _merged(self, x: Tensor, ends: Tensor, numbers: Tensor) -> Tensor:
         """The layer for x (B, ..., D_in), whose rows up to ends (E,) have the experts of their numbers (B,)."""
-        down, up, bias = (torch.stack(tensors) for tensors in self._experts())
+        down, up, bias = self._by_numbers()
         weights = torch.baddbmm(self.weight.expand(len(down), -1, -1), up, down)
         if self.bias is not None:
             bias = bias + self.bias
@@ -322,6 +355,13 @@ class DomainLinear(nn.Linear):
         shifts = bias.index_select(0, numbers if each == 1 else numbers.repeat_interleave(each))
         y = multiply_by_groups(x.reshape(-1, self.in_features), weights, ends * each)
         return y.add_(shifts).view(*x.shape[:-1], self.out_features)
+
+    def _by_numbers(self) -> list[Tensor]:
+        """A (E, r, D_in), B (E, D_out, r) and b (E, D_out) of all experts; last, where rows may be of none, zeros."""
+        experts = self._experts()
+        if self._call.with_others:
+            experts = tuple([*tensors, torch.zeros_like(tensors[0])] for tensors in experts)  # type: ignore[assignment]
+        return [torch.stack(tensors) for tensors in experts]
 
     def _mixture(self, base: Tensor, x: Tensor, weights: Tensor) -> Tensor:
         """(N, D_out) and what experts of weights (N, E) add to it for x (N, D_in)."""
@@ -333,7 +373,7 @@ class DomainLinear(nn.Linear):
 
     def _grouped(self, x: Tensor, ends: Tensor) -> Tensor:
         """What experts add to x (N, D_in), whose vectors up to ends (E,) are those of each in turn."""
-        down, up, bias = (torch.stack(tensors) for tensors in self._experts())
+        down, up, bias = self._by_numbers()
         hidden = multiply_by_groups(x, down, ends)
         hidden = torch.cat([hidden, hidden.new_ones(len(x), 1)], 1)  # which the biases are for
         return multiply_by_groups(hidden, torch.cat([up, bias[:, :, None]], 2), ends)

@@ -1,5 +1,6 @@
 """What the figures of runs come to, and which runs count."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,22 @@ def test_an_undefined_figure_of_one_run_leaves_no_mean_of_the_others(folder: Pat
     leave(cases[0].runs[0], auc=0.8)
     leave(cases[0].runs[1], auc=None)
     assert Figures(grid, cases).case_rows()[0]["test AUC"] == "-"
+
+
+def test_figures_over_domains_are_shown_and_compared_where_there_are_some(folder: Path) -> None:
+    question = {"question": "Which?", "baseline": "one", "cases": ["two"]}
+    grid = write_grid(folder, {"one": {}, "two": {}}, tables=[question], seeds=[17])
+    cases = cases_of(grid, Path("runs"))
+    for case in cases:
+        leave(case.runs[0], auc=0.8)
+        assert "test WAUC" not in Figures(grid, cases).case_rows()[0]
+    for case, wauc in zip(cases, (0.6, 0.7), strict=True):
+        path = case.runs[0].directory / "summary.json"
+        over = {"wauc": wauc, "worst_auc": wauc - 0.1}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"over_domains": over}))
+    figures = Figures(grid, cases)
+    shown = [(row["test WAUC"], row["worst domain"]) for row in figures.case_rows()]
+    assert shown == [("0.60000", "0.50000"), ("0.70000", "0.60000")]
+    (table,) = (part for part in figures.parts({}) if not isinstance(part, str) and "compared" in part[0])
+    assert "+1000.0" in table[0]["test WAUC, 10⁻⁴"]
+    assert "test WAUC" not in figures.case_rows(brief=True)[0]

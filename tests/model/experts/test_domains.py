@@ -1,6 +1,7 @@
 """MLoRA and MoE-MLoRA on linears: the properties of `DomainLinear` against formulas written out row by row."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -196,6 +197,37 @@ def test_rows_of_many_domains_are_as_in_batches_of_one(grouped: bool) -> None:
     torch.testing.assert_close(applied(tower, adaptation, x.double(), domains).float(), together, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["grouped", "merged", "all", "double", "gate"])
+def test_rows_of_no_domain_have_the_tower_alone(kind: str) -> None:
+    """And those of domains what they have without such rows."""
+    torch.manual_seed(5)
+    gate = DomainGate(N, 2 * N) if kind == "gate" else None
+    adaptation = DomainAdaptation(N, 2 * N if gate else None, gate, with_others=True)
+    tower = nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 5))
+    plain = copy.deepcopy(tower)
+    for place in (0, 2):
+        layer = adapt(tower[place], adaptation, 2, dropout=0.1 if kind == "grouped" else 0)  # type: ignore[arg-type]
+        for parameter in layer.domain_experts.parameters():
+            nn.init.normal_(parameter)
+    if gate is not None:
+        adaptation.use_gate()
+    adaptation.grouped = kind != "all"
+    x, domains = rows(count=300)
+    domains = torch.where(torch.arange(300) % 5 == 0, N, domains)
+    if kind == "grouped":
+        tower.eval()
+    if kind == "double":
+        for module in (tower, plain, adaptation):
+            module.double()
+        x = x.double()
+    with torch.set_grad_enabled(kind != "grouped"):
+        y = applied(tower, adaptation, x, domains)
+        torch.testing.assert_close(y[domains == N], plain(x[domains == N]), rtol=1e-5, atol=1e-5)
+        known = domains < N
+        torch.testing.assert_close(y[known], applied(tower, adaptation, x[known], domains[known]), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(y[known], plain(x[known]), atol=1e-2)
+
+
 def test_mlora_is_a_mixture_whose_gate_picks_the_domain() -> None:
     """With dropout of the base's output alone."""
     tower, adaptation = tower_of(num_features=0, dropout=0.3)
@@ -293,6 +325,8 @@ def test_experts_have_the_parameters_of_their_formula() -> None:
 def test_a_deep_copy_listens_to_its_own_adaptation() -> None:
     model = nn.ModuleList(tower_of())
     twin = copy.deepcopy(model)
+    assert twin[0][0]._call is twin[0][2]._call is twin[1]._call  # type: ignore[index]
+    assert pickle.loads(pickle.dumps(twin))[0][0]._call.rows is None
     x, domains = rows()
     with model[1].call(domains):  # type: ignore[operator]
         assert twin[0][0]._call.rows is None  # type: ignore[index]

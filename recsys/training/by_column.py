@@ -1,0 +1,261 @@
+"""Figures of the rows of each value of a column, such as a user's or a device's, in one pass over a split.
+
+The column need be nothing that the model reads. All is exact: what each rank has found is gathered on the first one,
+16 bytes for each row of the split.
+
+Shapes: N rows, G groups.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from recsys.data.order import Epoch
+from recsys.data.parquet import ParquetShards
+from recsys.data.storage import DataError
+from recsys.model.ranker import RankerOutput
+from recsys.runtime import Ranks
+from recsys.training.by_domain import LARGEST, WORST
+from recsys.training.metrics import aucs_by_group
+
+MOST_TOLD = 1000
+"""Groups that JSON has, those of the most rows; of more, the figures over all are told alone."""
+
+
+@dataclass(frozen=True)
+class GroupFigures:
+    """Figures of groups, those of the most rows first; NaN where there is none, as of rows of one class.
+
+    Attributes:
+        names: G values of the column; None is null.
+        rows: (G,).
+        positives: (G,).
+        auc: (G,).
+        log_loss: (G,).
+        calibration: (G,) sum of predictions over number of positives.
+    """
+
+    names: list[str | None]
+    rows: NDArray[np.int64]
+    positives: NDArray[np.int64]
+    auc: NDArray[np.float64]
+    log_loss: NDArray[np.float64]
+    calibration: NDArray[np.float64]
+
+    @property
+    def gauc(self) -> float:
+        """Mean AUC of the groups that have one, weighted by their rows (Zhu et al., KDD 2017); NaN without any."""
+        has = ~np.isnan(self.auc)
+        return float(self.auc[has] @ self.rows[has] / self.rows[has].sum()) if has.any() else float("nan")
+
+    @property
+    def mean_auc(self) -> float:
+        """Unweighted."""
+        has = ~np.isnan(self.auc)
+        return float(self.auc[has].mean()) if has.any() else float("nan")
+
+    @property
+    def one_class(self) -> int:
+        """Groups whose rows are all of one class."""
+        return int(np.isnan(self.auc).sum())
+
+    def line(self, column: str) -> str:
+        """In words."""
+        left_out = f"; {self.one_class:,} of one class are left out" if self.one_class else ""
+        if np.isnan(self.gauc):
+            return f"{column}: {len(self.names):,} values, none with rows of both classes"
+        return f"{column}: {len(self.names):,} values: gauc {self.gauc:.4f}  mean auc {self.mean_auc:.4f}{left_out}"
+
+    def table(self) -> tuple[list[dict[str, str]], str]:
+        """Rows of a table of the largest groups and the worst of the others, and its title."""
+        shown = np.arange(len(self.names))
+        if len(shown) > LARGEST + WORST:
+            others = shown[LARGEST:][~np.isnan(self.auc[LARGEST:])]
+            worst = others[np.argsort(self.auc[others], kind="stable")[:WORST]]
+            shown = np.concatenate([shown[:LARGEST], np.sort(worst)])
+        title = ""
+        if len(shown) < len(self.names):
+            title = f": the {LARGEST} largest, and the {len(shown) - LARGEST} worst of the other "
+            title += f"{len(self.names) - LARGEST:,}"
+        return [
+            {
+                "": "null" if (name := self.names[group]) is None else name,
+                "examples": f"{self.rows[group]:,}",
+                "positives": f"{self.positives[group]:,}",
+                **{
+                    figure.replace("_", " "): "-" if np.isnan(value := getattr(self, figure)[group]) else f"{value:.4f}"
+                    for figure in ("auc", "log_loss", "calibration")
+                },
+            }
+            for group in shown.tolist()
+        ], title
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: over all groups, and of the `MOST_TOLD` largest."""
+        figures = ("rows", "positives", "auc", "log_loss", "calibration")
+        told = range(min(len(self.names), MOST_TOLD))
+        groups = [{"value": self.names[n], **{of: _told(getattr(self, of)[n]) for of in figures}} for n in told]
+        over = {"gauc": _told(self.gauc), "mean_auc": _told(self.mean_auc), "one_class": self.one_class}
+        return {"values": len(self.names), **over, "groups": groups}
+
+
+class ByColumns:
+    """Takes the outputs of an evaluation, and then tells the figures by columns; the latter is a collective call.
+
+    Args:
+        columns: of the files of the split.
+        shards: the split, whose rows have labels.
+        epoch: the order of the evaluation.
+        ranks: this process among all.
+
+    Raises:
+        DataError: a file has no such column, or one that holds no single values.
+    """
+
+    def __init__(self, columns: Sequence[str], shards: ParquetShards, epoch: Epoch, ranks: Ranks) -> None:
+        self._columns, self._shards, self._epoch, self._ranks = tuple(columns), shards, epoch, ranks
+        self._outputs: list[tuple[Tensor, Tensor]] = []
+        for file, schema in zip(shards.files, shards.schemas, strict=True):
+            for name in self._columns:
+                if name not in schema.names:
+                    raise DataError(
+                        f"{file}: no column {name!r}, which --by asks for; it has {', '.join(schema.names)}"
+                    )
+                if pa.types.is_nested(kind := schema.field(name).type):
+                    raise DataError(f"{file}: column {name!r} is of {kind}; --by takes columns of single values")
+
+    def __call__(self, output: RankerOutput) -> None:
+        """A batch's, in order."""
+        self._outputs.append((output.logits.float().cpu(), output.labels.float().cpu()))
+
+    def compute(self) -> dict[str, GroupFigures]:
+        """By column; on all ranks but the first, of no groups."""
+        logits, labels = (torch.cat(parts) if parts else torch.empty(0) for parts in self._parts())
+        values = self._values()
+        found = {}
+        for name in self._columns:
+            codes, dictionary = _encoded(values[name])
+            if len(codes) != len(logits):
+                raise DataError(f"{len(codes)} values of {name!r}, but {len(logits)} rows were evaluated")
+            gathered = _on_first(codes, dictionary, logits.numpy(), labels.numpy())
+            found[name] = group_figures(*gathered)
+        return found
+
+    def _parts(self) -> tuple[list[Tensor], list[Tensor]]:
+        return [logits for logits, _ in self._outputs], [labels for _, labels in self._outputs]
+
+    def _values(self) -> dict[str, pa.ChunkedArray]:
+        """The columns in the order of this rank's rows, without those that batches leave out."""
+        shards, label = self._shards, self._shards.columns.parts["data.label"]
+        layout = label.layout(frozenset())
+        parts: dict[str, list[pa.Array]] = {name: [] for name in self._columns}
+        for window, *_ in self._epoch.pieces(self._ranks.rank):
+            for part in window.slices:
+                names = tuple(dict.fromkeys((*label.names, *self._columns)))
+                table = shards.table(part.row_group, names).slice(part.start, part.num_rows)
+                kept = ~np.isnan(label.decode(table.select(label.names), layout, shards.where(part.row_group)).labels)
+                table = table.filter(pa.array(kept))
+                for name in self._columns:
+                    parts[name] += pc.cast(table.column(name), pa.string()).chunks
+        return {name: pa.chunked_array(arrays, pa.string()) for name, arrays in parts.items()}
+
+
+def group_figures(
+    groups: NDArray[np.int64],
+    names: Sequence[str | None],
+    logits: NDArray[np.float32],
+    labels: NDArray[np.float32],
+) -> GroupFigures:
+    """Figures of each group of rows.
+
+    Args:
+        groups: (N,) of 0 .. G - 1.
+        names: of the G groups, each of which has rows.
+        logits: (N,).
+        labels: (N,) of 0 and 1.
+    """
+    count = len(names)
+    rows = np.bincount(groups, minlength=count)
+    positives = np.bincount(groups, labels == 1, count).astype(np.int64)
+    wide = logits.astype(np.float64)
+    loss = np.bincount(groups, np.logaddexp(0, wide) - labels * wide, count)
+    predicted = np.bincount(groups, 1 / (1 + np.exp(-wide)), count)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        calibration = np.where(positives, predicted / positives, np.nan)
+        log_loss = loss / rows
+    auc = aucs_by_group(groups, count, logits, labels == 1)
+    largest = np.argsort(-rows, kind="stable")
+    return GroupFigures(
+        names=[names[number] for number in largest.tolist()],
+        rows=rows[largest],
+        positives=positives[largest],
+        auc=auc[largest],
+        log_loss=log_loss[largest],
+        calibration=calibration[largest],
+    )
+
+
+def _encoded(values: pa.ChunkedArray) -> tuple[NDArray[np.int64], list[str | None]]:
+    """Numbers of values (N,), and the values by them."""
+    encoded = values.combine_chunks().dictionary_encode(null_encoding="encode")
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.combine_chunks()
+    return encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64), encoded.dictionary.to_pylist()
+
+
+def _on_first(
+    codes: NDArray[np.int64], dictionary: list[str | None], logits: NDArray[np.float32], labels: NDArray[np.float32]
+) -> tuple[NDArray[np.int64], list[str | None], NDArray[np.float32], NDArray[np.float32]]:
+    """Those of all ranks, under common numbers, on the first; none on the others. A collective call."""
+    texts = _gathered(np.frombuffer(json.dumps(dictionary).encode(), np.uint8))
+    all_codes, all_logits, all_labels = _gathered(codes), _gathered(logits), _gathered(labels)
+    numbers: dict[str | None, int] = {}
+    renumbered = [
+        np.array([numbers.setdefault(value, len(numbers)) for value in json.loads(text.tobytes())], np.int64)[own]
+        for text, own in zip(texts, all_codes, strict=True)
+    ]
+    if not renumbered:
+        return codes[:0], [], logits[:0], labels[:0]
+    return np.concatenate(renumbered), list(numbers), np.concatenate(all_logits), np.concatenate(all_labels)
+
+
+def _gathered(values: NDArray[Any]) -> list[NDArray[Any]]:
+    """Arrays (N,) of all ranks, N of each, on the first; an empty list on the others. A collective call."""
+    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    sizes[dist.get_rank()] = len(values)
+    dist.all_reduce(sizes)
+    padded = torch.zeros(int(sizes.max()), dtype=torch.from_numpy(values[:0].copy()).dtype)
+    padded[: len(values)] = torch.from_numpy(values.copy())
+    gathered = [torch.empty_like(padded) for _ in sizes] if dist.get_rank() == 0 else None
+    dist.gather(padded, gathered)
+    return [part[:size].numpy() for part, size in zip(gathered or [], sizes.tolist(), strict=False)]
+
+
+def _told(value: Any) -> Any:
+    """A number for JSON, None for NaN."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
+def taken_by(*takers: Callable[[RankerOutput], None]) -> Callable[[RankerOutput], None]:
+    """What gives an output to several."""
+
+    def take(output: RankerOutput) -> None:
+        for taker in takers:
+            taker(output)
+
+    return take
+
+
+def told_by_column(found: Mapping[str, GroupFigures]) -> dict[str, Any]:
+    """For JSON, under their key; empty without any."""
+    return {"by": {name: figures.as_dict() for name, figures in found.items()}} if found else {}
