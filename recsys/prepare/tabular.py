@@ -29,7 +29,6 @@ from recsys.config import (
     Text,
     VocabularyIdsConfig,
     read_yaml,
-    shortened,
     validate,
 )
 from recsys.data.applied import AppliedIds, marked
@@ -42,7 +41,7 @@ from recsys.prepare.mapping import ANY_ROW, mapped, vocabulary_file
 from recsys.prepare.parquet import ParquetFiles
 from recsys.prepare.selecting import Selection, no_rows
 from recsys.prepare.sources import check_free, new_data_set
-from recsys.prepare.splitting import SPLITS, Assign, ChoiceSection, Int64, SplitSchema, all_of, split_rule
+from recsys.prepare.splitting import SPLITS, Assign, ChoiceSection, SplitSchema, all_of, split_rule
 from recsys.prepare.text import BLOCK_BYTES, Malformed, Progress, TextFiles, TextFormat, quietly
 from recsys.prepare.vocabularies import ValueCounts
 
@@ -104,8 +103,7 @@ class ColumnSchema(ChoiceSection):
     `type`: `ints` and `strings` are lists, in CSV as a text with `separator` between the items, in JSON Lines an array,
     in Parquet a list. `source` is the name in the files, by default its own. A column with a `table` becomes ids and a
     sparse feature, one with `dense` a dense feature of these settings; one with neither is only carried along. Values
-    below `minimum` are raised to it. With `places_of`, which names all values that there are, the column holds their
-    places in that list, from 0, as a domain must.
+    below `minimum` are raised to it.
     """
 
     type: Literal["bool", "int", "float", "string", "timestamp", "ints", "strings"]
@@ -114,7 +112,6 @@ class ColumnSchema(ChoiceSection):
     table: Name | None = None
     dense: DenseFeatureConfig | None = None
     minimum: float | None = None
-    places_of: tuple[str | Int64, ...] | None = None
 
     @property
     def least_id(self) -> int | None:
@@ -146,11 +143,6 @@ class ColumnSchema(ChoiceSection):
                 raise ValueError(f"minimum of an int must be whole, not {self.minimum}")
             if not -(2.0**63) <= self.minimum < 2.0**63:
                 raise ValueError(f"minimum of an int must fit 64 bits, unlike {self.minimum}")
-        if self.places_of is not None:
-            if self.table is not None or self.dense is not None or self.minimum is not None:
-                raise ValueError("places are no feature: give the values to a column of their own, of the same source")
-            if not all_of(self.places_of, self.type) or len(set(self.places_of)) != len(self.places_of):
-                raise ValueError("places_of is for int and string, and names different values of that type")
         return self
 
 
@@ -282,17 +274,18 @@ class Schema(ChoiceSection):
     @model_validator(mode="after")
     def _references_resolve(self) -> Self:
         kinds = {name: column.type for name, column in self.read.items()}
-        placed = {name for name, column in self.read.items() if column.places_of is not None}
         label = None if self.label_expression.tree is not None else self.label
         by_value = ("int", "string") if self.split.by == "column" else ("int", "timestamp")
+        of_domain: tuple[str, ...] = ("int",)
+        if self.domain is not None and not self.domain.is_of_integers:
+            of_domain = ("int", "string") if self.domain.hashed else ("string",)
         for path, name, allowed in (
             ("label", label, ("bool", "int")),
             ("split.column", self.split.column, by_value),
-            ("domain.column", self.domain.column if self.domain else None, ("int",)),
+            ("domain.column", self.domain.column if self.domain else None, of_domain),
         ):
             ids = self.tables.get(self.sparse.get(name or "", ""))
-            kind = kinds.get(name or "") if name not in placed else "int" if path == "domain.column" else None
-            if name is not None and (kind not in allowed or (ids is not None and ids.ids != "keep")):
+            if name is not None and (kinds.get(name) not in allowed or (ids is not None and ids.ids != "keep")):
                 raise ValueError(f"{path}: {name!r} is no column of type {' or '.join(allowed)}, or its values change")
         if self.boundaries and self.boundaries[0] > self.boundaries[1]:
             raise ValueError("split.boundaries: test begins before valid")
@@ -537,8 +530,6 @@ def _meanings(types: pa.Schema, schema: Schema, written: _Written) -> dict[str, 
             told[name] |= {"size": written.sizes[name], "meaning": how[table.ids]}
         if name in written.unknown:
             told[name]["out_of_vocabulary"] = written.unknown[name]
-        if column.places_of is not None:
-            told[name]["values"] = list(column.places_of)
     if schema.label_column not in told:
         told[schema.label_column] = {"type": str(types.field(schema.label_column).type), "meaning": schema.label}
     return told
@@ -560,26 +551,16 @@ def _typed(table: pa.Table, schema: Schema) -> pa.Table:
     expression, condition = schema.label_expression, schema.condition
     chosen = pc.fill_null(_evaluated(condition, columns, schema), False) if condition else pa.scalar(True)
     label = columns[schema.label] if expression.tree is None else _evaluated(expression, columns, schema)
-    needed, domain = {schema.label_column: label}, schema.domain.column if schema.domain else None
-    needed |= {name: columns[name] for name in (schema.split.column, domain) if name is not None}
+    needed, domain = {schema.label_column: label}, schema.domain
+    of_domain = domain.column if domain and domain.unseen == "error" else None
+    needed |= {name: columns[name] for name in (schema.split.column, of_domain) if name is not None}
     for name, values in needed.items():
         if pc.any(pc.and_(chosen, values.is_null()), min_count=0).as_py():
             raise Malformed(f"column {name!r}: no value")
-    for name, column in schema.read.items():
-        if column.places_of is not None:
-            columns[name] = _places_of(pc.if_else(chosen, columns[name], None), column.places_of, name)
     label = pc.if_else(chosen, label, None)
     if not pc.all(pc.is_in(label.drop_null(), pa.array([0, 1]).cast(label.type)), min_count=0).as_py():
         raise Malformed(f"column {schema.label_column!r}: the label is neither 0 nor 1")
     return pa.table({**columns, schema.label_column: label.cast(pa.int8())})
-
-
-def _places_of(values: pa.Array, known: Sequence[str | int], name: str) -> pa.Array:
-    places = pc.index_in(values, pa.array(known, values.type), skip_nulls=True)
-    if places.null_count > values.null_count:
-        unknown = values.filter(pc.and_(places.is_null(), values.is_valid()))[0].as_py()
-        raise Malformed(f"column {name!r}: {shortened(str(unknown))!r} is none of places_of")
-    return places.cast(pa.int64())
 
 
 def _evaluated(expression: Expression, columns: Mapping[str, pa.Array], schema: Schema) -> pa.Array:

@@ -88,22 +88,18 @@ def test_a_label_is_what_its_expression_says_of_the_raw_values(tmp_path: Path) -
 
 
 def test_rows_that_are_left_out_need_neither_label_nor_domain(tmp_path: Path) -> None:
-    columns = SCHEMA["columns"] | {"where": {"type": "string", "source": "user", "places_of": ["u3", "u0"]}}
-    told = convert(
-        tmp_path,
-        write(tmp_path / "log.csv", RAW),
-        block_bytes=500,
-        columns=columns,
-        where="rating != 3 and user in ('u0', 'u3')",
-        domain={"column": "where", "num_domains": 2},
-    )
+    path, domain = write(tmp_path / "log.csv", RAW), {"column": "user", "values": ["u3", "u0"]}
+    told = convert(tmp_path, path, block_bytes=500, where="rating != 3 and user in ('u0', 'u3')", domain=domain)
     rows = [row for row in RAW if row["rating"] not in (None, 3) and row["user"] in ("u0", "u3")]
     assert read(tmp_path)["train"] == [row["row"] for row in rows]
-    assert read(tmp_path, "where")["train"] == [["u3", "u0"].index(row["user"]) for row in rows]
-    assert told["columns"]["where"]["values"] == ["u3", "u0"] and told["left_out"]["where"] == ROWS - len(rows)
-    line = 2 + next(row["row"] for row in RAW if row["rating"] is not None and row["user"] not in ("u0", "u3", None))
-    with pytest.raises(DataError, match=rf"line {line}: column 'where': 'u\d' is none of places_of"):
-        convert(tmp_path, write(tmp_path / "log.csv", RAW), columns=columns, where="rating > 0 and user == user")
+    assert read(tmp_path, "user")["train"] == [row["user"] for row in rows]
+    assert told["left_out"]["where"] == ROWS - len(rows)
+    assert yaml.safe_load((tmp_path / "out/dataset.yaml").read_text())["data"]["domain"]["values"] == ["u3", "u0"]
+    line = 2 + next(row["row"] for row in RATED if row["user"] is None)
+    with pytest.raises(DataError, match=rf"line {line}: column 'user': no value"):
+        convert(tmp_path, path, where="rating > 0", domain=domain)
+    convert(tmp_path, path, where="rating > 0", domain=domain | {"unseen": "backbone"})
+    assert read(tmp_path)["train"] == [row["row"] for row in RATED]
 
 
 @pytest.mark.parametrize("block_bytes", [400, 1 << 20])
@@ -201,18 +197,7 @@ DOMAIN = {"domain": {"column": "part", "num_domains": 4}}
             "split.values: they are not of the type of 'part'",
         ),
         ({"split": {"by": "permutation", "column": "part"}}, "split: column has no meaning with by permutation"),
-        (
-            {"columns": SCHEMA["columns"] | {"part": {"type": "int", "places_of": [1, "2"]}}},
-            "columns.part: places_of is for int and string, and names different values of that type",
-        ),
-        (
-            {"columns": SCHEMA["columns"] | {"item": {"type": "int", "table": "item", "places_of": [1]}}},
-            "columns.item: places are no feature: give the values to a column of their own, of the same source",
-        ),
-        (
-            {"columns": SCHEMA["columns"] | {"part": {"type": "int", "places_of": [1]}}, "label": "part"},
-            "label: 'part' is no column of type bool or int, or its values change",
-        ),
+        ({"domain": {"column": "part", "values": ["a"]}}, "domain.column: 'part' is no column of type string"),
         (
             {"columns": SCHEMA["columns"] | {"also": {"type": "string", "source": "part"}}},
             "columns.part: another column of the same source has another type",
