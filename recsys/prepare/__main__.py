@@ -69,11 +69,19 @@ def _add_converters(commands: "argparse._SubParsersAction[ArgumentParser]", outp
     replace.add_argument("--overwrite", action="store_true", help="replace the data set that is there")
     text = ArgumentParser(add_help=False)
     text.add_argument(
-        "--source", type=_path, nargs="+", required=True, metavar="FILE", help="text files, also .gz, .bz2, .zst"
+        "--source",
+        type=_path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="text, also .gz, .bz2, .zst; csv: also Parquet",
     )
     text.add_argument("--skip-malformed", action="store_true", help="leave out and count rows that are wrong")
     text.add_argument(
-        "--max-values", type=int, default=MAX_VALUES, help="different values to count for all vocabularies together"
+        "--max-values",
+        type=int,
+        default=MAX_VALUES,
+        help="different values to count for all vocabularies together, and different keys to hold",
     )
 
     converters = {
@@ -112,7 +120,9 @@ def _add_converters(commands: "argparse._SubParsersAction[ArgumentParser]", outp
     criteo.add_argument("--embedding-dim", type=int, default=writing.EMBEDDING_DIM, help="that dataset.yaml says")
     criteo.set_defaults(run=_criteo)
 
-    csv = commands.add_parser("csv", parents=[output, replace, text], help="any CSV or JSON Lines, by a schema")
+    csv = commands.add_parser(
+        "csv", parents=[output, replace, text], help="any CSV, JSON Lines or Parquet, by a schema"
+    )
     csv.add_argument("--schema", type=_path, required=True, help="YAML file that says what is in the files")
     csv.set_defaults(run=lambda options: _text(options, options.source, load_schema(options.schema)))
 
@@ -378,6 +388,8 @@ def _report(output: Path) -> None:
     ]
     console = Console(soft_wrap=True)
     say(console, table(rows))
+    for by, count in summary.get("left_out", {}).items():
+        console.print(f"{by}: {count:,} rows left out", highlight=False, markup=False)
     for file, count in summary.get("skipped", {}).items():
         console.print(f"{file}: {count:,} malformed rows left out", highlight=False, markup=False)
     for file in summary.get("empty", []):

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from recsys.config import DenseFeatureConfig
-from recsys.prepare.tabular import ColumnSchema, Schema, SplitSchema, TableSchema
+from recsys.prepare.splitting import SplitSchema
+from recsys.prepare.tabular import ColumnSchema, Schema, TableSchema
 from recsys.prepare.writing import EMBEDDING_DIM
 
 INTEGERS = tuple(f"I{number}" for number in range(1, 14))

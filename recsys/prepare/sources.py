@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -160,17 +161,24 @@ class SourceFile:
         raise DataError(f"{self.path} holds no rows that can be read; {self.where}")
 
 
-def split_at_random(rows: int) -> dict[str, Ints]:
-    """Split rows by the permutation `numpy.random.default_rng(2024).permutation(rows)`.
+def split_at_random(rows: int, *, seed: int = _SPLIT_SEED, valid: float = 0.1, test: float = 0.1) -> dict[str, Ints]:
+    """Split rows by the permutation `numpy.random.default_rng(seed).permutation(rows)`; by default 80 / 10 / 10.
+
+    Args:
+        rows: how many there are.
+        seed: of the permutation.
+        valid: share of the rows, as the decimal number that it is written as.
+        test: likewise; both together less than 1.
 
     Returns:
-        The rows of each split, in the order of the permutation: the first 80 %, rounded down, are train, the
-        first half of the rest, rounded down, is valid, and what is left is test.
+        The rows of each split, in the order of the permutation: the first ones are train, in number the share that is
+        left to it, rounded down; valid has its share of the rest, rounded down, and test what is left.
     """
-    order = np.random.default_rng(_SPLIT_SEED).permutation(rows)
-    train = rows * 8 // 10
-    valid = train + (rows - train) // 2
-    return {"train": order[:train], "valid": order[train:valid], "test": order[valid:]}
+    order = np.random.default_rng(seed).permutation(rows)
+    share, held_out = Fraction(str(valid)), Fraction(str(valid)) + Fraction(str(test))
+    train = int(rows * (1 - held_out))
+    end = train + (int((rows - train) * share / held_out) if held_out else 0)
+    return {"train": order[:train], "valid": order[train:end], "test": order[end:]}
 
 
 def split_by_time(user: Ints, timestamp: Ints) -> dict[str, Ints]:

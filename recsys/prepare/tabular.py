@@ -1,12 +1,11 @@
-"""Any CSV or JSON Lines to a data set: a schema says what the columns are, and files of any size are read in blocks.
+"""Any CSV, JSON Lines or Parquet to a data set: a schema says what the columns are, and files are read in blocks.
 
-The files are read up to three times: for the borders of the splits, for the vocabularies, and to write.
+The files, of any size, are read up to four times: for the last rows of keys, for the borders of the splits, for the
+vocabularies, and to write.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -26,8 +25,6 @@ from recsys.config import (
     ListTextConfig,
     Name,
     Salt,
-    Section,
-    Seed,
     SparseFeatureConfig,
     Text,
     VocabularyIdsConfig,
@@ -37,23 +34,22 @@ from recsys.config import (
 from recsys.data.applied import AppliedIds, marked
 from recsys.data.arrow import is_list, raised, split_texts, whole
 from recsys.data.ids import IdMapping, PlainIds, VocabularyIds, build_ids
-from recsys.data.storage import DataError
+from recsys.data.labels import Expression, parse_expression
 from recsys.data.vocabulary import Vocabulary
 from recsys.prepare import writing
 from recsys.prepare.mapping import ANY_ROW, mapped, vocabulary_file
+from recsys.prepare.parquet import ParquetFiles
+from recsys.prepare.selecting import Selection, no_rows
 from recsys.prepare.sources import check_free, new_data_set
-from recsys.prepare.text import BLOCK_BYTES, Block, Malformed, Progress, TextFiles, TextFormat, quietly
+from recsys.prepare.splitting import SPLITS, Assign, ChoiceSection, SplitSchema, all_of, split_rule
+from recsys.prepare.text import BLOCK_BYTES, Malformed, Progress, TextFiles, TextFormat, quietly
 from recsys.prepare.vocabularies import ValueCounts
 
 MAX_VALUES = 50_000_000
 """Different values that are counted for all vocabularies together, unless the caller says otherwise."""
 
-SPLITS = ("train", "valid", "test")
 _ROW_GROUP_ROWS = 16_384
-_SAMPLE_ROWS = 1 << 20
 
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 _TYPES = {
     "bool": pa.bool_(),
     "int": pa.int64(),
@@ -63,14 +59,7 @@ _TYPES = {
 }
 
 
-class _Section(Section):
-    def _refuse_idle(self, choice: str, taken: set[str]) -> None:
-        """Refuse settings that mean nothing with what `choice` says."""
-        if idle := self.model_fields_set - taken - {choice}:
-            raise ValueError(f"{min(idle)} has no meaning with {choice} {getattr(self, choice)}; remove it")
-
-
-class TableSchema(_Section):
+class TableSchema(ChoiceSection):
     """How values become rows of one embedding table.
 
     `ids`: `keep` (whole numbers from 0), `vocabulary` (from 1 by descending count in the train split, ties by value, of
@@ -96,7 +85,7 @@ class TableSchema(_Section):
     def _settings_matter(self) -> Self:
         if (self.ids == "hash") != (self.buckets is not None):
             raise ValueError("ids hash needs buckets, and nothing else takes them")
-        self._refuse_idle("ids", {"vocabulary": {"min_count"}, "hash": {"buckets", "salt"}}.get(self.ids, set()))
+        self.refuse_idle("ids", {"vocabulary": {"min_count"}, "hash": {"buckets", "salt"}}.get(self.ids, set()))
         return self
 
     def ids_of(self, name: str) -> HashIdsConfig | VocabularyIdsConfig | None:
@@ -108,13 +97,13 @@ class TableSchema(_Section):
         return None
 
 
-class ColumnSchema(_Section):
+class ColumnSchema(ChoiceSection):
     """One column.
 
-    `type`: `ints` and `strings` are lists, in CSV as a text with `separator` between the items, in JSON Lines an array.
-    `source` is the name in the files, by default its own. A column with a `table` becomes ids and a sparse feature, one
-    with `dense` a dense feature of these settings; one with neither is only carried along. Values below `minimum` are
-    raised to it.
+    `type`: `ints` and `strings` are lists, in CSV as a text with `separator` between the items, in JSON Lines an array,
+    in Parquet a list. `source` is the name in the files, by default its own. A column with a `table` becomes ids and a
+    sparse feature, one with `dense` a dense feature of these settings; one with neither is only carried along. Values
+    below `minimum` are raised to it.
     """
 
     type: Literal["bool", "int", "float", "string", "timestamp", "ints", "strings"]
@@ -157,58 +146,26 @@ class ColumnSchema(_Section):
         return self
 
 
-class SplitSchema(_Section):
-    """Which rows are train, valid and test.
-
-    `by`: `random` draws each row under `seed`; `order` takes the last lines of all files, in the order in which they
-    are given; `time` the rows of the last times of `column`, or those from `boundaries` on: the first moment of valid
-    and that of test. `valid` and `test` are shares. `file` goes by the files' names, as the patterns `valid_files` and
-    `test_files` have them; of a file that both name, the first half is valid.
-    """
-
-    by: Literal["random", "order", "time", "file"] = "random"
-    valid: Share = 0.1
-    test: Share = 0.1
-    seed: Seed = 17
-    column: Name | None = None
-    boundaries: tuple[str | Int64, str | Int64] | None = None
-    valid_files: tuple[str, ...] = ()
-    test_files: tuple[str, ...] = ()
-
-    @model_validator(mode="after")
-    def _settings_matter(self) -> Self:
-        shares = {"valid", "test"}
-        taken = {
-            "random": {*shares, "seed"},
-            "order": shares,
-            "time": {"column", "boundaries"} if self.boundaries else {"column", "boundaries", *shares},
-            "file": {"valid_files", "test_files"},
-        }
-        self._refuse_idle("by", taken[self.by])
-        if self.valid + self.test >= 1:
-            raise ValueError(f"valid {self.valid} and test {self.test} leave nothing to train on")
-        if self.by == "time" and self.column is None:
-            raise ValueError("a split by time needs the column that says the time")
-        if self.by == "file" and not (self.valid_files or self.test_files):
-            raise ValueError("a split by file needs valid_files or test_files")
-        return self
-
-
-class Schema(_Section):
+class Schema(ChoiceSection):
     """What is in the files, and what becomes of it.
 
     `columns` are by the names they get. Without a `header` they stand in the files' order and `null` passes one over;
-    with one, and in JSON Lines, columns that are not named are passed over.
+    with one, in JSON Lines and in Parquet, columns that are not named are passed over. `label` is a column, or an
+    expression over columns (`recsys.data.labels`), which makes a column `label`. Rows are left out for which the
+    expression `where` is false or unknown; then, of rows with equal values in the columns `keep_last_of`, all but the
+    last in the order of the files.
     """
 
     name: Text
-    format: Literal["csv", "jsonl"] = "csv"
+    format: Literal["csv", "jsonl", "parquet"] = "csv"
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
     quote: Annotated[str, Field(min_length=1, max_length=1)] | None = '"'
     header: bool = True
     nulls: tuple[str, ...] = ("",)
     timestamp_format: str | None = None
-    label: Name
+    label: Text
+    where: Text | None = None
+    keep_last_of: tuple[Name, ...] = ()
     domain: DomainConfig | None = None
     tables: dict[Name, TableSchema] = Field(default_factory=dict)
     columns: Annotated[dict[Name, ColumnSchema | None], Field(min_length=1)]
@@ -219,6 +176,45 @@ class Schema(_Section):
     def read(self) -> dict[str, ColumnSchema]:
         """The columns that are not passed over."""
         return {name: column for name, column in self.columns.items() if column is not None}
+
+    @property
+    def label_column(self) -> str:
+        """The column of the shards that has the label."""
+        return self.label if self.label_expression.tree is None else "label"
+
+    @property
+    def label_expression(self) -> Expression:
+        """The label as it is made of raw values.
+
+        Raises:
+            ConfigError: it is neither a name nor an expression.
+        """
+        return parse_expression(self.label, source="label")
+
+    @property
+    def condition(self) -> Expression | None:
+        """What rows that are kept fulfil, if not all are.
+
+        Raises:
+            ConfigError: it is neither a name nor an expression.
+        """
+        return None if self.where is None else parse_expression(self.where, source="where")
+
+    @property
+    def sources(self) -> dict[str, pa.DataType]:
+        """What each column that is read is parsed as, by its name in the files.
+
+        Raises:
+            ValueError: columns of one source have different types.
+        """
+        types: dict[str, pa.DataType] = {}
+        for name, column in self.read.items():
+            kind = _TYPES.get(column.type, pa.string())  # a list in CSV is a text until it is split
+            if self.format != "csv" and column.is_list:
+                kind = pa.list_(_TYPES[column.type.removesuffix("s")])
+            if types.setdefault(column.source or name, kind) != kind:
+                raise ValueError(f"columns.{name}: another column of the same source has another type")
+        return types
 
     @property
     def sparse(self) -> dict[str, str]:
@@ -278,16 +274,26 @@ class Schema(_Section):
     @model_validator(mode="after")
     def _references_resolve(self) -> Self:
         kinds = {name: column.type for name, column in self.read.items()}
+        label = None if self.label_expression.tree is not None else self.label
+        by_value = ("int", "string") if self.split.by == "column" else ("int", "timestamp")
+        of_domain: tuple[str, ...] = ("int",)
+        if self.domain is not None and not self.domain.is_of_integers:
+            of_domain = ("int", "string") if self.domain.hashed else ("string",)
         for path, name, allowed in (
-            ("label", self.label, ("bool", "int")),
-            ("split.column", self.split.column, ("int", "timestamp")),
-            ("domain.column", self.domain.column if self.domain else None, ("int",)),
+            ("label", label, ("bool", "int")),
+            ("split.column", self.split.column, by_value),
+            ("domain.column", self.domain.column if self.domain else None, of_domain),
         ):
             ids = self.tables.get(self.sparse.get(name or "", ""))
             if name is not None and (kinds.get(name) not in allowed or (ids is not None and ids.ids != "keep")):
                 raise ValueError(f"{path}: {name!r} is no column of type {' or '.join(allowed)}, or its values change")
         if self.boundaries and self.boundaries[0] > self.boundaries[1]:
             raise ValueError("split.boundaries: test begins before valid")
+        if self.split.by == "column" and not all_of(tuple(self.split.split_of), kinds[self.split.column or ""]):
+            raise ValueError(f"split.values: they are not of the type of {self.split.column!r}")
+        for name in self.keep_last_of:
+            if kinds.get(name) not in ("bool", "int", "string", "timestamp"):
+                raise ValueError(f"keep_last_of: {name!r} is no column of type bool, int, string or timestamp")
         if not self.sparse:
             raise ValueError("columns: none has a table, and a model needs one")
         kinds_of: dict[str, tuple[str, str]] = {}
@@ -304,12 +310,33 @@ class Schema(_Section):
                 raise ValueError(f"columns.{name}: ids of {kinds[name]} cannot be kept; hash them or use a vocabulary")
         if unused := set(self.tables) - set(self.sparse.values()):
             raise ValueError(f"tables.{min(unused)}: no column uses this table; remove it")
-        if self.format == "jsonl" and (
+        if self.format != "csv" and (
             idle := {"delimiter", "quote", "header", "nulls", "timestamp_format"} & (self.model_fields_set)
         ):
-            raise ValueError(f"{min(idle)}: JSON Lines have none; remove it")
+            have = {"jsonl": "JSON Lines have", "parquet": "Parquet has"}[self.format]
+            raise ValueError(f"{min(idle)}: {have} none; remove it")
         if not self.header and any(column.source for column in self.read.values()):
             raise ValueError("columns: without a header, columns have no source; their order is that of the files")
+        _ = self.sources
+        return self
+
+    @model_validator(mode="after")
+    def _expressions_can_be_evaluated(self) -> Self:
+        if self.label_expression.tree is not None and "label" in self.read:
+            raise ValueError("label: the expression makes a column of this name; give columns.label another")
+        for path, expression in (("label", self.label_expression), ("where", self.condition)):
+            for name in expression.columns if expression else ():
+                if name not in self.read or self.read[name].is_list:
+                    raise ValueError(f"{path}: {name!r} is no column, or one of lists")
+            if expression is None or (path == "label" and expression.tree is None):
+                continue
+            empty = {name: pa.array([], _TYPES[self.read[name].type]) for name in expression.columns}
+            try:
+                kind = expression.evaluate(empty).type
+            except pa.ArrowException as error:
+                raise ValueError(f"{path}: {error}") from None
+            if not pa.types.is_boolean(kind):
+                raise ValueError(f"{path}: {expression.text!r} has type {kind}, which is no truth value; compare it")
         return self
 
 
@@ -334,17 +361,18 @@ def convert_text(
     progress: Progress = quietly,
     block_bytes: int = BLOCK_BYTES,
 ) -> None:
-    """Convert text files to Parquet shards, in memory that does not grow with the rows.
+    """Convert files to Parquet shards, in memory that does not grow with the rows.
 
-    It grows with the vocabularies alone, which `max_values` bounds.
+    It grows with the vocabularies, and with the keys of `keep_last_of`, which `max_values` bounds each; beside these,
+    such keys and a split by permutation take a byte of each row, and 8 more while rows are permuted.
 
     Args:
-        sources: the files, in the order that a split by order goes by; `.gz`, `.bz2` and `.zst` ones are unpacked.
+        sources: the files, in the order that a split by order goes by; text in `.gz`, `.bz2` and `.zst` is unpacked.
         output: becomes the data set. Each vocabulary is in `vocabularies/<table>.parquet`, from id 1.
         schema: what is in the files.
         skip_malformed: leave out rows that are wrong and count them in `dataset.json`, instead of refusing them.
         overwrite: replace the data set that is at `output`.
-        max_values: different values to count for all vocabularies together.
+        max_values: different values to count for all vocabularies together, and different keys of `keep_last_of`.
         progress: told after each block.
         block_bytes: text that is parsed at once.
 
@@ -354,32 +382,24 @@ def convert_text(
         DataError: a file, line or column does not say what it should, or there are more values than `max_values`.
     """
     check_free(output, overwrite)
-    files = TextFiles(
-        sources,
-        _text_format(schema),
-        lambda table: _typed(table, schema),
-        skip_malformed=skip_malformed,
-        block_bytes=block_bytes,
-        progress=progress,
-    )
-    start = _split_rule(schema, files)
-    vocabularies = _count(files, schema, start, max_values)
+    files = _files(sources, schema, skip_malformed=skip_malformed, block_bytes=block_bytes, progress=progress)
+    selection = Selection(files, schema.label_column if schema.where else None, schema.keep_last_of, max_values)
+    start = split_rule(schema.split, schema.boundaries, selection)
+    vocabularies = _count(selection, schema, start, max_values)
     features = schema.sparse_features
     mappings = {name: build_ids(it, ANY_ROW, vocabularies.get(it.table)) for name, it in features.items()}
     with new_data_set(output, overwrite=overwrite) as stage:
         for name, vocabulary in vocabularies.items():
             vocabulary.write(stage / vocabulary_file(name))
-        written = _write(files, schema, mappings, start(), stage)
+        written = _write(selection, schema, mappings, start(), stage)
         if not written.splits["train"]["rows"]:
-            rows = sum(split["rows"] for split in written.splits.values())
-            if not rows and not any(files.skipped):
-                raise DataError(f"{', '.join(map(str, sources))}: no rows")
-            raise DataError(f"no row is in the train split, of {rows} in all")
+            raise no_rows(selection, sum(split["rows"] for split in written.splits.values()))
         summary = {
             "name": schema.name,
             "columns": _meanings(pq.read_schema(writing.part_path(stage, "train", 0)), schema, written),
             "vocabularies": {name: vocabulary_file(name) for name in vocabularies},
             "splits": written.splits,
+            "left_out": {by: count for by, count in selection.left_out.items() if count},
             "skipped": {str(path): count for path, count in zip(sources, files.skipped, strict=True) if count},
             "empty": [
                 str(path)
@@ -394,98 +414,46 @@ def convert_text(
             sparse=features,
             dense=schema.dense_features,
             data={
-                "label": schema.label,
+                "label": schema.label_column,
                 **({"domain": schema.domain.model_dump(mode="json", exclude_none=True)} if schema.domain else {}),
             },
             embedding_dim=schema.embedding_dim,
         )
 
 
-_Assign = Callable[[Block], NDArray[np.int64]]
-"""The split of each row of a block, as its place in SPLITS."""
+def _files(
+    paths: Sequence[Path], schema: Schema, *, skip_malformed: bool, block_bytes: int, progress: Progress
+) -> TextFiles | ParquetFiles:
+    def convert(table: pa.Table) -> pa.Table:
+        return _typed(table, schema)
+
+    if schema.format == "parquet":
+        return ParquetFiles(paths, schema.sources, convert, skip_malformed=skip_malformed, progress=progress)
+    return TextFiles(
+        paths,
+        TextFormat(
+            schema.sources,
+            names=None if schema.header else list(schema.columns),
+            json=schema.format == "jsonl",
+            delimiter=schema.delimiter,
+            quote=schema.quote,
+            nulls=schema.nulls,
+            timestamp_format=schema.timestamp_format,
+        ),
+        convert,
+        skip_malformed=skip_malformed,
+        block_bytes=block_bytes,
+        progress=progress,
+    )
 
 
-def _split_rule(schema: Schema, files: TextFiles) -> Callable[[], _Assign]:
-    """What begins a pass over the files, in which the same rows get the same splits each time."""
-    split = schema.split
-    if split.by == "random":
-        edges = np.array([1 - split.valid - split.test, 1 - split.test])
-
-        def draw() -> _Assign:
-            rng = np.random.default_rng(split.seed)
-            return lambda block: np.searchsorted(edges, rng.random(len(block.table)), side="right")
-
-        return draw
-    if split.by == "time":
-        assert split.column is not None
-        column, moments = split.column, schema.boundaries or _quantiles(split, split.column, files)
-        return lambda: lambda block: np.searchsorted(moments, _times(block, column), side="right")
-    ends = _ends_by_order(split, files) if split.by == "order" else _ends_by_file(split, files)
-    return lambda: lambda block: np.searchsorted(ends[block.file], block.lines, side="left")
-
-
-def _ends_by_order(split: SplitSchema, files: TextFiles) -> list[tuple[float, float]]:
-    """The last line of train and that of valid, for each file and counted in it."""
-    lines = files.row_lines("counting rows")
-    rows = sum(last - first + 1 for first, last in lines)
-    test, valid = round(rows * split.test), round(rows * split.valid)
-    ends: list[tuple[float, float]] = []
-    before = 0
-    for first, last in lines:
-        end = rows - test - before + first - 1
-        ends.append((end - valid, end))
-        before += last - first + 1
-    return ends
-
-
-def _ends_by_file(split: SplitSchema, files: TextFiles) -> list[tuple[float, float]]:
-    """As `_ends_by_order`."""
-    held_out = []
-    for key, patterns in (("valid_files", split.valid_files), ("test_files", split.test_files)):
-        for pattern in patterns:
-            if not any(fnmatch(path.name, pattern) for path in files.paths):
-                raise DataError(f"split.{key}: no source is named {pattern!r}")
-        held_out.append([any(fnmatch(path.name, pattern) for pattern in patterns) for path in files.paths])
-    ends = []
-    for path, valid, test in zip(files.paths, *held_out, strict=True):
-        if valid and test:
-            (span,) = replace(files, paths=[path]).row_lines(f"counting rows of {path.name}")
-            ends.append((0.0, sum(span) / 2))
-        else:
-            ends.append((0.0, np.inf) if valid else (0.0, 0.0) if test else (np.inf, np.inf))
-    return ends
-
-
-def _times(block: Block, column: str) -> NDArray[np.int64]:
-    times: NDArray[np.int64] = block.table[column].cast(pa.int64()).to_numpy()
-    return times
-
-
-def _quantiles(split: SplitSchema, column: str, files: TextFiles) -> tuple[int, int]:
-    """The first time of valid and that of test, so that the splits have their shares of the rows."""
-    # Every row's time up to a million rows, then every second one's, every fourth one's and so on.
-    sample, stride, seen = np.empty(0, np.int64), 1, 0
-    for block in files.blocks("reading times"):
-        times = _times(block, column)
-        sample = np.concatenate([sample, times[-seen % stride :: stride]])
-        seen += len(times)
-        while len(sample) > _SAMPLE_ROWS:
-            sample, stride = sample[::2], stride * 2
-    if not len(sample):
-        raise DataError(f"{', '.join(map(str, files.paths))}: no rows")
-    sample.sort()
-    sample = np.append(sample, sample[-1] + 1)  # where a share of 0 begins
-    valid, test = (round((len(sample) - 1) * share) for share in (1 - split.valid - split.test, 1 - split.test))
-    return int(sample[valid]), int(sample[test])
-
-
-def _count(files: TextFiles, schema: Schema, start: Callable[[], _Assign], limit: int) -> dict[str, Vocabulary]:
+def _count(selection: Selection, schema: Schema, start: Callable[[], Assign], limit: int) -> dict[str, Vocabulary]:
     """The vocabulary of each table that has one, counted in the train split."""
     tables = {name: table for name, table in schema.tables.items() if table.ids == "vocabulary"}
     if not tables:
         return {}
     assign, counts = start(), ValueCounts(tables, limit)
-    for block in files.blocks("counting values"):
+    for block in selection.blocks("counting values"):
         train = _rows(block.table, assign(block) == 0)
         for name, table in schema.sparse.items():
             if table in tables:
@@ -508,7 +476,7 @@ class _Written(NamedTuple):
 
 
 def _write(
-    files: TextFiles, schema: Schema, mappings: Mapping[str, IdMapping], assign: _Assign, stage: Path
+    selection: Selection, schema: Schema, mappings: Mapping[str, IdMapping], assign: Assign, stage: Path
 ) -> _Written:
     """Write the shards."""
     kept = [name for name, mapping in mappings.items() if isinstance(mapping, PlainIds)]
@@ -517,12 +485,14 @@ def _write(
         name: dict.fromkeys(SPLITS, 0) for name, mapping in mappings.items() if isinstance(mapping, VocabularyIds)
     }
     with ExitStack() as stack:
-        writers = {split: stack.enter_context(writing.SplitWriter(stage, split, schema.label)) for split in SPLITS}
-        for block in files.blocks("writing shards"):
+        writers = {
+            split: stack.enter_context(writing.SplitWriter(stage, split, schema.label_column)) for split in SPLITS
+        }
+        for block in selection.blocks("writing shards"):
             table, place = block.table, assign(block)
             for name, mapping in mappings.items():
                 values = whole(table, name)
-                ids = mapped(values, mapping, f"{files.paths[block.file]}: column {name!r}")
+                ids = mapped(values, mapping, f"{selection.files.paths[block.file]}: column {name!r}")
                 if name in kept:
                     sizes[name] = max(sizes[name], (pc.max(_items(ids)).as_py() or 0) + 1)
                 field = marked(pa.field(name, ids.type), AppliedIds(mapping, schema.read[name].least_id), values.type)
@@ -560,51 +530,51 @@ def _meanings(types: pa.Schema, schema: Schema, written: _Written) -> dict[str, 
             told[name] |= {"size": written.sizes[name], "meaning": how[table.ids]}
         if name in written.unknown:
             told[name]["out_of_vocabulary"] = written.unknown[name]
+    if schema.label_column not in told:
+        told[schema.label_column] = {"type": str(types.field(schema.label_column).type), "meaning": schema.label}
     return told
 
 
-def _text_format(schema: Schema) -> TextFormat:
-    types = {}
-    for name, column in schema.read.items():
-        kind = _TYPES.get(column.type, pa.string())  # a list is a text until it is split
-        if schema.format == "jsonl" and column.is_list:
-            kind = pa.list_(_TYPES[column.type.removesuffix("s")])
-        types[column.source or name] = kind
-    return TextFormat(
-        types,
-        names=None if schema.header else list(schema.columns),
-        json=schema.format == "jsonl",
-        delimiter=schema.delimiter,
-        quote=schema.quote,
-        nulls=schema.nulls,
-        timestamp_format=schema.timestamp_format,
-    )
-
-
 def _typed(table: pa.Table, schema: Schema) -> pa.Table:
-    """The columns of the schema, of its types and under its names.
+    """The columns of the schema, of its types and under its names; the label is null in rows that `where` leaves out.
 
     Raises:
         Malformed: a value is not what the schema says.
     """
-    needed = {schema.label, schema.split.column, schema.domain.column if schema.domain else None}
     columns = {}
     for name, column in schema.read.items():
         values = table[column.source or name].combine_chunks()
         try:
-            columns[name] = _checked(values, column, schema, name in needed)
+            columns[name] = _checked(values, column, schema)
         except (pa.ArrowInvalid, Malformed) as error:
             raise Malformed(f"column {name!r}: {error}") from None
-    label = columns[schema.label]
-    if not pc.all(pc.is_in(label, pa.array([0, 1], label.type)), min_count=0).as_py():
-        raise Malformed(f"column {schema.label!r}: the label is neither 0 nor 1")
-    return pa.table({**columns, schema.label: label.cast(pa.int8())})
+    expression, condition = schema.label_expression, schema.condition
+    chosen = pc.fill_null(_evaluated(condition, columns, schema), False) if condition else pa.scalar(True)
+    label = columns[schema.label] if expression.tree is None else _evaluated(expression, columns, schema)
+    needed, domain = {schema.label_column: label}, schema.domain
+    of_domain = domain.column if domain and domain.unseen == "error" else None
+    needed |= {name: columns[name] for name in (schema.split.column, of_domain) if name is not None}
+    for name, values in needed.items():
+        if pc.any(pc.and_(chosen, values.is_null()), min_count=0).as_py():
+            raise Malformed(f"column {name!r}: no value")
+    label = pc.if_else(chosen, label, None)
+    if not pc.all(pc.is_in(label.drop_null(), pa.array([0, 1]).cast(label.type)), min_count=0).as_py():
+        raise Malformed(f"column {schema.label_column!r}: the label is neither 0 nor 1")
+    return pa.table({**columns, schema.label_column: label.cast(pa.int8())})
 
 
-def _checked(values: pa.Array, column: ColumnSchema, schema: Schema, needed: bool) -> pa.Array:
+def _evaluated(expression: Expression, columns: Mapping[str, pa.Array], schema: Schema) -> pa.Array:
+    """(N,) booleans of an expression over columns, in which booleans are 0 and 1."""
+    return expression.evaluate(
+        {
+            name: columns[name].cast(pa.bool_()) if schema.read[name].type == "bool" else columns[name]
+            for name in expression.columns
+        }
+    )
+
+
+def _checked(values: pa.Array, column: ColumnSchema, schema: Schema) -> pa.Array:
     """Raw values as their mapping takes them, and others as shards hold them."""
-    if needed and values.null_count:
-        raise Malformed("no value")
     if column.is_list and not is_list(values.type):
         values = split_texts(values, column.separator)
         if pc.any(pc.is_in(values.flatten(), pa.array(schema.nulls, pa.string()))).as_py():

@@ -469,6 +469,8 @@ def _unpacked(raw: io.BufferedReader, path: Path) -> Iterator[io.BufferedIOBase 
     """The text behind a file that may be packed."""
     if path.suffix not in (".gz", ".bz2", ".zst"):
         head = raw.peek(16)
+        if head.startswith(b"PAR1"):
+            raise DataError(f"{path}, line 1: no text, but Parquet; set format: parquet in the schema")
         for suffix, begin in _PACKED.items():
             if head.startswith(begin) and (suffix != ".bz2" or head[4:10] == b"1AY&SY"):
                 way = "unpack it" if suffix in (".xz", ".zip") else f"end its name in {suffix}, or unpack it"

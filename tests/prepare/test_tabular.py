@@ -15,8 +15,9 @@ import yaml
 
 from recsys.config import ConfigError, load_config
 from recsys.data.storage import DataError
-from recsys.prepare import tabular, writing
-from recsys.prepare.tabular import ColumnSchema, Schema, SplitSchema, TableSchema, convert_text, load_schema
+from recsys.prepare import splitting, writing
+from recsys.prepare.splitting import SPLITS, SplitSchema
+from recsys.prepare.tabular import ColumnSchema, Schema, TableSchema, convert_text, load_schema
 
 ROWS = 400
 SCHEMA: dict[str, Any] = {
@@ -93,7 +94,7 @@ def convert(folder: Path, *sources: Path, changes: dict[str, Any] | None = None,
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
     out = folder / "out"
-    return {split: pq.read_table(out / split).to_pylist() for split in tabular.SPLITS if (out / split).exists()}
+    return {split: pq.read_table(out / split).to_pylist() for split in SPLITS if (out / split).exists()}
 
 
 def write(path: Path, text: str) -> Path:
@@ -205,7 +206,7 @@ def test_split_by_time_goes_by_the_clock_and_not_by_the_line(tmp_path: Path, spl
 
 
 def test_quantiles_of_a_thinned_sample_are_near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tabular, "_SAMPLE_ROWS", 100)
+    monkeypatch.setattr(splitting, "_SAMPLE_ROWS", 100)
     rows = [RAW[place] for place in np.random.default_rng(2).permutation(ROWS)]
     split = {"by": "time", "column": "at", "valid": 0.25, "test": 0.25}
     convert(tmp_path, write(tmp_path / "log.csv", csv_text(rows)), changes={"split": split}, block_bytes=1000)
