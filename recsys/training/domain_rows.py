@@ -75,8 +75,8 @@ def _check(config: Config, counts: Mapping[str, DomainCounts], stages: list[str]
     domain = config.data.domain
     assert domain is not None
     way_out = (
-        f"an expert of it cannot be trained in stages.{stages[0]}; leave the domain out of {domain.column!r} when the "
-        "shards are written, or train all experts together (trains: all)"
+        f"an expert of it cannot be trained in stages.{stages[0]}; leave it out of data.domain.values and set "
+        "data.domain.unseen to backbone, or train all experts together (trains: all)"
     )
     for number in np.flatnonzero(counts["train"].rows.sum(0)[: domain.num_domains] == 0)[:1].tolist():
         raise DataError(f"data.train: no row of domain {number} ({labels[number]}), so {way_out}")

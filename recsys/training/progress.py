@@ -144,6 +144,9 @@ class Progress:
         self.phase, self.phase_steps, self.phase_epochs, self.best = number, 0, 0, None
         self.plateau, self.swept = Plateau(), 0
         self.phase_over = False
+        self.left = (
+            None  # nothing is read of an epoch that begins, and it may be of other rows than the phase before had
+        )
 
     def step_done(self, examples: int) -> None:
         """The optimizers have taken a step on so many rows, over all ranks."""

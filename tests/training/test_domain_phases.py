@@ -149,14 +149,19 @@ def test_a_position_is_of_its_domain(log: Path, tmp_path: Path) -> None:
     assert train_order(shards, config, 1, 0).data not in (one.data, other.data)
 
 
-def test_a_run_goes_on_within_the_second_experts_phase(log: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["within the second expert's phase", "between the first's and the second's"])
+def test_a_run_goes_on_within_phases_and_between_them(log: Path, tmp_path: Path, place: str) -> None:
     checkpoints = {"every_steps": 3, "keep_every_steps": 1}
     kinds = {"optimizers": {"average": {"decay": 0.9}}, "checkpoints": checkpoints}
     config = config_of(log, tmp_path / "whole" / "out", MIXTURE, **kinds)
     whole = run_ranks(2, run, config, None)
     saved = (tmp_path / "whole" / "out" / "checkpoints").glob("step-*")
-    of_second = [path for path in saved if json.loads((path / "progress.json").read_text())["progress"]["phase"] == 1]
-    start = min(of_second, key=lambda path: int(path.name[5:]))
+    progress = {path: json.loads((path / "progress.json").read_text())["progress"] for path in saved}
+    wanted = (0, True) if place.startswith("between") else (1, False)
+    there = [
+        path for path, of in progress.items() if of["stage"] == "experts" and (of["phase"], of["phase_over"]) == wanted
+    ]
+    start = min(there, key=lambda path: int(path.name[5:]))
     again = config_of(log, tmp_path / "again" / "out", MIXTURE, **kinds)
     found = run_ranks(2, run, again, start)
     for (_, summary, rows), (_, resumed, rest) in zip(whole, found, strict=True):
