@@ -44,11 +44,23 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
                 raise TimeoutError(f"a rank gave no result within {timeout} s")
             failed, result = receiver.recv()
             if failed:
-                raise AssertionError(f"a rank failed:\n{result}")
+                raise AssertionError(f"a rank failed:\n{result}{_of_others(pipes, processes, receiver)}")
             results.append(result)
         return results
     finally:
         _end(processes)
+
+
+def _of_others(pipes: list[Any], processes: list[ForkServerProcess], first: Connection) -> str:
+    """What the other ranks say, as the first that is heard of may have failed by the end of another."""
+    told = ""
+    for rank, ((receiver, _), process) in enumerate(zip(pipes, processes, strict=True)):
+        if receiver is first:
+            continue
+        failed, result = receiver.recv() if receiver.poll(5.0) else (False, None)
+        process.join(5.0)
+        told += f"\nrank {rank}, whose exit code is {process.exitcode}: {result if failed else 'no error'}"
+    return told
 
 
 def run_module(world_size: int, module: str, *arguments: str, timeout: float = 120.0) -> list[Finished]:

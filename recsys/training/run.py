@@ -188,7 +188,9 @@ class Trainer:
         else:
             self._resumed = directory
         self.monitor.goes_on_from(self.progress.step)
-        self.monitor.say(f"Resumed from {directory}: {_where(self.progress)}")
+        self.monitor.say(
+            f"Resumed from {directory}: {_where(self.progress, len(phases(self.config, self.progress.stage)))}"
+        )
         if anew:
             more = f" and {len(anew) - 1} more" if len(anew) > 1 else ""
             self.monitor.say(f"warning: the checkpoint has nothing for {anew[0]}{more}: state that begins anew")
@@ -632,11 +634,13 @@ def _figures(config: Config, stage: str) -> tuple[Any, ...]:
     return config.metrics, config.stages[stage].loss_weights
 
 
-def _where(progress: Progress) -> str:
-    """Where a run stands, in words."""
+def _where(progress: Progress, num_phases: int) -> str:
+    """Where a run stands, in words; so many phases has its stage."""
+    phase = "" if num_phases == 1 else f", phase {progress.phase + 1} of {num_phases}"
     if progress.phase_over:
-        return f"{progress.stage} has ended, {progress.step:,} steps in all"
-    return f"{progress.stage}, step {progress.phase_steps:,} of the stage, {progress.step:,} in all"
+        return f"{progress.stage}{phase} has ended, {progress.step:,} steps in all"
+    of = "it" if phase else "the stage"
+    return f"{progress.stage}{phase}, step {progress.phase_steps:,} of {of}, {progress.step:,} in all"
 
 
 def _inside(folder: Path, path: Path) -> Path | None:
