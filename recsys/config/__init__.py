@@ -38,7 +38,7 @@ from recsys.config.schema import (
     VocabularyIdsConfig,
     WarmStartConfig,
 )
-from recsys.config.section import Count, Name, Section, Seed, Text
+from recsys.config.section import Count, Int64, Name, Section, Seed, Text
 from recsys.config.towers import TowerSettings
 
 __all__ = [
@@ -63,6 +63,7 @@ __all__ = [
     "HashIdsConfig",
     "HiLoMoEConfig",
     "IdsConfig",
+    "Int64",
     "ListTextConfig",
     "MLoRAConfig",
     "MoEMLoRAConfig",

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from recsys.config import Name, Section, Seed, shortened
+from recsys.config import Int64, Name, Section, Seed, shortened
 from recsys.data.arrow import whole
 from recsys.data.storage import DataError
 from recsys.prepare.selecting import Files, Selection, no_rows
@@ -22,7 +22,6 @@ SPLITS = ("train", "valid", "test")
 _SAMPLE_ROWS = 1 << 20
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
 class ChoiceSection(Section):
