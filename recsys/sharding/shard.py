@@ -191,13 +191,17 @@ def _fused_modules(collection: nn.Module) -> list[SplitTableBatchedEmbeddingBags
 
 
 def _keep_on_cpu(collection: nn.Module) -> None:
-    """Have this rank look up tables of which it has no row, as where each has fewer rows than there are ranks.
+    """Have this rank look up and train tables of which it has no row, where they have fewer rows than there are ranks.
 
-    By weights on the host fbgemm tells that it is to look up there, and not on a GPU.
+    By weights on the host fbgemm tells that it is to look up there, and not on a GPU. And its backward pass on a CPU
+    looks for the size of a table among what follows it, until that is not 0: behind the last one, in whatever memory
+    is there, unless something stands in it.
     """
     for module in _fused_modules(collection):
         if not module.weights_host.numel():
             module.weights_host.resize_(module.max_D).zero_()  # in place, as shards are views
+        ends: Tensor = module.hash_size_cumsum
+        module.hash_size_cumsum = torch.cat([ends, ends[-1:] + 1])[:-1]
 
 
 def _uncount_without_gradient(module: Any, *_: object) -> None:

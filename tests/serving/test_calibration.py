@@ -198,7 +198,7 @@ def test_figures_are_shown_as_a_table(folder: Path, tmp_path: Path) -> None:
 def test_the_card_says_whose_figures_are_calibrated_and_weighted(folder: Path) -> None:
     card = sections(folder / "platt")
     (domain,) = (row for row in cells(card["Columns"]) if row[0] == "(domain)")
-    assert domain[1:] == ["`domain`", "int64", "which calibrator", "refused"]
+    assert domain[1:] == ["`domain`", "int64", "which experts or calibrator", "refused"]
     assert "(domain)" not in sections(folder / "none")["Columns"]
     test = len(rows_of(folder, "test"))
     figures = [row[0] for row in cells(card["Figures"])]

@@ -287,6 +287,21 @@ def test_a_rank_that_has_no_row_of_any_table_takes_part(
     _compare(tmp_path, 2, BY_ROWS, config_of(tmp_path, optimizer, max_norm, averaged=averaged, rows=1), 1e-5)
 
 
+def _behind_sizes(ranks: Ranks, config: Config) -> list[tuple[int, int]]:
+    """Of each of this rank's fused modules, the last of its sizes so far, and what stands in memory behind it."""
+    plan_by(BY_ROWS)
+    sharded = sharding.shard(build_ranker(config, seed=1), config, ranks, seed=2)
+    ends = [module.hash_size_cumsum for module in sharding._fused_modules(sharded.ranker.collections[POOLED])]
+    return [(int(of[-1]), int(of.as_strided((1,), (1,), of.storage_offset() + len(of)))) for of in ends]
+
+
+def test_sizes_that_are_0_at_the_end_have_another_behind_them(tmp_path: Path) -> None:
+    """There fbgemm looks for the size of a table that has no row on a rank, be it the last or all."""
+    for num_rows in (1, ROWS):
+        for found in run_ranks(2, _behind_sizes, config_of(tmp_path, {"type": "sgd"}, rows=num_rows)):
+            assert found and all(behind == last + 1 for last, behind in found)
+
+
 @pytest.mark.parametrize(("factor", "lowest"), [(1.0, 0.9), (0.999, 0.4), (0.9, 0.9999)])
 def test_averages_are_exact_however_long_a_row_was_not_looked_up(factor: float, lowest: float) -> None:
     """Over so many steps that products of factors are 0; the second row is set to 1 now and then."""
