@@ -326,7 +326,7 @@ class ParquetShards(ShardTables):
         super().__init__(patterns, columns.names, source=source, found=found, path_types=path_types)
         self.columns, self._dictionaries = columns, columns.dictionary_names
         self.of = ""
-        self._only: int | None = None
+        self._only: tuple[int, Columns] | None = None  # a domain, and what tells it
         self.kinds = Kinds() if kinds is None else kinds
         checked: dict[int, frozenset[str]] = {}
         for file, schema in zip(self.files, self.schemas, strict=True):
@@ -343,7 +343,8 @@ class ParquetShards(ShardTables):
             row_counts: how many each row group has, as `recsys.data.domains.count_domains` finds.
         """
         only = copy(self)
-        only.row_counts, only._only, only.of = tuple(row_counts), domain, f"domain {domain}"
+        only.row_counts, only.of = tuple(row_counts), f"domain {domain}"
+        only._only = domain, self.columns.parts["data.domain"]
         return only
 
     def read(self, part: RowSlice, order: RowOrder | Callable[[], RowOrder] = AS_THEY_STAND) -> Rows:
@@ -358,9 +359,9 @@ class ParquetShards(ShardTables):
         """
         table = self.table(part.row_group, self.columns.names, self._dictionaries)
         if self._only is not None:
-            domain = self.columns.parts["data.domain"]
-            found = domain.decode(table.select(domain.names), domain.layout(frozenset()), self.where(part.row_group))
-            table = table.filter(pa.array(found.domain == self._only))
+            domain, told = self._only
+            found = told.decode(table.select(told.names), told.layout(frozenset()), self.where(part.row_group))
+            table = table.filter(pa.array(found.domain == domain))
         return self.columns.decode(
             table.slice(part.start, part.stop - part.start),
             self.layout,

@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,8 +23,8 @@ from recsys.data.parquet import ParquetShards
 from recsys.data.storage import DataError
 from recsys.model.ranker import RankerOutput
 from recsys.runtime import Ranks
-from recsys.training.by_domain import LARGEST, WORST
-from recsys.training.metrics import aucs_by_group
+from recsys.training.by_domain import largest_and_worst
+from recsys.training.metrics import aucs_by_group, on_first_rank
 
 MOST_TOLD = 1000
 """Groups that JSON has, those of the most rows; of more, the figures over all are told alone."""
@@ -76,16 +75,8 @@ class GroupFigures:
         return f"{column}: {len(self.names):,} values: gauc {self.gauc:.4f}  mean auc {self.mean_auc:.4f}{left_out}"
 
     def table(self) -> tuple[list[dict[str, str]], str]:
-        """Rows of a table of the largest groups and the worst of the others, and its title."""
-        shown = np.arange(len(self.names))
-        if len(shown) > LARGEST + WORST:
-            others = shown[LARGEST:][~np.isnan(self.auc[LARGEST:])]
-            worst = others[np.argsort(self.auc[others], kind="stable")[:WORST]]
-            shown = np.concatenate([shown[:LARGEST], np.sort(worst)])
-        title = ""
-        if len(shown) < len(self.names):
-            title = f": the {LARGEST} largest, and the {len(shown) - LARGEST} worst of the other "
-            title += f"{len(self.names) - LARGEST:,}"
+        """Rows of a table of the largest groups and the worst of the others, and which these are, in words."""
+        shown, which = largest_and_worst(self.auc)
         return [
             {
                 "": "null" if (name := self.names[group]) is None else name,
@@ -96,8 +87,8 @@ class GroupFigures:
                     for figure in ("auc", "log_loss", "calibration")
                 },
             }
-            for group in shown.tolist()
-        ], title
+            for group in shown
+        ], which
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: over all groups, and of the `MOST_TOLD` largest."""
@@ -123,7 +114,8 @@ class ByColumns:
 
     def __init__(self, columns: Sequence[str], shards: ParquetShards, epoch: Epoch, ranks: Ranks) -> None:
         self._columns, self._shards, self._epoch, self._ranks = tuple(columns), shards, epoch, ranks
-        self._outputs: list[tuple[Tensor, Tensor]] = []
+        self._logits: list[Tensor] = []
+        self._labels: list[Tensor] = []
         for file, schema in zip(shards.files, shards.schemas, strict=True):
             for name in self._columns:
                 if name not in schema.names:
@@ -135,11 +127,12 @@ class ByColumns:
 
     def __call__(self, output: RankerOutput) -> None:
         """A batch's, in order."""
-        self._outputs.append((output.logits.float().cpu(), output.labels.float().cpu()))
+        self._logits.append(output.logits.float().cpu())
+        self._labels.append(output.labels.float().cpu())
 
     def compute(self) -> dict[str, GroupFigures]:
         """By column; on all ranks but the first, of no groups."""
-        logits, labels = (torch.cat(parts) if parts else torch.empty(0) for parts in self._parts())
+        logits, labels = (torch.cat([torch.empty(0), *parts]) for parts in (self._logits, self._labels))
         values = self._values()
         found = {}
         for name in self._columns:
@@ -150,20 +143,20 @@ class ByColumns:
             found[name] = group_figures(*gathered)
         return found
 
-    def _parts(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [logits for logits, _ in self._outputs], [labels for _, labels in self._outputs]
-
     def _values(self) -> dict[str, pa.ChunkedArray]:
         """The columns in the order of this rank's rows, without those that batches leave out."""
         shards, label = self._shards, self._shards.columns.parts["data.label"]
-        layout = label.layout(frozenset())
+        layout, skips = label.layout(frozenset()), shards.columns.label_null == "skip"
+        names = tuple(dict.fromkeys((*(label.names if skips else ()), *self._columns)))
         parts: dict[str, list[pa.Array]] = {name: [] for name in self._columns}
         for window, *_ in self._epoch.pieces(self._ranks.rank):
             for part in window.slices:
-                names = tuple(dict.fromkeys((*label.names, *self._columns)))
                 table = shards.table(part.row_group, names).slice(part.start, part.num_rows)
-                kept = ~np.isnan(label.decode(table.select(label.names), layout, shards.where(part.row_group)).labels)
-                table = table.filter(pa.array(kept))
+                if skips:
+                    rows = label.decode(
+                        table.select(label.names), label.layout(frozenset()), shards.where(part.row_group)
+                    )
+                    table = table.filter(pa.array(~np.isnan(rows.labels)))
                 for name in self._columns:
                     parts[name] += pc.cast(table.column(name), pa.string()).chunks
         return {name: pa.chunked_array(arrays, pa.string()) for name, arrays in parts.items()}
@@ -216,28 +209,19 @@ def _on_first(
     codes: NDArray[np.int64], dictionary: list[str | None], logits: NDArray[np.float32], labels: NDArray[np.float32]
 ) -> tuple[NDArray[np.int64], list[str | None], NDArray[np.float32], NDArray[np.float32]]:
     """Those of all ranks, under common numbers, on the first; none on the others. A collective call."""
-    texts = _gathered(np.frombuffer(json.dumps(dictionary).encode(), np.uint8))
-    all_codes, all_logits, all_labels = _gathered(codes), _gathered(logits), _gathered(labels)
+    gathered = [
+        on_first_rank(torch.from_numpy(values))
+        for values in (np.frombuffer(bytearray(json.dumps(dictionary).encode()), np.uint8), codes, logits, labels)
+    ]
+    if gathered[0] is None:
+        return codes[:0], [], logits[:0], labels[:0]
+    texts, all_codes, all_logits, all_labels = ([part.numpy() for part in of or ()] for of in gathered)
     numbers: dict[str | None, int] = {}
     renumbered = [
         np.array([numbers.setdefault(value, len(numbers)) for value in json.loads(text.tobytes())], np.int64)[own]
         for text, own in zip(texts, all_codes, strict=True)
     ]
-    if not renumbered:
-        return codes[:0], [], logits[:0], labels[:0]
     return np.concatenate(renumbered), list(numbers), np.concatenate(all_logits), np.concatenate(all_labels)
-
-
-def _gathered(values: NDArray[Any]) -> list[NDArray[Any]]:
-    """Arrays (N,) of all ranks, N of each, on the first; an empty list on the others. A collective call."""
-    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64)
-    sizes[dist.get_rank()] = len(values)
-    dist.all_reduce(sizes)
-    padded = torch.zeros(int(sizes.max()), dtype=torch.from_numpy(values[:0].copy()).dtype)
-    padded[: len(values)] = torch.from_numpy(values.copy())
-    gathered = [torch.empty_like(padded) for _ in sizes] if dist.get_rank() == 0 else None
-    dist.gather(padded, gathered)
-    return [part[:size].numpy() for part, size in zip(gathered or [], sizes.tolist(), strict=False)]
 
 
 def _told(value: Any) -> Any:

@@ -1,13 +1,13 @@
 """Figures of domains as a person sees them: a line, a table of the largest and the worst, a picture of bars."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from recsys.training.metrics import Metrics
+from recsys.training.metrics import Metrics, OverDomains
 
 LARGEST, WORST = 12, 8
 """Rows of a table where there are more domains than both together: so many of the most examples, and of the others so
@@ -40,14 +40,25 @@ def domain_line(metrics: Metrics) -> str:
     )
 
 
-def shown_domains(domains: Mapping[str, Metrics]) -> list[str]:
-    """Names of the domains that a table or a picture has, those of the most examples first; none without examples."""
+def largest_and_worst(aucs: NDArray[np.float64]) -> tuple[list[int], str]:
+    """Which of some groups a table has, and that in words, where it has not all.
+
+    Args:
+        aucs: (G,) of groups, those of the most examples first; NaN of those that have none.
+    """
+    if len(aucs) <= LARGEST + WORST:
+        return list(range(len(aucs))), ""
+    others = LARGEST + np.flatnonzero(~np.isnan(aucs[LARGEST:]))
+    worst = others[np.argsort(aucs[others], kind="stable")[:WORST]]
+    told = f": the {LARGEST} largest, and the {len(worst)} worst of the other {len(aucs) - LARGEST:,}"
+    return [*range(LARGEST), *np.sort(worst).tolist()], told
+
+
+def _shown(domains: Mapping[str, Metrics]) -> tuple[list[str], str]:
+    """Names of the domains that a table or a picture has, and which these are, in words; none without examples."""
     largest = sorted((name for name in domains if domains[name].examples), key=lambda name: -domains[name].examples)
-    if len(largest) <= LARGEST + WORST:
-        return largest
-    others = [name for name in largest[LARGEST:] if domains[name].auc is not None]
-    worst = set(sorted(others, key=lambda name: domains[name].auc or 0.0)[:WORST])
-    return largest[:LARGEST] + [name for name in others if name in worst]
+    shown, which = largest_and_worst(np.array([domains[name].auc for name in largest], np.float64))
+    return [largest[place] for place in shown], which
 
 
 def domain_rows(domains: Mapping[str, Metrics], reference: Mapping[str, Metrics]) -> tuple[list[dict[str, str]], str]:
@@ -57,11 +68,7 @@ def domain_rows(domains: Mapping[str, Metrics], reference: Mapping[str, Metrics]
         domains: figures of the model by name.
         reference: of a reference column, which the model's AUC is told to be above; empty without one.
     """
-    shown = shown_domains(domains)
-    there = sum(metrics.examples > 0 for metrics in domains.values())
-    title = "By domain"
-    if len(shown) < there:
-        title += f": the {LARGEST} largest, and the {len(shown) - LARGEST} worst of the other {there - LARGEST:,}"
+    shown, which = _shown(domains)
     rows, is_binned = [], any(metrics.auc_error for metrics in domains.values())
     for name in shown:
         metrics, other = domains[name], reference.get(name)
@@ -76,20 +83,20 @@ def domain_rows(domains: Mapping[str, Metrics], reference: Mapping[str, Metrics]
                 "-" if metrics.auc is None or other is None or other.auc is None else f"{metrics.auc - other.auc:+.4f}"
             )
         rows.append(row)
-    return rows, title
+    return rows, f"By domain{which}"
 
 
-def draw_domains(domains: Mapping[str, Metrics], names: Sequence[str]) -> NDArray[np.uint8]:
-    """Bars of the AUC of each domain, from .5 or below to 1, and a line at their row-weighted mean.
+def draw_domains(domains: Mapping[str, Metrics]) -> NDArray[np.uint8]:
+    """Bars of the AUC of the domains that a table has, from .5 or below to 1, and a line at the WAUC of all.
 
     Args:
         domains: figures by name.
-        names: those that are drawn, from the top.
 
     Returns:
         An RGB image (height, width, 3).
     """
     font = ImageFont.load_default(_FONT_SIZE)
+    names, _ = _shown(domains)
     aucs = {name: domains[name].auc for name in names}
     known = [auc for auc in aucs.values() if auc is not None]
     low = min(0.5, math.floor(min(known, default=0.5) * 10) / 10)
@@ -111,10 +118,7 @@ def draw_domains(domains: Mapping[str, Metrics], names: Sequence[str]) -> NDArra
             draw.rectangle((left, y, place(auc), y + _BAR_HEIGHT), fill=_BAR)
         text = "one class" if auc is None else f"{auc:.4f}"
         draw.text((left + _BAR_WIDTH + _GAP / 2, y + _BAR_HEIGHT / 2), text, fill=_TEXT, font=font, anchor="lm")
-    weights = {name: metrics.examples for name, metrics in domains.items() if metrics.auc is not None}
-    draw.text((left, _MARGIN + 2), f"auc, from {low:.1f} to 1", fill=_TEXT, font=font, anchor="lm")
-    if total := sum(weights.values()):
-        wauc = sum(count * (domains[name].auc or 0.0) for name, count in weights.items()) / total
+    if (wauc := OverDomains.of(domains).wauc) is not None:
         draw.line((place(wauc), top - 4, place(wauc), height - _MARGIN), fill=_LINE, width=2)
         draw.text((place(wauc), _MARGIN + 2), f"wauc {wauc:.4f}", fill=_LINE, font=font, anchor="mm")
     return np.asarray(image)

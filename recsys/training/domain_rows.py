@@ -35,7 +35,7 @@ class DomainRows:
     def __init__(
         self, config: Config, splits: Mapping[str, ParquetShards], ranks: Ranks, say: Callable[[str], None]
     ) -> None:
-        self._splits, self._num_domains = splits, config.num_domains
+        self._splits = splits
         self._counts: dict[str, DomainCounts] = {}
         by_domain = [name for name in config.stages if any(phase.expert is not None for phase in phases(config, name))]
         if not by_domain:
@@ -47,16 +47,15 @@ class DomainRows:
         assert config.data.domain is not None
         labels = config.data.domain.labels
         took = f"{time.perf_counter() - began:.1f} s"
-        say(f"Rows of {self._num_domains} domains counted in {took}, for stage {', '.join(by_domain)}")
+        say(f"Rows of {config.num_domains} domains counted in {took}, for stage {', '.join(by_domain)}")
         _check(config, self._counts, by_domain, labels)
 
     def of(self, phase: Phase, split: str) -> ParquetShards:
         """What a phase reads of a split."""
         shards = self._splits[split]
-        if phase.expert is None:
+        if phase.domain is None:
             return shards
-        domain = phase.expert % self._num_domains
-        return shards.of_domain(domain, self._counts[split].rows[:, domain].tolist())
+        return shards.of_domain(phase.domain, self._counts[split].rows[:, phase.domain].tolist())
 
 
 def _over_ranks(shards: ParquetShards, config: Config, ranks: Ranks) -> DomainCounts:

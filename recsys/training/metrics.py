@@ -359,16 +359,20 @@ def _figures(
 
 def _on_first_rank(kept: Tensor) -> tuple[NDArray[np.float32], ...] | None:
     """Rows (R, N) of all ranks side by side on the first, None on the others; a collective call, N may differ."""
+    gathered = on_first_rank(kept)
+    return None if gathered is None else tuple(torch.cat(gathered, 1).numpy())
+
+
+def on_first_rank(kept: Tensor) -> list[Tensor] | None:
+    """Tensors (..., N) of all ranks by rank on the first, None on the others; a collective call, N may differ."""
     sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64)
-    sizes[dist.get_rank()] = kept.shape[1]
+    sizes[dist.get_rank()] = kept.shape[-1]
     dist.all_reduce(sizes)
-    padded = torch.zeros(len(kept), int(sizes.max()))
-    padded[:, : kept.shape[1]] = kept
+    padded = kept.new_zeros(*kept.shape[:-1], int(sizes.max()))
+    padded[..., : kept.shape[-1]] = kept
     gathered = [torch.empty_like(padded) for _ in sizes] if dist.get_rank() == 0 else None
     dist.gather(padded, gathered)
-    if gathered is None:
-        return None
-    return tuple(torch.cat([part[:, :size] for part, size in zip(gathered, sizes, strict=True)], 1).numpy())
+    return gathered and [part[..., :size] for part, size in zip(gathered, sizes, strict=True)]
 
 
 def _bin(logits: Tensor, num_bins: int) -> Tensor:

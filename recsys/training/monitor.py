@@ -13,7 +13,7 @@ from torch.utils.tensorboard.summary import hparams as hparams_summary
 
 from recsys import terminal
 from recsys.model.cost import CostReport
-from recsys.training.by_domain import domain_line, domain_rows, draw_domains, shown_domains
+from recsys.training.by_domain import domain_line, domain_rows, draw_domains
 from recsys.training.heatmap import cell_text, draw_heat_map
 from recsys.training.metrics import Metrics
 from recsys.training.routing import RoutingSummary
@@ -236,7 +236,7 @@ class Monitor:
         rows, title = domain_rows(domains, reference)
         if rows:
             self._writer.add_text(f"{split}_by_domain", terminal.markdown(rows), step)
-            image = draw_domains(domains, shown_domains(domains))
+            image = draw_domains(domains)
             self._writer.add_image(f"{split}_by_domain", image, step, dataformats="HWC")
             if with_table:
                 self.say(terminal.table(rows, title))

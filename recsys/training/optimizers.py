@@ -35,12 +35,14 @@ class Phase(NamedTuple):
     Attributes:
         number: within its stage, from 0.
         trains: names of groups of parameters, `TABLES` or those of `recsys.model.experts.parameter_groups`.
-        expert: the only domain expert that there is, whose domain's rows alone are read; None for all rows.
+        expert: the only domain expert that there is; None for all rows.
+        domain: whose rows alone are read then.
     """
 
     number: int
     trains: frozenset[str]
     expert: int | None = None
+    domain: int | None = None
 
 
 def phases(config: Config, stage: str) -> tuple[Phase, ...]:
@@ -57,7 +59,10 @@ def phases(config: Config, stage: str) -> tuple[Phase, ...]:
         found += [(frozenset({group}), expert) for expert, group in enumerate(of_domains)]
     elif trains in ("experts", "all"):
         found[-1] = found[-1][0].union(of_domains), None
-    return tuple(Phase(number, groups, expert) for number, (groups, expert) in enumerate(found))
+    return tuple(
+        Phase(number, groups, expert, None if expert is None else expert % config.num_domains)
+        for number, (groups, expert) in enumerate(found)
+    )
 
 
 def phase_lengths(config: Config, steps_per_epoch: Callable[[Phase], int]) -> dict[str, int]:

@@ -338,9 +338,9 @@ class Trainer:
         num_steps = self._phase_length(settings)
         phase = self._phase
         trains: str = settings.trains
-        if phase.expert is not None:
+        if phase.domain is not None:
             assert self.config.data.domain is not None
-            domain = self.config.data.domain.labels[phase.expert % self.config.num_domains]
+            domain = self.config.data.domain.labels[phase.domain]
             trains = f"expert {phase.expert} of {self.config.num_domain_experts}, of domain {domain}"
         self.monitor.begin_stage(name, trains, num_steps)
         trainer = PhaseTrainer(

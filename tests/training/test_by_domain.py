@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import mannwhitneyu
 
-from recsys.training.by_domain import LARGEST, WORST, domain_line, domain_rows, draw_domains, shown_domains
+from recsys.training.by_domain import LARGEST, WORST, domain_line, domain_rows, draw_domains
 from recsys.training.metrics import Metrics, OverDomains, weighted_metrics
 
 
@@ -66,7 +66,7 @@ def test_domains_of_one_class_alone_have_no_figure() -> None:
     assert domain_line(Metrics(11, 11, None, 0.0, 0.5, None, 1.0, over)) == (
         "2 domains; of one class, and without AUC: all one, all two"
     )
-    image = draw_domains(domains, shown_domains(domains))
+    image = draw_domains(domains)
     assert image.ndim == 3 and image.dtype == np.uint8
 
 
@@ -102,7 +102,7 @@ def test_the_line_names_the_worst_and_counts_what_has_no_auc() -> None:
 def test_bars_are_as_long_as_their_figures() -> None:
     aucs = {"home": 0.9, "cart": 0.6, "search": 0.75}
     domains = {name: Metrics(100, 50, auc, 0.0, 0.5, 1.0, 1.0) for name, auc in aucs.items()}
-    image = draw_domains(domains, list(domains)).astype(int)
+    image = draw_domains(domains).astype(int)
     blue = (np.abs(image - [0x7A, 0xAA, 0xD5]).sum(2) == 0).sum(1)
     edges = np.flatnonzero(np.diff((blue > 0).astype(int))) + 1
     lengths = [int(part.max()) for part in np.split(blue, edges) if part.any()]

@@ -175,10 +175,6 @@ class DomainAdaptation(nn.Module):
         """Have the gate weigh experts from now on."""
         self.gated.fill_(True)
 
-    def domain_of(self, expert: int) -> int:
-        """From whose rows an expert learns before there is a gate."""
-        return expert % self.num_domains
-
     def weights(self, domains: Tensor, features: Tensor | None = None) -> Tensor:
         """(B,) domains and (B, F) features, which the gate may read, -> (B, E)."""
         experts = torch.arange(self.num_experts, device=domains.device)
