@@ -146,7 +146,7 @@ class ByColumns:
     def _values(self) -> dict[str, pa.ChunkedArray]:
         """The columns in the order of this rank's rows, without those that batches leave out."""
         shards, label = self._shards, self._shards.columns.parts["data.label"]
-        layout, skips = label.layout(frozenset()), shards.columns.label_null == "skip"
+        skips = shards.columns.label_null == "skip"
         names = tuple(dict.fromkeys((*(label.names if skips else ()), *self._columns)))
         parts: dict[str, list[pa.Array]] = {name: [] for name in self._columns}
         for window, *_ in self._epoch.pieces(self._ranks.rank):
