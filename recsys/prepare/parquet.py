@@ -1,6 +1,6 @@
 """Rows of Parquet files as Arrow tables: some of a row group at a time, each row's place known, typed as is asked."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys.data.arrow import flat, floats, is_countable, is_list, is_number, is_string, plain, usual, usual_type
+from recsys.data.parquet import FAILURES, opened, plain_schema, plain_type
 from recsys.data.rows import offsets_of
-from recsys.data.storage import DataError
+from recsys.data.storage import DataError, is_of_storage
 from recsys.prepare.text import Block, Malformed, Progress, quietly
 
 BATCH_ROWS = 1 << 16
@@ -59,7 +60,8 @@ class ParquetFiles:
         done = 0
         for number, path in enumerate(self.paths):
             place = 1
-            with _opened(path) as file:
+            file, _ = _opened(path)
+            with file:
                 for group in range(file.num_row_groups):
                     start = place
                     for batch in self._batches(file, path, group):
@@ -78,19 +80,29 @@ class ParquetFiles:
         """
         lines = []
         for path in self.paths:
-            with _opened(path) as file:
-                _check_types(file.schema_arrow, self.types, path)
+            file, schema = _opened(path)
+            with file:
+                _check_types(schema, self.types, path)
                 lines.append((1, file.metadata.num_rows))
         return lines
 
     def _batches(self, file: pq.ParquetFile, path: Path, group: int) -> Iterator[pa.RecordBatch]:
+        promised, rows = _rows_of(file.metadata.row_group(group), self.types, f"{path}, row group {group}"), 0
         try:
-            batches = file.iter_batches(self.batch_rows, row_groups=[group], columns=list(self.types))
-            yield from (batch for batch in batches if len(batch))
-        except (pa.ArrowException, OSError) as error:
+            for batch in file.iter_batches(self.batch_rows, row_groups=[group], columns=list(self.types)):
+                rows += len(batch)
+                if len(batch):
+                    yield batch
+        except FAILURES as error:
+            if is_of_storage(error):
+                raise
             raise DataError(
                 f"{path}, row group {group}: cannot be read: {_line(error)}; write the file again"
             ) from None
+        if rows != promised:
+            raise DataError(
+                f"{path}, row group {group}: has {rows} rows, but the footer says {promised}; write the file again"
+            )
 
     def _read(self, batch: pa.RecordBatch, number: int, group: int, first: int) -> Iterator[tuple[int, pa.Table]]:
         """Tables of rows, each with the place of its first row in the row group, from 0."""
@@ -113,13 +125,38 @@ class ParquetFiles:
         yield from self._read(batch.slice(half), number, group, first + half)
 
 
-def _opened(path: Path) -> pq.ParquetFile:
+def _opened(path: Path) -> tuple[pq.ParquetFile, pa.Schema]:
+    """A file, and what its columns are read as."""
+    if path.is_dir():
+        raise DataError(f"{path} is a directory; name the files in it")
     try:
-        return pq.ParquetFile(path)
-    except FileNotFoundError:
-        raise
-    except (pa.ArrowException, OSError) as error:
+        file = opened(path)
+        schema = plain_schema(file.schema_arrow)
+    except FAILURES as error:
+        if is_of_storage(error):
+            raise
         raise DataError(f"{path} is no Parquet file that can be read: {_line(error)}; write it again") from None
+    footer = file.metadata
+    rows = sum(footer.row_group(group).num_rows for group in range(footer.num_row_groups))
+    if rows != footer.num_rows:
+        raise DataError(
+            f"{path}: its footer is damaged: it counts {footer.num_rows} rows, its row groups hold {rows}; "
+            "write the file again"
+        )
+    return file, schema
+
+
+def _rows_of(group: pq.RowGroupMetaData, names: Collection[str], where: str) -> int:
+    """The rows of a row group by its footer."""
+    rows: int = group.num_rows
+    for column in map(group.column, range(group.num_columns)):
+        # What is no list has just one value for each row; were there more, the rest would be left out.
+        if (name := column.path_in_schema) in names and column.num_values > rows:
+            raise DataError(
+                f"{where}: column {name!r} has {column.num_values} values for {rows} rows by its footer; write the "
+                "file again"
+            )
+    return rows
 
 
 def _line(error: Exception) -> str:
@@ -166,8 +203,11 @@ def _typed(batch: pa.RecordBatch, types: Mapping[str, pa.DataType]) -> pa.Table:
     columns = {}
     for name, wanted in types.items():
         try:
-            batch[name].validate(full=True)  # the reader takes any bytes for UTF-8
-            columns[name] = _cast(usual(batch[name]), wanted)
+            values = batch[name]
+            values.validate(full=True)  # the reader takes any bytes for UTF-8
+            if (kind := plain_type(values.type)) != values.type:
+                values = values.cast(kind)
+            columns[name] = _cast(usual(values), wanted)
         except pa.ArrowException as error:
             raise Malformed(f"column {name!r}: {error}") from None
     return pa.table(columns)
