@@ -1,6 +1,6 @@
 """Rows of Parquet files as Arrow tables: some of a row group at a time, each row's place known, typed as is asked."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,37 +12,24 @@ from recsys.data.arrow import flat, floats, is_countable, is_list, is_number, is
 from recsys.data.parquet import FAILURES, opened, plain_schema, plain_type
 from recsys.data.rows import offsets_of
 from recsys.data.storage import DataError, is_of_storage
-from recsys.prepare.text import Block, Malformed, Progress, quietly
+from recsys.prepare.blocks import Block, Files, Malformed
 
 BATCH_ROWS = 1 << 16
 
 
 @dataclass
-class ParquetFiles:
-    """Parquet files that are read in one order, as often as needed, with the interface of `TextFiles`.
+class ParquetFiles(Files):
+    """Parquet files as `Files`, whose lines are the rows' places in their file; `progress` counts rows, not bytes.
 
     Memory holds the packed columns of one row group and `batch_rows` rows of it.
 
     Attributes:
-        paths: the files.
         types: what each column that is read is handed out as, by its name in the files.
-        convert: makes of a table, whose columns are named as in the files, the one that is handed out; raises
-            `Malformed` for a row that is wrong.
-        skip_malformed: count rows that are wrong instead of refusing them.
-        progress: told after each batch, in rows of all files instead of bytes.
         batch_rows: rows that are decoded at once.
-        rows: rows of each file in the latest pass.
-        skipped: rows left out of each file in the latest pass.
     """
 
-    paths: Sequence[Path]
     types: Mapping[str, pa.DataType]
-    convert: Callable[[pa.Table], pa.Table] = lambda table: table
-    skip_malformed: bool = False
-    progress: Progress = quietly
-    batch_rows: int = BATCH_ROWS
-    rows: list[int] = field(default_factory=list)
-    skipped: list[int] = field(default_factory=list)
+    batch_rows: int = field(default=BATCH_ROWS, kw_only=True)
 
     def blocks(self, what: str) -> Iterator[Block]:
         """Read all rows; the lines of a block are its rows' places in their file, from 1.

@@ -10,14 +10,10 @@ from numpy.typing import NDArray
 
 from recsys.data.arrow import whole
 from recsys.data.storage import DataError
-from recsys.prepare.parquet import ParquetFiles
-from recsys.prepare.text import Block, TextFiles
+from recsys.prepare.blocks import Block, Files
 
 _MERGED_ROWS = 1 << 16
 _PLACE = "its place"  # which no column is called, as names have no blanks
-
-
-Files = TextFiles | ParquetFiles
 
 
 @dataclass
