@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recsys.config import shortened
 from recsys.data.arrow import flat, floats, is_countable, is_list, is_number, is_string, plain, usual, usual_type
 from recsys.data.parquet import FAILURES, opened, plain_schema, plain_type
 from recsys.data.rows import offsets_of
@@ -146,15 +147,16 @@ def _rows_of(group: pq.RowGroupMetaData, names: Collection[str], where: str) -> 
     return rows
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _line(told: object) -> str:
+    return " ".join(str(told).split())
 
 
 def _check_types(found: pa.Schema, types: Mapping[str, pa.DataType], path: Path) -> None:
     for name, wanted in types.items():
         if (times := found.names.count(name)) != 1:
             number = f"{times} columns" if times else "no column"
-            raise DataError(f"{path}: {number} named {name!r}; the file has {', '.join(found.names)}")
+            names = shortened(_line(", ".join(found.names)), 400)  # which any tool may have written, and any number
+            raise DataError(f"{path}: {number} named {name!r}; the file has {names}")
         if not _fits(kind := found.field(name).type, wanted):
             raise DataError(
                 f"{path}: column {name!r} has type {kind}, not {wanted}; correct its type in the schema, or cast it "

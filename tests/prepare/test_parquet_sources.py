@@ -209,6 +209,10 @@ def test_columns_of_other_types_are_named_before_rows_are_read(
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="log: no column named 'price'; the file has unused, clicked, user id"):
         convert(tmp_path, write(tmp_path / "log", raw().drop_columns("price")))
+    pq.write_table(pa.table({f"name\n{number}": [1] for number in range(1000)}), tmp_path / "wide")
+    with pytest.raises(DataError, match=r"the file has name 0, name 1, .* \(9888 characters\)$") as error:
+        convert(tmp_path, tmp_path / "wide")
+    assert "\n" not in str(error.value)
     (tmp_path / "text").write_text("clicked\n1\n")
     with pytest.raises(DataError, match=r"text is no Parquet file that can be read: .*; write it again"):
         convert(tmp_path, tmp_path / "text")
