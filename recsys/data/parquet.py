@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from copy import copy
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -209,7 +210,7 @@ class ShardTables:
         if isinstance(of.footer, pq.FileMetaData):
             return of.footer, group
         if of.footer is not None:
-            with suppress(*_FAILURES):
+            with suppress(*FAILURES):
                 footer = of.footer.read(file, group)
                 found = footer.row_group(0)
                 if footer.num_row_groups == 1 and found.num_columns == len(of.leaves):
@@ -234,9 +235,9 @@ class ShardTables:
         raw = end.footer(file) if end.footer_bytes else None
         footer = raw.parsed() if raw else pq.read_metadata(file)
         # As rows are read, so that the types that are checked are those that come.
-        given = _opened(file, footer).schema_arrow
+        given = opened(file, footer).schema_arrow
         # Without what is said of the file as a whole, such as pandas says, which differs from one to the next.
-        schema = _plain_schema(given).remove_metadata()
+        schema = plain_schema(given).remove_metadata()
         counts = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
         if sum(counts) != footer.num_rows:
             raise DataError(
@@ -392,14 +393,14 @@ class _Reading:
             if len(column) != num_rows:
                 raise self._error(name, f"has {len(column)} rows, but the footer says {num_rows}; {_AGAIN}")
             if column.num_chunks > 1 or self._of.has_extensions:
-                plain = self._in_one_piece(name, column.cast(_plain_type(column.type)))
+                plain = self._in_one_piece(name, column.cast(plain_type(column.type)))
                 table = table.set_column(place, name, plain)
         return table
 
     def _decoded(self, names: tuple[str, ...], as_dictionaries: list[str]) -> pa.Table:
         try:
             return self._read(names, as_dictionaries)
-        except _FAILURES as error:
+        except FAILURES as error:
             if is_of_storage(error):
                 raise
         # Which column it is, Arrow does not say.
@@ -414,14 +415,14 @@ class _Reading:
         for attempt in (as_dictionaries, []):
             try:
                 return self._read((name,), attempt).column(0)
-            except _FAILURES as error:
+            except FAILURES as error:
                 if is_of_storage(error):
                     raise
                 cause = explain(error)
         raise self._error(name, f"cannot be read: {cause}; {_SMALLER if _IS_TOO_LARGE.search(cause) else _AGAIN}")
 
     def _read(self, names: tuple[str, ...], as_dictionaries: list[str]) -> pa.Table:
-        parquet = _opened(self._file, self._footer, as_dictionaries, pre_buffer=not self._of.place.is_local)
+        parquet = opened(self._file, self._footer, as_dictionaries, pre_buffer=not self._of.place.is_local)
         # Select, for a struct's "a.b" is read beside a column of that name.
         return parquet.read_row_group(self._group, columns=list(names), use_threads=False).select(names)
 
@@ -431,26 +432,39 @@ class _Reading:
             if pa.types.is_string(column.type) and column.nbytes > MOST_ROWS:
                 column = column.cast(pa.large_string())
             return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-        except _FAILURES as error:
+        except FAILURES as error:
             raise self._error(name, f"is too large: {explain(error)}; {_SMALLER}") from None
 
     def _error(self, name: str, what: str) -> ColumnError:
         return ColumnError(f"{self._where}: column {name!r} {what}", name)
 
 
-_FAILURES = (pa.ArrowException, OSError, ValueError)
+FAILURES = (pa.ArrowException, OSError, ValueError)
+"""What a file that is damaged raises, wherever it is; `is_of_storage` tells which of these are of another cause."""
+
 _AGAIN = "write the file again"
 _SMALLER = "write smaller row groups"
 _IS_TOO_LARGE = re.compile(r"chunked array outputs|cannot contain more than|[Cc]apacity|overflow")
 
 
-def _opened(
-    file: pa.NativeFile,
-    footer: pq.FileMetaData,
+def opened(
+    file: pa.NativeFile | Path,
+    footer: pq.FileMetaData | None = None,
     as_dictionaries: Sequence[str] = (),
     *,
     pre_buffer: bool = False,
 ) -> pq.ParquetFile:
+    """Open a file as all are read here: checksums verified, times of all years, extensions as what they are stored as.
+
+    Args:
+        file: to read.
+        footer: of it, where it was read already.
+        as_dictionaries: paths of leaves whose strings are read as dictionaries.
+        pre_buffer: read what is asked for ahead, in few requests.
+
+    Raises:
+        FAILURES: the file is damaged, or cannot be read.
+    """
     # Ranges of a file far away are asked for together; a disk is read as it is decoded.
     return pq.ParquetFile(
         file,
@@ -484,21 +498,26 @@ def _leaves_of(leaves: tuple[_Leaf, ...], names: tuple[str, ...]) -> tuple[tuple
     )
 
 
-def _plain_type(kind: pa.DataType) -> pa.DataType:
+def plain_type(kind: pa.DataType) -> pa.DataType:
     """A type without the names that extensions give it."""
     if isinstance(kind, pa.BaseExtensionType):
-        return _plain_type(kind.storage_type)
+        return plain_type(kind.storage_type)
     for is_kind, list_of in ((pa.types.is_list, pa.list_), (pa.types.is_large_list, pa.large_list)):
         if is_kind(kind):
             field = kind.value_field
-            plain = _plain_type(field.type)
+            plain = plain_type(field.type)
             return kind if plain == field.type else list_of(field.with_type(plain))
     return kind
 
 
-def _plain_schema(schema: pa.Schema) -> pa.Schema:
+def plain_schema(schema: pa.Schema) -> pa.Schema:
+    """A schema of `plain_type` of its types.
+
+    Raises:
+        UnicodeDecodeError: a name is no UTF-8.
+    """
     for place, field in enumerate(schema):
-        plain = _plain_type(field.type)
+        plain = plain_type(field.type)
         if plain != field.type:
             schema = schema.set(place, field.with_type(plain))
     return schema

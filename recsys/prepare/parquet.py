@@ -1,6 +1,6 @@
 """Rows of Parquet files as Arrow tables: some of a row group at a time, each row's place known, typed as is asked."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,40 +8,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recsys.config import shortened
 from recsys.data.arrow import flat, floats, is_countable, is_list, is_number, is_string, plain, usual, usual_type
+from recsys.data.parquet import FAILURES, opened, plain_schema, plain_type
 from recsys.data.rows import offsets_of
-from recsys.data.storage import DataError
-from recsys.prepare.text import Block, Malformed, Progress, quietly
+from recsys.data.storage import DataError, is_of_storage
+from recsys.prepare.blocks import Block, Files, Malformed
 
 BATCH_ROWS = 1 << 16
 
 
 @dataclass
-class ParquetFiles:
-    """Parquet files that are read in one order, as often as needed, with the interface of `TextFiles`.
+class ParquetFiles(Files):
+    """Parquet files as `Files`, whose lines are the rows' places in their file; `progress` counts rows, not bytes.
 
     Memory holds the packed columns of one row group and `batch_rows` rows of it.
 
     Attributes:
-        paths: the files.
         types: what each column that is read is handed out as, by its name in the files.
-        convert: makes of a table, whose columns are named as in the files, the one that is handed out; raises
-            `Malformed` for a row that is wrong.
-        skip_malformed: count rows that are wrong instead of refusing them.
-        progress: told after each batch, in rows of all files instead of bytes.
         batch_rows: rows that are decoded at once.
-        rows: rows of each file in the latest pass.
-        skipped: rows left out of each file in the latest pass.
     """
 
-    paths: Sequence[Path]
     types: Mapping[str, pa.DataType]
-    convert: Callable[[pa.Table], pa.Table] = lambda table: table
-    skip_malformed: bool = False
-    progress: Progress = quietly
-    batch_rows: int = BATCH_ROWS
-    rows: list[int] = field(default_factory=list)
-    skipped: list[int] = field(default_factory=list)
+    batch_rows: int = field(default=BATCH_ROWS, kw_only=True)
 
     def blocks(self, what: str) -> Iterator[Block]:
         """Read all rows; the lines of a block are its rows' places in their file, from 1.
@@ -59,7 +48,8 @@ class ParquetFiles:
         done = 0
         for number, path in enumerate(self.paths):
             place = 1
-            with _opened(path) as file:
+            file, _ = _opened(path)
+            with file:
                 for group in range(file.num_row_groups):
                     start = place
                     for batch in self._batches(file, path, group):
@@ -78,19 +68,29 @@ class ParquetFiles:
         """
         lines = []
         for path in self.paths:
-            with _opened(path) as file:
-                _check_types(file.schema_arrow, self.types, path)
+            file, schema = _opened(path)
+            with file:
+                _check_types(schema, self.types, path)
                 lines.append((1, file.metadata.num_rows))
         return lines
 
     def _batches(self, file: pq.ParquetFile, path: Path, group: int) -> Iterator[pa.RecordBatch]:
+        promised, rows = _rows_of(file.metadata.row_group(group), self.types, f"{path}, row group {group}"), 0
         try:
-            batches = file.iter_batches(self.batch_rows, row_groups=[group], columns=list(self.types))
-            yield from (batch for batch in batches if len(batch))
-        except (pa.ArrowException, OSError) as error:
+            for batch in file.iter_batches(self.batch_rows, row_groups=[group], columns=list(self.types)):
+                rows += len(batch)
+                if len(batch):
+                    yield batch
+        except FAILURES as error:
+            if is_of_storage(error):
+                raise
             raise DataError(
                 f"{path}, row group {group}: cannot be read: {_line(error)}; write the file again"
             ) from None
+        if rows != promised:
+            raise DataError(
+                f"{path}, row group {group}: has {rows} rows, but the footer says {promised}; write the file again"
+            )
 
     def _read(self, batch: pa.RecordBatch, number: int, group: int, first: int) -> Iterator[tuple[int, pa.Table]]:
         """Tables of rows, each with the place of its first row in the row group, from 0."""
@@ -113,24 +113,50 @@ class ParquetFiles:
         yield from self._read(batch.slice(half), number, group, first + half)
 
 
-def _opened(path: Path) -> pq.ParquetFile:
+def _opened(path: Path) -> tuple[pq.ParquetFile, pa.Schema]:
+    """A file, and what its columns are read as."""
+    if path.is_dir():
+        raise DataError(f"{path} is a directory; name the files in it")
     try:
-        return pq.ParquetFile(path)
-    except FileNotFoundError:
-        raise
-    except (pa.ArrowException, OSError) as error:
+        file = opened(path)
+        schema = plain_schema(file.schema_arrow)
+    except FAILURES as error:
+        if is_of_storage(error):
+            raise
         raise DataError(f"{path} is no Parquet file that can be read: {_line(error)}; write it again") from None
+    footer = file.metadata
+    rows = sum(footer.row_group(group).num_rows for group in range(footer.num_row_groups))
+    if rows != footer.num_rows:
+        raise DataError(
+            f"{path}: its footer is damaged: it counts {footer.num_rows} rows, its row groups hold {rows}; "
+            "write the file again"
+        )
+    return file, schema
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _rows_of(group: pq.RowGroupMetaData, names: Collection[str], where: str) -> int:
+    """The rows of a row group by its footer."""
+    rows: int = group.num_rows
+    for column in map(group.column, range(group.num_columns)):
+        # What is no list has just one value for each row; were there more, the rest would be left out.
+        if (name := column.path_in_schema) in names and column.num_values > rows:
+            raise DataError(
+                f"{where}: column {name!r} has {column.num_values} values for {rows} rows by its footer; write the "
+                "file again"
+            )
+    return rows
+
+
+def _line(told: object) -> str:
+    return " ".join(str(told).split())
 
 
 def _check_types(found: pa.Schema, types: Mapping[str, pa.DataType], path: Path) -> None:
     for name, wanted in types.items():
         if (times := found.names.count(name)) != 1:
             number = f"{times} columns" if times else "no column"
-            raise DataError(f"{path}: {number} named {name!r}; the file has {', '.join(found.names)}")
+            names = shortened(_line(", ".join(found.names)), 400)  # which any tool may have written, and any number
+            raise DataError(f"{path}: {number} named {name!r}; the file has {names}")
         if not _fits(kind := found.field(name).type, wanted):
             raise DataError(
                 f"{path}: column {name!r} has type {kind}, not {wanted}; correct its type in the schema, or cast it "
@@ -166,8 +192,11 @@ def _typed(batch: pa.RecordBatch, types: Mapping[str, pa.DataType]) -> pa.Table:
     columns = {}
     for name, wanted in types.items():
         try:
-            batch[name].validate(full=True)  # the reader takes any bytes for UTF-8
-            columns[name] = _cast(usual(batch[name]), wanted)
+            values = batch[name]
+            values.validate(full=True)  # the reader takes any bytes for UTF-8
+            if (kind := plain_type(values.type)) != values.type:
+                values = values.cast(kind)
+            columns[name] = _cast(usual(values), wanted)
         except pa.ArrowException as error:
             raise Malformed(f"column {name!r}: {error}") from None
     return pa.table(columns)

@@ -6,18 +6,18 @@ from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from recsys.data.arrow import whole
+from recsys.data.arrow import is_string, whole
+from recsys.data.hashing import hash_ids
 from recsys.data.storage import DataError
-from recsys.prepare.parquet import ParquetFiles
-from recsys.prepare.text import Block, TextFiles
+from recsys.prepare.blocks import Block, Files
 
 _MERGED_ROWS = 1 << 16
+_GROUPED_BYTES = 1 << 30  # of keys: Arrow groups by 32-bit offsets, which overflow unseen
+_MOST_HALVED = 16
 _PLACE = "its place"  # which no column is called, as names have no blanks
-
-
-Files = TextFiles | ParquetFiles
 
 
 @dataclass
@@ -99,15 +99,31 @@ class Selection:
             last[self._latest(pa.concat_tables(parts))[_PLACE].to_numpy()] = True
         return last
 
-    def _latest(self, table: pa.Table) -> pa.Table:
-        """Each key with the largest of its places."""
-        found = table.group_by(list(self.keys)).aggregate([(_PLACE, "max")])
+    def _latest(self, table: pa.Table, halved: int = 0) -> pa.Table:
+        """Each key with the largest of its places; `halved` is how often the rows were divided by their keys."""
+        if halved < _MOST_HALVED and sum(table[name].nbytes for name in self.keys) > _GROUPED_BYTES:
+            one = _halves(table.select(list(self.keys)), halved)
+            halves = (table.filter(chosen) for chosen in (one, pc.invert(one)))
+            found = pa.concat_tables([self._latest(half, halved + 1) for half in halves])
+        else:
+            found = (
+                table.group_by(list(self.keys)).aggregate([(_PLACE, "max")]).rename_columns({f"{_PLACE}_max": _PLACE})
+            )
         if len(found) > self.max_keys:
             raise DataError(
                 f"more than {self.max_keys:,} different keys of keep_last_of ({len(found):,} so far); raise "
                 "--max-values as memory allows, or keep the last rows where the files are written"
             )
-        return found.rename_columns({f"{_PLACE}_max": _PLACE})
+        return found
+
+
+def _halves(keys: pa.Table, halved: int) -> pa.Array:
+    """(rows,) booleans by the hash of each row's key, which is another one for each `halved`."""
+    found = np.zeros(len(keys), np.int64)
+    for column in keys.columns:
+        chunks = (it if is_string(it.type) else it.cast(pa.int64()) for it in column.iterchunks())
+        found ^= np.concatenate([hash_ids(chunk, 2, halved) & 1 for chunk in chunks])  # nulls, -1, become 1
+    return pa.array(found == 0)
 
 
 def no_rows(selection: Selection, kept: int) -> DataError:

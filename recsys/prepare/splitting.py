@@ -14,9 +14,9 @@ from pydantic import Field, model_validator
 from recsys.config import Int64, Name, Section, Seed, shortened
 from recsys.data.arrow import whole
 from recsys.data.storage import DataError
-from recsys.prepare.selecting import Files, Selection, no_rows
+from recsys.prepare.blocks import Block, Files
+from recsys.prepare.selecting import Selection, no_rows
 from recsys.prepare.sources import split_at_random
-from recsys.prepare.text import Block
 
 SPLITS = ("train", "valid", "test")
 _SAMPLE_ROWS = 1 << 20
@@ -116,7 +116,6 @@ def split_rule(split: SplitSchema, boundaries: tuple[int, int] | None, selection
         return draw
     if split.by == "permutation" or (split.by == "order" and not selection.keeps_all):
         places = _places(split, selection.count())
-
         return lambda: _in_turn(places)
     if split.by == "time":
         assert split.column is not None

@@ -37,12 +37,13 @@ from recsys.data.ids import IdMapping, PlainIds, VocabularyIds, build_ids
 from recsys.data.labels import Expression, parse_expression
 from recsys.data.vocabulary import Vocabulary
 from recsys.prepare import writing
+from recsys.prepare.blocks import Files, Malformed, Progress, quietly
 from recsys.prepare.mapping import ANY_ROW, mapped, vocabulary_file
 from recsys.prepare.parquet import ParquetFiles
 from recsys.prepare.selecting import Selection, no_rows
 from recsys.prepare.sources import check_free, new_data_set
 from recsys.prepare.splitting import SPLITS, Assign, ChoiceSection, SplitSchema, all_of, split_rule
-from recsys.prepare.text import BLOCK_BYTES, Malformed, Progress, TextFiles, TextFormat, quietly
+from recsys.prepare.text import BLOCK_BYTES, TextFiles, TextFormat
 from recsys.prepare.vocabularies import ValueCounts
 
 MAX_VALUES = 50_000_000
@@ -423,12 +424,12 @@ def convert_text(
 
 def _files(
     paths: Sequence[Path], schema: Schema, *, skip_malformed: bool, block_bytes: int, progress: Progress
-) -> TextFiles | ParquetFiles:
+) -> Files:
     def convert(table: pa.Table) -> pa.Table:
         return _typed(table, schema)
 
     if schema.format == "parquet":
-        return ParquetFiles(paths, schema.sources, convert, skip_malformed=skip_malformed, progress=progress)
+        return ParquetFiles(paths, schema.sources, convert=convert, skip_malformed=skip_malformed, progress=progress)
     return TextFiles(
         paths,
         TextFormat(
@@ -440,7 +441,7 @@ def _files(
             nulls=schema.nulls,
             timestamp_format=schema.timestamp_format,
         ),
-        convert,
+        convert=convert,
         skip_malformed=skip_malformed,
         block_bytes=block_bytes,
         progress=progress,

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
-from numpy.typing import NDArray
 
 from recsys.data.storage import DataError
+from recsys.prepare.blocks import Block, Files, Malformed
 from recsys.prepare.cutting import QUOTED_LINES, Cutter, TooManyLines, check_objects, line_count
 
 BLOCK_BYTES = 32 << 20
@@ -36,17 +36,6 @@ _PACKED = {
     ".zip": b"PK\x03\x04",
 }
 """How packed files begin."""
-
-Progress = Callable[[str, int, int, int], None]
-"""Called as (what is being done, rows so far, bytes so far, bytes in all); compressed bytes where files are."""
-
-
-def quietly(what: str, rows: int, done: int, total: int) -> None:
-    """The progress that nobody watches."""
-
-
-class Malformed(ValueError):
-    """Some row of a block does not say what it should."""
 
 
 @dataclass(frozen=True)
@@ -73,48 +62,19 @@ class TextFormat:
     timestamp_format: str | None = None
 
 
-@dataclass(frozen=True)
-class Block:
-    """Some rows of one file, in its order.
-
-    Attributes:
-        file: which of the files, from 0.
-        lines: each row's line in it, from 1, of shape (rows,). Exact where every row is a line; where quoted values
-            hold line breaks, spread evenly over the block's lines.
-        table: the rows.
-    """
-
-    file: int
-    lines: NDArray[np.int64]
-    table: pa.Table
-
-
 @dataclass
-class TextFiles:
-    """Text files that are read in one order, as often as needed.
+class TextFiles(Files):
+    """Text files as `Files`; `.gz`, `.bz2` and `.zst` ones are unpacked on the way.
 
     Memory holds a block and its rows at a time, whatever the files' size.
 
     Attributes:
-        paths: the files; `.gz`, `.bz2` and `.zst` ones are unpacked on the way.
         format: of all of them.
-        convert: makes of a parsed table, whose columns are named as in the files, the one that is handed out; raises
-            `Malformed` for a row that is wrong.
-        skip_malformed: count rows that are wrong instead of refusing them.
-        progress: told after each block.
         block_bytes: unpacked text that is parsed at once; also what a row may have at most.
-        rows: rows of each file in the latest pass.
-        skipped: rows left out of each file in the latest pass.
     """
 
-    paths: Sequence[Path]
     format: TextFormat
-    convert: Callable[[pa.Table], pa.Table] = lambda table: table
-    skip_malformed: bool = False
-    progress: Progress = quietly
-    block_bytes: int = BLOCK_BYTES
-    rows: list[int] = field(default_factory=list)
-    skipped: list[int] = field(default_factory=list)
+    block_bytes: int = field(default=BLOCK_BYTES, kw_only=True)
 
     def blocks(self, what: str) -> Iterator[Block]:
         """Read all rows.

@@ -2,31 +2,20 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from calling import run
 from torch import Tensor, nn
 
 from benchmarks.domains import FORMS, TRAINED, _forms
 from benchmarks.layer import PASSES, Device
 from benchmarks.report import read
 
-ROOT = Path(__file__).parents[2]
-
 
 def test_every_form_of_every_size_is_timed(tmp_path: Path) -> None:
     sizes = ("--domains", "2", "3", "--ranks", "1", "2", "--dim", "8", "--batch", "24", "--turns", "2")
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.domains", "--output", "results", *sizes],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run("domains", tmp_path, *sizes)
     assert (done.returncode, done.stderr) == (0, "")
     (page,) = (tmp_path / "results").glob("domains_*.md")
     result = read(page.with_suffix(".jsonl"))

@@ -3,35 +3,21 @@
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from calling import run
 from torch import cuda
 
 from benchmarks.report import read
 
-ROOT = Path(__file__).parents[2]
 FORMS = ["dense", "stack", "formula", "autograd", "fused"]
-
-
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.layer", "--output", "results", *arguments],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 @pytest.mark.slow
 def test_every_form_of_every_size_is_timed_and_weighed(tmp_path: Path) -> None:
     sizes = ("--dims", "8", "16", "--experts", "1x2", "3x2", "--batch", "32", "--turns", "3")
-    ended = run(tmp_path, *sizes, "--compiled", "--note", "The machine did nothing else.")
+    ended = run("layer", tmp_path, *sizes, "--compiled", "--note", "The machine did nothing else.")
     assert (ended.returncode, ended.stderr) == (0, "")
     device = "cuda" if cuda.is_available() else "cpu"
     page = (tmp_path / "results" / f"layer_{device}.md").read_text()
@@ -63,7 +49,7 @@ def test_every_form_of_every_size_is_timed_and_weighed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("experts", ["3", "0x8"])
 def test_sizes_that_are_none_are_refused(tmp_path: Path, experts: str) -> None:
-    ended = run(tmp_path, "--experts", experts)
+    ended = run("layer", tmp_path, "--experts", experts)
     assert ended.returncode == 2
     assert "3 layers of 8 experts" in ended.stderr
     assert not (tmp_path / "results").exists()

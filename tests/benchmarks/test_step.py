@@ -11,18 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from calling import run
 from tiny import write_tiny_config, write_tiny_log
 
 from benchmarks.report import Line, read
 from benchmarks.step import OPTIONS
 
 ROOT = Path(__file__).parents[2]
-
-
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.step", "--config", "tiny.yaml", "--output", "results", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def read_result(folder: Path, name: str) -> tuple[str, dict[str, list[Line]]]:
@@ -57,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
 def test_step_tells_the_parts_of_every_case_and_their_ratios(folder: Path) -> None:
     paths = "model.tower=null", "model.paths=[{type: mlp, hidden: [4]}, {type: mlp, hidden: [6]}]"
     given = ["--steps", "8", "--turns", "3", "device=cpu", *paths, "model.replaces={type: mlp, hidden: [10]}"]
-    ended = run(folder, *given)
+    ended = run("step", folder, "--config", "tiny.yaml", *given)
     assert (ended.returncode, ended.stderr) == (0, "")
     page, result = read_result(folder, "step_cpu")
     about = result["about"][0]
@@ -104,7 +99,7 @@ def test_step_writes_the_embedded_log_for_all_ranks(tmp_path: Path) -> None:
 
 
 def test_step_needs_experts_to_compare(folder: Path) -> None:
-    ended = run(folder, "model.hilomoe=null")
+    ended = run("step", folder, "--config", "tiny.yaml", "model.hilomoe=null")
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: model.hilomoe is null")
     assert not (folder / "results").exists()

@@ -1,14 +1,13 @@
 """Files as other programs write them, and as none should: read right, or refused with file, row group and column."""
 
-import io
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from lying import COUNT, FEW, ROWS, saying
 from reading import dense_column, ids, read_first, sparse_column
 from test_fuzz import outcomes
 
@@ -110,41 +109,6 @@ def test_times_of_the_older_kind_are_read_in_every_year(tmp_path: Path) -> None:
     assert pq.read_metadata(tmp_path / "x.parquet").schema.column(0).physical_type == "INT96"
     columns = Columns(None, None, {}, {"hour": sparse_column("hour", 24, DatetimeIds("hour"))})
     assert read_first(open_file(tmp_path / "x.parquet", columns)).single.tolist() == [[5, 23, 1, 22, -1]]
-
-
-def varint(number: int) -> bytes:
-    """A number as footers have it."""
-    number, found = 2 * number, b""
-    while number > 127:
-        found, number = found + bytes([number & 127 | 128]), number >> 7
-    return found + bytes([number])
-
-
-ROWS = 777
-FEW = {
-    "label": pa.array([0, 1, 1] * (ROWS // 3)),
-    "truth": pa.array([0.5] * ROWS),
-    "domain": pa.array([1] * ROWS),
-    "x": pa.array(np.arange(ROWS, dtype=np.float32)),
-    "user": pa.array(range(ROWS), pa.int32()),
-    "tags": pa.array([[row % 50] for row in range(ROWS)]),
-}
-ALL, COUNT = tuple(range(len(FEW) + 2)), len(FEW)
-
-
-def saying(said: int, places: tuple[int, ...] = ALL, **options: Any) -> bytes:
-    """A file whose footer says another number: of rows (place 0), values of each column, rows of the row group."""
-    sink = io.BytesIO()
-    pq.write_table(pa.table(FEW), sink, store_schema=False, write_statistics=False, **options)
-    content = sink.getvalue()
-    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
-    i64 = b"\x16"  # of the field after the one before
-    parts = content[start:-8].split(i64 + varint(ROWS))
-    assert len(parts) == len(ALL) + 1
-    footer = parts[0]
-    for place, part in enumerate(parts[1:]):
-        footer += i64 + varint(said if place in places else ROWS) + part
-    return content[:start] + footer + len(footer).to_bytes(4, "little") + b"PAR1"
 
 
 def test_a_footer_that_says_what_the_pages_do_not_hold_is_refused_by_name(tmp_path: Path) -> None:
@@ -257,12 +221,12 @@ def test_strings_that_no_dictionary_can_hold_are_read_plainly(tmp_path: Path, mo
     path = tmp_path / "part.parquet"
     pq.write_table(pa.table({"x": [1, 2], "s": ["a", "b"]}), path)
     tables = ShardTables([str(path)], ["x", "s"], source="data.train")
-    opened = parquet._opened
+    opened = parquet.opened
 
     def without(file: Any, footer: Any, as_dictionaries: Any = (), **options: Any) -> pq.ParquetFile:
         if as_dictionaries:
             raise OSError("Not yet implemented: DecodeArrow of DictAccumulator for another decoder")
         return opened(file, footer, as_dictionaries, **options)
 
-    monkeypatch.setattr(parquet, "_opened", without)
+    monkeypatch.setattr(parquet, "opened", without)
     assert tables.table(0, ("x", "s"), ("s",)).to_pydict() == {"x": [1, 2], "s": ["a", "b"]}

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from lying import ALL, COUNT, saying
 
 from recsys.config import ConfigError
 from recsys.data.storage import DataError
@@ -92,6 +93,59 @@ def test_every_value_of_every_type(tmp_path: Path) -> None:
     assert features["seen"].list_text is None and features["tags"].list_text is None
 
 
+def values(path: Path, **types: pa.DataType) -> dict[str, list[Any]]:
+    """All values of columns of a file."""
+    tables = [block.table for block in ParquetFiles([path], types).blocks("reading")]
+    return {name: [value for table in tables for value in table[name].to_pylist()] for name in types}
+
+
+def test_types_that_other_writers_store_are_read_as_training_reads_them(tmp_path: Path) -> None:
+    moments = [datetime(1, 1, 1), datetime(2024, 5, 1, 3, 4, 5, 678901), datetime(9999, 12, 31, 23, 59, 59), None]
+    stored = {
+        "json": pa.ExtensionArray.from_storage(pa.json_(), pa.array(["1", None, "[]", "{}"])),
+        "flag": pa.ExtensionArray.from_storage(pa.bool8(), pa.array([0, 1, None, 1], pa.int8())),
+        "opaque": pa.ExtensionArray.from_storage(pa.opaque(pa.int64(), "t", "v"), pa.array([3, 1, 2, None])),
+        "at": pa.array(moments, pa.timestamp("us")),
+    }
+    path = tmp_path / "log"
+    pq.write_table(pa.table(stored), path, use_deprecated_int96_timestamps=True)
+    assert values(path, json=pa.string(), flag=pa.int64(), opaque=pa.int64(), at=pa.timestamp("us")) == {
+        "json": ["1", None, "[]", "{}"],
+        "flag": [0, 1, None, 1],
+        "opaque": [3, 1, 2, None],
+        "at": moments,
+    }
+
+
+def test_damage_that_can_still_be_decoded_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    pq.write_table(raw(), path, compression="none", use_dictionary=False, write_page_checksum=True)
+    content, place = path.read_bytes(), pq.read_metadata(path).row_group(0).column(3).data_page_offset
+    assert values(path, item=pa.int64())["item"] == raw()["item"].to_pylist()
+    path.write_bytes(content[: place + 60] + bytes([content[place + 60] ^ 1]) + content[place + 61 :])
+    with pytest.raises(DataError, match=r"log, row group 0: cannot be read: .*checksum.*; write the file again"):
+        values(path, item=pa.int64())
+    path.write_bytes(content.replace(b"user id", b"user\xffid"))
+    with pytest.raises(DataError, match=r"log is no Parquet file that can be read: .*codec can't decode.*; write it"):
+        values(path, item=pa.int64())
+
+
+@pytest.mark.parametrize(
+    ("said", "places", "message"),
+    [
+        (1000, ALL, r", row group 0: has 777 rows, but the footer says 1000; write the file again"),
+        (500, (0, COUNT + 1), r", row group 0: column 'label' has 777 values for 500 rows by its footer; write the"),
+        (500, (0,), r": its footer is damaged: it counts 500 rows, its row groups hold 777; write the file again"),
+    ],
+)
+def test_footers_that_count_other_rows_than_there_are(
+    tmp_path: Path, said: int, places: tuple[int, ...], message: str
+) -> None:
+    (tmp_path / "log").write_bytes(saying(said, places))
+    with pytest.raises(DataError, match=rf"log{message}"):
+        values(tmp_path / "log", label=pa.int64(), tags=pa.list_(pa.int64()))
+
+
 def test_memory_holds_some_rows_of_a_row_group(tmp_path: Path) -> None:
     seen: list[Any] = []
     files = ParquetFiles(
@@ -155,11 +209,17 @@ def test_columns_of_other_types_are_named_before_rows_are_read(
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="log: no column named 'price'; the file has unused, clicked, user id"):
         convert(tmp_path, write(tmp_path / "log", raw().drop_columns("price")))
+    pq.write_table(pa.table({f"name\n{number}": [1] for number in range(1000)}), tmp_path / "wide")
+    with pytest.raises(DataError, match=r"the file has name 0, name 1, .* \(9888 characters\)$") as error:
+        convert(tmp_path, tmp_path / "wide")
+    assert "\n" not in str(error.value)
     (tmp_path / "text").write_text("clicked\n1\n")
     with pytest.raises(DataError, match=r"text is no Parquet file that can be read: .*; write it again"):
         convert(tmp_path, tmp_path / "text")
     with pytest.raises(FileNotFoundError):
         convert(tmp_path, tmp_path / "missing")
+    with pytest.raises(DataError, match=f"{tmp_path.name} is a directory; name the files in it"):
+        convert(tmp_path, tmp_path)
     path = write(tmp_path / "torn", raw(), write_page_checksum=True, compression="zstd")
     content = bytearray(path.read_bytes())
     start = pq.read_metadata(path).row_group(1).column(3).data_page_offset

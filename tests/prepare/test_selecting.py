@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from recsys.data.storage import DataError
 from recsys.prepare import __main__, selecting, writing
 from recsys.prepare.splitting import SPLITS
 from recsys.prepare.tabular import convert_text, load_schema
+from recsys.prepare.text import TextFiles, TextFormat
 
 ROWS = 300
 SCHEMA: dict[str, Any] = {
@@ -102,9 +104,12 @@ def test_rows_that_are_left_out_need_neither_label_nor_domain(tmp_path: Path) ->
     assert read(tmp_path)["train"] == [row["row"] for row in RATED]
 
 
-@pytest.mark.parametrize("block_bytes", [400, 1 << 20])
-def test_of_equal_keys_the_last_row_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
+@pytest.mark.parametrize(("block_bytes", "grouped_bytes"), [(400, 1 << 30), (1 << 20, 1 << 30), (400, 100)])
+def test_of_equal_keys_the_last_row_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int, grouped_bytes: int
+) -> None:
     monkeypatch.setattr(selecting, "_MERGED_ROWS", 20)
+    monkeypatch.setattr(selecting, "_GROUPED_BYTES", grouped_bytes)
     paths = [write(tmp_path / "b.csv", RAW[:170]), write(tmp_path / "a.csv", RAW[170:])]
     told = convert(tmp_path, *paths, block_bytes=block_bytes, where="rating > 1", keep_last_of=["user", "item"])
     rows = [row for row in RAW if (row["rating"] or 0) > 1]
@@ -113,6 +118,19 @@ def test_of_equal_keys_the_last_row_stays(tmp_path: Path, monkeypatch: pytest.Mo
     assert told["left_out"] == {"where": ROWS - len(rows), "keep_last_of": len(rows) - len(last)}
     with pytest.raises(DataError, match=r"more than 40 different keys of keep_last_of \(\d+ so far\); raise --max-val"):
         convert(tmp_path, *paths, where="rating > 1", keep_last_of=["user", "item"], max_values=40)
+
+
+def test_keys_of_many_bytes_are_grouped_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrow gives wrong keys, and reads where it may not, beyond 2 GiB of them."""
+    monkeypatch.setattr(selecting, "_GROUPED_BYTES", 4000)
+    rows = [(f"user {row % 300}", None if row % 3 else row % 7, "alike") for row in range(2000)]
+    table = pa.table(dict(zip(("user", "part", "same"), zip(*rows, strict=True), strict=True)))
+    table = pa.concat_tables([table.slice(0, 700), table.slice(700)])
+    selection = selecting.Selection(TextFiles([], TextFormat({})), keys=table.column_names)
+    found = selection._latest(table.append_column("its place", pa.array(range(2000))))
+    assert found["user"].num_chunks > 10 and all(chunk.nbytes < 4000 for chunk in found["user"].chunks)
+    last = {key: place for place, key in enumerate(rows)}
+    assert len(found) == len(last) and {tuple(row.values())[:3]: row["its place"] for row in found.to_pylist()} == last
 
 
 @pytest.mark.parametrize("by", ["order", "permutation"])

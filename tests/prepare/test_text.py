@@ -22,8 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys.data.storage import DataError
+from recsys.prepare.blocks import Malformed
 from recsys.prepare.cutting import QUOTED_LINES, Cutter, TooManyLines
-from recsys.prepare.text import Malformed, TextFiles, TextFormat
+from recsys.prepare.text import TextFiles, TextFormat
 
 NUMBERS = TextFormat({"a": pa.int64(), "b": pa.string()})
 
@@ -106,7 +107,7 @@ def no_seven(table: pa.Table) -> pa.Table:
 def test_a_wrong_row_is_named_or_left_out(tmp_path: Path, wrong: str, block_bytes: int) -> None:
     text = "a,b\n" + "1,x\n" * 20 + f"{wrong}\n" + "2,x\n" * 20 + f"{wrong}\n3,x"
     path = write(tmp_path / "f.csv", text.encode(errors="surrogateescape"))
-    files = TextFiles([path, path], NUMBERS, no_seven, block_bytes=block_bytes)
+    files = TextFiles([path, path], NUMBERS, convert=no_seven, block_bytes=block_bytes)
     with pytest.raises(DataError) as error:
         rows(files)
     assert str(error.value).startswith(f"{path}, line 22: {WRONG[wrong]}")
