@@ -183,7 +183,7 @@ def test_a_checkpoint_between_phases_is_evaluated_as_its_stage_ended(log: Path, 
 
 
 def test_the_gate_learns_on_from_a_state_of_before_it(log: Path, tmp_path: Path) -> None:
-    """Rates are cut and the best state, that in which the gate's stage began, is restored; all experts are used then."""
+    """Rates are cut, and the best state is restored: that in which the gate's stage began."""
     gate = {"trains": "gate", "epochs": 2, "monitor": "log_loss", "learning_rate": 1e3}
     gate |= {"schedule": "plateau", "plateau": {"restore_best": True}}
     stages = {**STAGES, "experts": {"trains": "experts", "epochs": 1, "learning_rate": 0.02}, "gate": gate}
