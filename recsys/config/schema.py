@@ -346,6 +346,10 @@ class DomainConfig(Section):
             raise ValueError(f"values must be {self.num_domains} different ones, one for each of num_domains")
         if self.values is not None and self.hashed:
             raise ValueError("values and hashed are two ways to number domains; leave one of them out")
+        if len(self.labels) != len(set(self.labels)):
+            raise ValueError(
+                f"unseen: backbone has {self.labels[-1]} for the name of other rows; give that domain another in names"
+            )
         return self
 
 

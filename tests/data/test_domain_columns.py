@@ -101,6 +101,7 @@ def test_values_of_no_domain_and_other_types_are_named(
         ({"values": ["a", "b"], "num_domains": 3}, "values must be 3 different ones"),
         ({"values": ["a"], "hashed": True}, "leave one of them out"),
         ({"values": ["a", 1]}, "values"),
+        ({"values": ["a", "(other)"], **BACKBONE}, "give that domain another in names"),
         ({}, "num_domains"),
     ],
 )
