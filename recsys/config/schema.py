@@ -318,6 +318,13 @@ class DomainConfig(Section):
         return (*named, "(other)") if self.unseen == "backbone" else named
 
     @property
+    def meanings(self) -> tuple[object, ...]:
+        """What each domain is of, by its number: two configs mean the same domains by what is equal."""
+        if self.hashed:
+            return tuple((self.num_domains, number) for number in range(self.num_domains))
+        return tuple(range(self.num_domains)) if self.values is None else self.values
+
+    @property
     def is_of_integers(self) -> bool:
         """Whether the column must have integers, and no strings."""
         return not self.hashed and not (self.values and isinstance(self.values[0], str))
@@ -339,6 +346,10 @@ class DomainConfig(Section):
             raise ValueError(f"values must be {self.num_domains} different ones, one for each of num_domains")
         if self.values is not None and self.hashed:
             raise ValueError("values and hashed are two ways to number domains; leave one of them out")
+        if len(self.labels) != len(set(self.labels)):
+            raise ValueError(
+                f"unseen: backbone has {self.labels[-1]} for the name of other rows; give that domain another in names"
+            )
         return self
 
 

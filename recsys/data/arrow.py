@@ -119,6 +119,11 @@ def whole(table: pa.Table, name: str) -> pa.Array:
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
+def usual_table(table: pa.Table) -> pa.Table:
+    """A table with all columns in types that all else here knows: Arrow itself takes no rows of views."""
+    return pa.table([usual(whole(table, name)) for name in table.column_names], table.column_names)
+
+
 def flat(lists: pa.Array) -> tuple[NDArray[np.int64], pa.Array]:
     """Length of each list, 0 for nulls, and the values of all; a column of type null has nulls alone."""
     if pa.types.is_null(lists.type):

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from recsys.data.arrow import usual_table
 from recsys.data.features import AS_THEY_STAND, Columns, RowOrder
 from recsys.data.footers import FileEnd, SplitFooter, split_footer
 from recsys.data.kinds import Kinds
@@ -362,7 +363,7 @@ class ParquetShards(ShardTables):
         if self._only is not None:
             domain, told = self._only
             found = told.decode(table.select(told.names), told.layout(frozenset()), self.where(part.row_group))
-            table = table.filter(pa.array(found.domain == domain))
+            table = usual_table(table).filter(pa.array(found.domain == domain))
         return self.columns.decode(
             table.slice(part.start, part.stop - part.start),
             self.layout,

@@ -17,7 +17,12 @@ from recsys.runtime import Ranks, derive_seed
 
 
 def open_splits(
-    config: Config, names: Sequence[str], vocabularies: Path | None = None, kinds: Kinds | None = None
+    config: Config,
+    names: Sequence[str],
+    vocabularies: Path | None = None,
+    kinds: Kinds | None = None,
+    *,
+    also: Sequence[str] = (),
 ) -> dict[str, ParquetShards]:
     """The shards of the named splits, opened and checked.
 
@@ -26,6 +31,7 @@ def open_splits(
         names: splits of the config.
         vocabularies: as for `build_columns`.
         kinds: what features hold, as a checkpoint has it; None where that is still to be decided.
+        also: columns that will be asked of tables besides, which may be on the files' paths.
 
     Raises:
         ConfigError: the config lacks one of the splits, or as `build_columns`.
@@ -35,7 +41,7 @@ def open_splits(
     columns = build_columns(config, vocabularies)
     kinds = Kinds() if kinds is None else kinds
     found = {name: find(config.data.patterns(name), source=f"data.{name}") for name in names}
-    types = path_types(config, columns.names, found, kinds.of_columns(columns))
+    types = path_types(config, (*columns.names, *also), found, kinds.of_columns(columns))
     return {
         name: ParquetShards(
             config.data.patterns(name),

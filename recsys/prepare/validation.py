@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from recsys.config import Config, DenseFeatureConfig
-from recsys.data.arrow import usual, whole
+from recsys.data.arrow import usual_table
 from recsys.data.features import Columns, SparseColumn, build_columns
 from recsys.data.hashing import hash_values
 from recsys.data.kinds import Kinds
@@ -585,8 +585,7 @@ class _Split:
         if not readable:
             return
         if taken is not None and taken < len(table):
-            known = {name: usual(whole(table, name)) for name in table.schema.names}  # Arrow takes nothing from views
-            table = pa.table(known).take(pa.array(_spread(len(table), taken)))
+            table = usual_table(table).take(pa.array(_spread(len(table), taken)))
         table = table.combine_chunks()
         for path in readable:
             try:

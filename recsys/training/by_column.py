@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from recsys.data.arrow import usual_table, value_type
 from recsys.data.order import Epoch
 from recsys.data.parquet import ParquetShards
 from recsys.data.storage import DataError
@@ -122,8 +123,11 @@ class ByColumns:
                     raise DataError(
                         f"{file}: no column {name!r}, which --by asks for; it has {', '.join(schema.names)}"
                     )
-                if pa.types.is_nested(kind := schema.field(name).type):
-                    raise DataError(f"{file}: column {name!r} is of {kind}; --by takes columns of single values")
+                if pa.types.is_nested(kind := schema.field(name).type) or _is_binary(kind):
+                    raise DataError(
+                        f"{file}: column {name!r} is of {kind}; --by takes numbers, strings, dates and times: "
+                        "make it such when the shards are written"
+                    )
 
     def __call__(self, output: RankerOutput) -> None:
         """A batch's, in order."""
@@ -151,7 +155,7 @@ class ByColumns:
         parts: dict[str, list[pa.Array]] = {name: [] for name in self._columns}
         for window, *_ in self._epoch.pieces(self._ranks.rank):
             for part in window.slices:
-                table = shards.table(part.row_group, names).slice(part.start, part.num_rows)
+                table = usual_table(shards.table(part.row_group, names)).slice(part.start, part.num_rows)
                 if skips:
                     rows = label.decode(
                         table.select(label.names), label.layout(frozenset()), shards.where(part.row_group)
@@ -195,6 +199,13 @@ def group_figures(
         log_loss=log_loss[largest],
         calibration=calibration[largest],
     )
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    """Whether values are bytes, which need be no text."""
+    types, kind = pa.types, value_type(kind)
+    kinds = types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view
+    return any(is_of(kind) for is_of in kinds)
 
 
 def _encoded(values: pa.ChunkedArray) -> tuple[NDArray[np.int64], list[str | None]]:

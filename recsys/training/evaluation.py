@@ -91,7 +91,7 @@ def evaluate_checkpoint(
     with process_group(config.device) as ranks:
         verified(path, ranks)
         once_on_each_machine(ranks, partial(require_embedded, config))
-        shards = open_splits(config, [split], path / VOCABULARIES, read_kinds(path))[split]
+        shards = open_splits(config, [split], path / VOCABULARIES, read_kinds(path), also=by)[split]
         by_columns = ByColumns(by, shards, eval_order(shards, config, ranks.world_size), ranks) if by else None
         ranker = load_ranker(path, config, ranks)
         with (

@@ -175,8 +175,7 @@ def begin_phase(
     if (adaptation := domain_adaptation(dense_arch)) is not None:
         adaptation.active = any(group.startswith(DOMAIN_EXPERTS) for group in so_far)
         adaptation.expert = phase.expert
-        if adaptation.gate is not None and GATE in phase.trains:
-            adaptation.use_gate()
+    use_trained_gate(dense_arch, phase)
     for group, parameters in parameter_groups(dense_arch).items():
         for parameter in parameters:
             parameter.requires_grad_(group in phase.trains)
@@ -188,6 +187,13 @@ def begin_phase(
     ranker.dense_arch.broadcast_buffers = False
     _settle_buckets(ranker.dense_arch, config, settings)
     return _optimizers(sharded, dense_arch, config, settings, num_steps)
+
+
+def use_trained_gate(dense_arch: nn.Module, phase: Phase) -> None:
+    """Have the gate over domain experts weigh them in a phase that trains it, whatever a state of before it says."""
+    adaptation = domain_adaptation(dense_arch)
+    if adaptation is not None and adaptation.gate is not None and GATE in phase.trains:
+        adaptation.use_gate()
 
 
 def _settle_buckets(dense_arch: DistributedDataParallel, config: Config, stage: StageConfig) -> None:

@@ -53,7 +53,11 @@ class ShardedScorer:
     def __init__(self, directory: Path, meta: CheckpointMeta, config: Config, ranks: Ranks) -> None:
         self._columns = build_columns(config, directory / VOCABULARIES, raw=True)
         self._kinds = read_kinds(directory)
+        # Read where the model adapts to it alone: rows to predict need not have what figures would be by.
+        self._domain = self._columns.parts["data.domain"] if config.model.domain_experts is not None else None
         self.columns, self.dictionaries = self._columns.feature_names, self._columns.dictionary_names
+        if self._domain is not None:
+            self.columns = tuple(dict.fromkeys((*self.columns, *self._domain.names)))
         self.batch_rows = config.data.eval_batch_size or config.data.batch_size
         self.reader_threads = config.data.reader_threads
         self.origin = f"checkpoint {_digest(meta, config)}"
@@ -64,11 +68,17 @@ class ShardedScorer:
 
     def check_schema(self, schema: pa.Schema, where: str) -> SparseLayout:
         """As `Model`."""
+        if self._domain is not None:
+            self._domain.check_schema(schema, where)
         return self._kinds.check_raw(self._columns, schema, where)
 
     def decode(self, table: pa.Table, layout: SparseLayout, where: str) -> Rows:
         """As `Model`."""
-        return self._columns.decode_features(table, layout, where)
+        rows = self._columns.decode_features(table, layout, where)
+        if self._domain is None:
+            return rows
+        domain = self._domain.decode(table.select(self._domain.names), self._domain.layout(frozenset()), where).domain
+        return replace(rows, domain=domain)
 
     def logits(self, rows: Rows, layout: SparseLayout) -> Tensor:
         """As `Model`; a collective call."""
@@ -173,8 +183,10 @@ def predict_by_checkpoint(
 
 def _digest(meta: CheckpointMeta, config: Config) -> str:
     """Of all that decides a prediction: what the checkpoint is, and what overrides may make of it."""
+    domain = config.data.domain if config.model.domain_experts is not None else None
     about = {
         "checkpoint": meta.to_json(),
+        **({"domain": domain.model_dump(mode="json")} if domain else {}),
         "features": config.features.model_dump(mode="json"),
         "model": config.model.model_dump(mode="json"),
         "pooling": {name: table.pooling for name, table in config.tables.items()},

@@ -24,6 +24,7 @@ from recsys.data.ids import HashedIds, IdMapping, PlainIds, VocabularyIds, build
 from recsys.data.kinds import read_kinds
 from recsys.data.parquet import ParquetShards
 from recsys.data.vocabulary import Vocabulary, load_vocabularies
+from recsys.model.experts import domain_adaptation, domain_linears
 from recsys.model.names import table_name
 from recsys.runtime import Ranks
 from recsys.sharding.shard import ShardedRanker, forget_cached_rows, local_parts
@@ -72,7 +73,7 @@ def warm_start(
             reader = TensorReader(directory, averaged=True)
             _check(reader, meta, ranks)
             lines = list(_fill_tables(reader, settings, sharded, then, now))
-            return lines + (list(_fill_dense(reader, dense_arch)) if settings.dense else [])
+            return lines + (list(_fill_dense(reader, dense_arch, then, now)) if settings.dense else [])
 
     lines = together(ranks, f"warm_start: {directory} cannot be read", fill)[0]
     forget_cached_rows(sharded)
@@ -250,26 +251,48 @@ def _by_value(was: VocabularyIds, be: VocabularyIds) -> _Rows:
     return _Rows(told, count, targets[order], sources[order])
 
 
-def _fill_dense(reader: TensorReader, dense_arch: nn.Module) -> Iterator[str]:
+def _fill_dense(reader: TensorReader, dense_arch: nn.Module, then: _Side, now: _Side) -> Iterator[str]:
     """Fill what is replicated, by name; a line in all, and one for each tensor that does not fit."""
-    state = dense_arch.state_dict(prefix=_DENSE)
-    differing = []
+    state, adaptation = dense_arch.state_dict(prefix=_DENSE), domain_adaptation(dense_arch)
+    others = _of_other_domains(dense_arch, then, now)
+    differing = {}
     for name, value in state.items():
         shown = name.removeprefix(_DENSE)
         if name not in reader.names:
-            differing.append(f"tensor {shown}: the checkpoint has none; left as initialised")
+            differing[shown] = "the checkpoint has none"
         elif reader.shape(name) != value.shape:
             shapes = f"{tuple(value.shape)} here, {tuple(reader.shape(name))} in the checkpoint"
-            differing.append(f"tensor {shown}: has another shape, {shapes}; left as initialised")
+            differing[shown] = f"has another shape, {shapes}"
         elif reader.dtype(name) != value.dtype:
-            differing.append(f"tensor {shown}: is of {reader.dtype(name)} in the checkpoint; left as initialised")
+            differing[shown] = f"is of {reader.dtype(name)} in the checkpoint"
+        elif shown in others:
+            differing[shown] = "is of other domains in the checkpoint"
         else:
             reader.read_into(name, value)
+    if adaptation is not None and adaptation.gate is not None:
+        gate = {shown for shown in differing if shown.startswith("domain_adaptation.gate.")}
+        if gate and "domain_adaptation.gated" not in differing:
+            adaptation.gated.fill_(False)  # until one is trained
+            differing["domain_adaptation.gated"] = "is of another gate"
     yield f"dense: {len(state) - len(differing)} of {len(state)} tensors"
-    yield from differing
+    yield from (f"tensor {shown}: {why}; left as initialised" for shown, why in differing.items())
     for name in reader.names:
         if name.startswith(_DENSE) and name not in state:
             yield f"tensor {name.removeprefix(_DENSE)} of the checkpoint: there is none here"
+
+
+def _of_other_domains(dense_arch: nn.Module, then: _Side, now: _Side) -> set[str]:
+    """Names of what is of a domain, or of all, by number, and would be of another here."""
+    domains = [() if (of := side.config.data.domain) is None else of.meanings for side in (then, now)]
+    if domains[0] == domains[1] or not all(domains):
+        return set()
+    names = {name for name, _ in dense_arch.named_parameters() if name.startswith("domain_adaptation.gate.")}
+    for name, linear in domain_linears(dense_arch).items():
+        for expert, module in enumerate(linear.domain_experts):
+            was, be = (meanings[expert % len(meanings)] for meanings in domains)
+            if was != be:
+                names |= {f"{name}.domain_experts.{expert}.{of}" for of, _ in module.named_parameters()}
+    return names
 
 
 def _check(reader: TensorReader, meta: CheckpointMeta, ranks: Ranks) -> None:

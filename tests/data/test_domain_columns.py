@@ -62,6 +62,14 @@ def test_rows_have_the_number_of_their_value(
     assert shards.columns.domain is not None and len(shards.columns.domain.labels) == counts.rows.shape[1]
 
 
+def test_rows_of_one_domain_may_have_columns_of_views(tmp_path: Path) -> None:
+    """From which Arrow takes no rows."""
+    domain = pa.array(["b", "a", None, "b"], pa.string_view())
+    shards = shards_of(tmp_path, domain, {"values": ["a", "b"], **BACKBONE})
+    only = shards.of_domain(1, count_domains(shards, [0]).rows[:, 1].tolist())
+    assert read(only) == [1, 1]
+
+
 @pytest.mark.parametrize("values", [["de", "fr", "Zürich", ""], [5, -3, 2**62, 0]])
 def test_hashed_values_have_the_number_that_features_would(tmp_path: Path, values: list[Any]) -> None:
     shards = shards_of(tmp_path, pa.array([*values, None]), {"num_domains": 50, "hashed": True, **BACKBONE})
@@ -93,6 +101,7 @@ def test_values_of_no_domain_and_other_types_are_named(
         ({"values": ["a", "b"], "num_domains": 3}, "values must be 3 different ones"),
         ({"values": ["a"], "hashed": True}, "leave one of them out"),
         ({"values": ["a", 1]}, "values"),
+        ({"values": ["a", "(other)"], **BACKBONE}, "give that domain another in names"),
         ({}, "num_domains"),
     ],
 )

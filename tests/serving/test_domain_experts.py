@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
-from runs import as_config
-from test_scorer import TOWERS
-from tiny import take_tower, tiny_config, tiny_table
+from ranks import run_module, run_ranks
+from runs import as_config, train_on
+from test_scorer import TOWERS, predicted
+from tiny import take_tower, tiny_config, tiny_table, write_tiny_log
 
 from recsys.data.storage import DataError
 from recsys.model.dense_arch import build_dense_arch
@@ -135,3 +137,24 @@ def test_domains_that_no_row_may_have_are_named(tmp_path: Path) -> None:
         scorer.score([{**row, "domain": None}])
     with pytest.raises(RequestError, match="'domain' is missing"):
         scorer.score([{name: value for name, value in row.items() if name != "domain"}])
+
+
+def test_a_checkpoint_predicts_by_the_domain_that_rows_have(tmp_path: Path) -> None:
+    """On two ranks, one of which has no file, what evaluation does."""
+    log, output = tmp_path / "log", tmp_path / "out"
+    write_tiny_log(log, {"train": 200, "valid": 40, "test": 90}, files=1)
+    raw = tiny_config(log, output)
+    raw["model"] |= {"domain_experts": KINDS["mlora"], "hilomoe": None}
+    joint = {"trains": "all", "steps": 10, "learning_rate": 0.05, "sparse_learning_rate": 0.1}
+    run_ranks(1, train_on, as_config({**raw, "stages": {"joint": joint}}, tmp_path))
+    checkpoint = output / "checkpoints" / "step-10"
+    rows = pq.read_table(log / "test" / "part-0.parquet").drop(["label", "truth"])
+    for name, table in (("rows", rows), ("without", rows.drop(["domain"]))):
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    options = ("recsys.predict", "--checkpoint", str(checkpoint), "--output", f"{tmp_path}/told", "--input")
+    done = run_module(2, *options, f"{tmp_path}/rows.parquet")
+    assert [one.code for one in done] == [0, 0], done
+    found = pq.read_table(tmp_path / "told")["probability"].to_numpy()
+    np.testing.assert_allclose(found, predicted(checkpoint, tmp_path / "evaluated"), rtol=0, atol=1e-6)
+    (refused,) = run_module(1, *options, f"{tmp_path}/without.parquet")
+    assert refused.code == 2 and "no column 'domain'" in refused.stderr and refused.stderr.count("\n") == 1

@@ -82,10 +82,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         table = table.append_column("city", cities).append_column(
             "big", pa.array(random.integers(0, 3, len(table)) + 2**60)
         )
+        table = table.append_column("view", cities.cast(pa.string_view()))
+        table = table.append_column("key", pa.array([b"\xff"] * len(table)))
         label = pa.array(table["label"].to_numpy(), pa.int8(), mask=random.random(len(table)) < 0.2)
-        pq.write_table(table.set_column(table.column_names.index("label"), "label", label), path, row_group_size=20)
+        table = table.set_column(table.column_names.index("label"), "label", label)
+        path.unlink()
+        path = folder / "test" / f"shop={int(path.stem[-1]) // 2}" / path.name
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(table, path, row_group_size=20)
     raw = tiny_config(folder, folder / "out")
-    raw["data"]["label_null"] = "skip"
+    raw["data"] |= {"label_null": "skip", "test": f"{folder}/test/**/*.parquet"}
     raw["stages"] = {"joint": {**raw["stages"]["joint"], "steps": 5, "warmup_steps": 0}}
     run_ranks(1, train_on, as_config(raw, folder))
     return folder
@@ -99,18 +105,21 @@ def evaluated(trained: Path, world_size: int, *columns: str) -> Any:
 
 
 def test_a_column_that_no_feature_reads_is_told_alike_on_any_number_of_ranks(trained: Path) -> None:
-    one, two, three = (evaluated(trained, world_size, "city", "big", "domain") for world_size in (1, 2, 3))
+    columns = ("city", "big", "domain", "shop", "view")
+    one, two, three = (evaluated(trained, world_size, *columns) for world_size in (1, 2, 3))
     of_city = one["by"]["city"]
     assert {group["value"] for group in of_city["groups"]} == {None, "Oslo", "Zürich", "0"}
     assert sum(group["rows"] for group in of_city["groups"]) == one["model"]["examples"] < 251
     assert {group["value"] for group in one["by"]["big"]["groups"]} == {str(2**60 + n) for n in range(3)}
+    assert {group["value"] for group in one["by"]["shop"]["groups"]} == {"0", "1"}  # which is on their path alone
+    assert one["by"]["view"] == of_city
     by_number = {group["value"]: group for group in one["by"]["domain"]["groups"]}
     for number, of_domain in enumerate(one["domains"].values()):
         assert by_number[str(number)]["auc"] == pytest.approx(of_domain["auc"], abs=1e-12)
         assert by_number[str(number)]["log_loss"] == pytest.approx(of_domain["log_loss"], rel=1e-6)
     assert one["by"]["domain"]["gauc"] == pytest.approx(one["over_domains"]["wauc"])
     for other in (two, three):
-        for column in ("city", "big", "domain"):
+        for column in columns:
             mine, its = ({g["value"]: g for g in told["by"][column]["groups"]} for told in (one, other))
             assert mine.keys() == its.keys()
             for value, group in mine.items():
@@ -120,7 +129,11 @@ def test_a_column_that_no_feature_reads_is_told_alike_on_any_number_of_ranks(tra
 
 @pytest.mark.parametrize(
     ("column", "told"),
-    [("town", "no column 'town', which --by asks for; it has user, item"), ("tags", "column 'tags' is of list")],
+    [
+        ("town", "no column 'town', which --by asks for; it has user, item"),
+        ("tags", "column 'tags' is of list"),
+        ("key", "column 'key' is of binary"),
+    ],
 )
 def test_columns_that_cannot_be_are_named(trained: Path, column: str, told: str) -> None:
     error = evaluated(trained, 1, column)

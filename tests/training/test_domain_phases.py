@@ -182,6 +182,22 @@ def test_a_checkpoint_between_phases_is_evaluated_as_its_stage_ended(log: Path, 
         assert json.loads(done.stdout)["model"] == pytest.approx(of_stage["valid"])
 
 
+def test_the_gate_learns_on_from_a_state_of_before_it(log: Path, tmp_path: Path) -> None:
+    """Rates are cut, and the best state is restored: that in which the gate's stage began."""
+    gate = {"trains": "gate", "epochs": 2, "monitor": "log_loss", "learning_rate": 1e3}
+    gate |= {"schedule": "plateau", "plateau": {"restore_best": True}}
+    stages = {**STAGES, "experts": {"trains": "experts", "epochs": 1, "learning_rate": 0.02}, "gate": gate}
+    checkpoints = {"every_steps": 35, "keep_every_steps": 1}
+    config = config_of(log, tmp_path / "out", {"type": "moe_mlora"}, stages=stages, checkpoints=checkpoints)
+    (summary,) = run_ranks(1, train_on, config)
+    assert summary["stages"]["gate"]["best_epoch"] == 0
+    end, saved = summary["steps"], tmp_path / "out" / "checkpoints"
+    began, after, ended = (model_of(saved / f"step-{step}") for step in (end - 58, end - 58 + 35, end))
+    name = "domain_adaptation.gate.linear.weight"
+    assert bool(after["domain_adaptation.gated"]) and not torch.equal(began[name], after[name])
+    assert not bool(ended["domain_adaptation.gated"]) and torch.equal(began[name], ended[name])
+
+
 def test_mlora_on_two_ranks_is_that_on_one(log: Path, tmp_path: Path) -> None:
     """With routed experts on the same linears, whose statistics by domain are of the right rows."""
     joint = {"joint": {**STAGES["backbone"], "trains": "all", "epochs": 2}}

@@ -284,6 +284,30 @@ def test_what_does_not_fit_stays_as_it_was_and_is_said(source: Path, log: Path, 
     assert "  tensor tower.linears.0.lora_A of the checkpoint: there is none here" in told
 
 
+def test_experts_of_other_domains_are_not_taken_for_those(log: Path, tmp_path: Path) -> None:
+    """Nor is a gate over other experts, which is used no more than any that is yet to be trained."""
+    raw = raw_config(log, tmp_path / "then", "table")
+    raw["model"] |= {"hilomoe": None, "domain_experts": {"type": "moe_mlora", "rank": 2}}
+    raw["data"]["domain"] = {"column": "domain", "values": [0, 1, 2]}
+    raw["stages"]["joint"] |= {"balance_weight": 0.0, "z_weight": 0.0}
+    run_ranks(1, train_on, config_of(raw, tmp_path / "then"))
+    source = tmp_path / "then" / "out" / "checkpoints" / "step-6"
+    raw |= {"warm_start": {"checkpoint": str(source)}, "seed": 5, "output_dir": str(tmp_path / "out")}
+    saved, dense = checkpoint_tensors(source, tmp_path), "model.dense_arch."
+    assert bool(saved[f"{dense}domain_adaptation.gated"])
+    for values, others in (
+        ([0, 1, 2], ()),
+        ([0, 2, 1], ("domain_adaptation.", "domain_experts.1", "domain_experts.2")),
+    ):
+        raw["data"]["domain"]["values"] = values
+        told, initial, found = begun(raw, tmp_path)
+        for name, value in found.items():
+            is_other = any(of in name for of in others)
+            assert torch.equal(value, (initial if is_other else saved)[name]), name
+            is_told = any(f"tensor {name.removeprefix(dense)}: is of " in line for line in told)
+            assert is_told is is_other, name
+
+
 @pytest.mark.parametrize(("before", "now"), [("row_0", "empty"), ("empty", "row_0")])
 def test_the_row_of_unknown_values_is_taken_where_both_have_one(
     log: Path, tmp_path: Path, before: str, now: str
