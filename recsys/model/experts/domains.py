@@ -29,31 +29,39 @@ computed as one product of width E r. Nothing of size B x D_in x D_out is ever m
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Which experts the rows of the call under way have, in one of three forms.
+class _OneExpert(NamedTuple):
+    """All rows of the call under way have this one, with weight 1."""
+
+    expert: int
+
+
+class _Groups(NamedTuple):
+    """Rows of the call under way are sorted by domain, and each has the expert of its number.
 
     Attributes:
-        expert: the one that all have.
-        ends: (n,) int32, where the rows of each domain end, or (n + 1,) with those of none: sorted by it, each has the
-            expert of its number.
-        numbers: (B,) these numbers, rising.
-        weights: (B, E) of any experts.
+        ends: (n,) int32, where the rows of each domain end; (n + 1,), with those of none, where there may be such.
+        numbers: (B,) rising.
     """
 
-    expert: int | None = None
-    ends: Tensor | None = None
-    numbers: Tensor | None = None
-    weights: Tensor | None = None
+    ends: Tensor
+    numbers: Tensor
+
+
+class _Mixture(NamedTuple):
+    """Rows of the call under way have experts of these weights, (B, E)."""
+
+    weights: Tensor
+
+
+_Rows = _OneExpert | _Groups | _Mixture
 
 
 class _Call:
@@ -163,7 +171,6 @@ class DomainAdaptation(nn.Module):
         self.gate, self.shared_by = gate, shared_by
         self.active, self.grouped = True, True
         self.expert: int | None = None
-        self.with_others = with_others
         self._call = _Call(with_others=with_others)
 
     @property
@@ -179,12 +186,11 @@ class DomainAdaptation(nn.Module):
         """(B,) domains and (B, F) features, which the gate may read, -> (B, E)."""
         experts = torch.arange(self.num_experts, device=domains.device)
         if self.shared_by == "all":
-            shared = (
-                torch.ones_like(experts).expand(domains.shape[0], -1).float()
-            )  # `len` would be a constant of exports
+            # By `len` instead, exports would have the rows of their example as a constant.
+            shared = experts.new_ones(domains.shape[0], self.num_experts).float()
         else:
             shared = (experts % self.num_domains == domains[:, None]).float()
-        if not self.with_others:
+        if not self._call.with_others:
             return self._gated(domains, features, shared / shared.sum(1, keepdim=True))
         shared = shared / shared.sum(1, keepdim=True).clamp(min=1)
         is_known = domains < self.num_domains
@@ -208,14 +214,14 @@ class DomainAdaptation(nn.Module):
         if not self.active:
             self._call.rows = None
         elif self.expert is not None:
-            self._call.rows = _Rows(expert=self.expert)
+            self._call.rows = _OneExpert(self.expert)
         elif self._is_grouped(domains.device):
             order = domains.argsort(stable=True)
-            numbers = self.num_domains + self.with_others
+            numbers = self.num_domains + self._call.with_others
             ends = torch.bincount(domains, minlength=numbers).cumsum(0).to(torch.int32)
-            self._call.rows = _Rows(ends=ends, numbers=domains.index_select(0, order))
+            self._call.rows = _Groups(ends, domains.index_select(0, order))
         else:
-            self._call.rows = _Rows(weights=self.weights(domains, features))
+            self._call.rows = _Mixture(self.weights(domains, features))
         try:
             yield order
         finally:
@@ -270,8 +276,8 @@ class DomainLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(B, ..., D_in) -> (B, ..., D_out), of the rows whose domains the adaptation was told."""
         rows = self._call.rows
-        if rows is not None and rows.ends is not None and rows.numbers is not None and self._merges(x):
-            return self._merged(x, rows.ends, rows.numbers)
+        if isinstance(rows, _Groups) and self._merges(x):
+            return self._merged(x, rows)
         base = super().forward(x)
         if self.domain_dropout:
             base = F.dropout(base, self.domain_dropout, self.training)
@@ -279,20 +285,17 @@ class DomainLinear(nn.Linear):
             return base
         # What a plain linear gives is nobody else's, so that it can be added to in its place.
         add = Tensor.add_ if self._is_plain else Tensor.add
-        if rows.expert is not None:
+        if isinstance(rows, _OneExpert):
             expert = self.domain_experts[rows.expert]
             assert isinstance(expert, DomainExpert)
             return add(base, F.linear(F.linear(x, expert.lora_A), expert.lora_B, expert.bias))
         each = x.shape[1:-1].numel()  # vectors that a row has
         flat = x.reshape(-1, self.in_features)
-        weights = rows.weights
-        if rows.ends is not None:
+        if isinstance(rows, _Groups):
             if flat.dtype != torch.float64:  # which the product by groups does not know
                 return add(base, self._grouped(flat, rows.ends * each).view(base.shape))
-            assert rows.numbers is not None
-            weights = F.one_hot(rows.numbers, len(rows.ends))[:, : len(self.domain_experts)]
-        assert weights is not None
-        weights = weights.repeat_interleave(each, 0) if each > 1 else weights
+            rows = _Mixture(F.one_hot(rows.numbers, len(rows.ends))[:, : len(self.domain_experts)])
+        weights = rows.weights.repeat_interleave(each, 0) if each > 1 else rows.weights
         return self._mixture(base.reshape(-1, self.out_features), flat, weights.to(flat.dtype)).view(base.shape)
 
     def domain_parameters(self, expert: int) -> list[nn.Parameter]:
@@ -341,15 +344,15 @@ class DomainLinear(nn.Linear):
         )
         return is_possible and len(self.domain_experts) * (rank + 24) <= spared
 
-    def _merged(self, x: Tensor, ends: Tensor, numbers: Tensor) -> Tensor:
-        """The layer for x (B, ..., D_in), whose rows up to ends (E,) have the experts of their numbers (B,)."""
+    def _merged(self, x: Tensor, rows: _Groups) -> Tensor:
+        """The layer for x (B, ..., D_in)."""
         down, up, bias = self._by_numbers()
         weights = torch.baddbmm(self.weight.expand(len(down), -1, -1), up, down)
         if self.bias is not None:
             bias = bias + self.bias
         each = x.shape[1:-1].numel()
-        shifts = bias.index_select(0, numbers if each == 1 else numbers.repeat_interleave(each))
-        y = multiply_by_groups(x.reshape(-1, self.in_features), weights, ends * each)
+        shifts = bias.index_select(0, rows.numbers if each == 1 else rows.numbers.repeat_interleave(each))
+        y = multiply_by_groups(x.reshape(-1, self.in_features), weights, rows.ends * each)
         return y.add_(shifts).view(*x.shape[:-1], self.out_features)
 
     def _by_numbers(self) -> list[Tensor]:
