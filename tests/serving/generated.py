@@ -238,8 +238,18 @@ def requests(schema: Json, weights: dict[str, str]) -> st.SearchStrategy[Any]:
     return as_rows | as_columns | as_columns.map(_as_table) | values
 
 
+def _nests_deep(value: Any) -> bool:
+    """Whether lists nest so deep that Arrow, which follows them on the stack, could end the process."""
+    level = [value]
+    for _ in range(100):
+        level = [of for one in level if isinstance(one, list) for of in one]
+    return bool(level)
+
+
 def _as_table(columns: Any) -> Any:
     """An Arrow table where that can be; what cannot be one as it is."""
+    if any(map(_nests_deep, columns.values())):
+        return columns
     try:
         return pa.table(dict(columns))
     except (pa.ArrowException, TypeError, ValueError, LookupError, OverflowError, RecursionError):
