@@ -368,7 +368,7 @@ def _array(name: str, values: Any) -> pa.Array:
 
 
 def _inferred(values: Any) -> Any:
-    _check_depth(values)
+    _check_inferable(values)
     try:
         array = pa.array(values)
     except OverflowError:  # of integers, Arrow tries those with a sign alone
@@ -378,22 +378,36 @@ def _inferred(values: Any) -> Any:
     return array
 
 
-def _check_depth(values: Any) -> None:
-    """Refuse what nests deeper than lists: Arrow follows values as deep as they go, until the stack ends.
+def _check_inferable(values: Any) -> None:
+    """Refuse values on which Arrow's inference ends the process instead of raising.
+
+    It follows lists and mappings as deep as they go, until the stack ends, and reads memory that is not there where a
+    number of NumPy's comes after a time of NumPy's.
 
     Raises:
-        ValueError: a value is a mapping, or a list within a list.
+        ValueError: a value is a mapping, or a list within a list; or times and others of NumPy's are mixed.
     """
     if isinstance(values, pa.Array | pa.ChunkedArray) or not _has_objects(values):
         return
     # Asked of types, which are few, since values are many.
-    nesting = {kind for kind in set(map(type, values)) if issubclass(kind, _NESTING)}
+    kinds = set(map(type, values))
+    _check_times(kinds)
+    nesting = {kind for kind in kinds if issubclass(kind, _NESTING)}
     if not nesting:
         return
     lists = (value for value in values if type(value) in nesting and (type(value) is list or _has_objects(value)))
     within = set(map(type, chain.from_iterable(lists)))
     if any(issubclass(kind, Mapping) for kind in nesting) or any(issubclass(kind, _NESTING) for kind in within):
         raise ValueError("values are no mappings, and lists hold no lists")
+    if any(issubclass(kind, np.ndarray) for kind in nesting):
+        within |= {value.dtype.type for value in values if isinstance(value, np.ndarray) and not _has_objects(value)}
+    _check_times(within)
+
+
+def _check_times(kinds: set[type]) -> None:
+    of_numpy = {kind for kind in kinds if issubclass(kind, np.generic)}
+    if np.datetime64 in of_numpy and len(of_numpy) > 1:
+        raise ValueError("times are among numbers")
 
 
 def _has_objects(values: Any) -> bool:

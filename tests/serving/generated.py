@@ -238,21 +238,24 @@ def requests(schema: Json, weights: dict[str, str]) -> st.SearchStrategy[Any]:
     return as_rows | as_columns | as_columns.map(_as_table) | values
 
 
-def _nests_deep(value: Any) -> bool:
-    """Whether lists nest so deep that Arrow, which follows them on the stack, could end the process."""
+def _ends_arrow(value: Any) -> bool:
+    """Whether Arrow's inference could end the process: of lists without end, or of NumPy's times among its numbers."""
     level = [value]
     for _ in range(100):
+        kinds = {of.dtype.type if isinstance(of, np.ndarray) else type(of) for of in level}
+        if np.datetime64 in kinds and any(issubclass(kind, np.generic) for kind in kinds - {np.datetime64}):
+            return True
         level = [of for one in level if isinstance(one, list) for of in one]
     return bool(level)
 
 
 def _as_table(columns: Any) -> Any:
     """An Arrow table where that can be; what cannot be one as it is."""
-    if any(map(_nests_deep, columns.values())):
+    if any(map(_ends_arrow, columns.values())):
         return columns
     try:
         return pa.table(dict(columns))
-    except (pa.ArrowException, TypeError, ValueError, LookupError, OverflowError, RecursionError):
+    except (pa.ArrowException, TypeError, ValueError, LookupError, OverflowError, RecursionError, RuntimeError):
         return columns
 
 

@@ -130,6 +130,18 @@ def test_each_odd_value_in_each_column_ends_in_answers_or_one_line(scorer: Score
     assert 0 < sum(answered) < len(answered) // 3
 
 
+def test_numpys_times_among_its_numbers_are_refused(scorer: Scorer, every_kind: Path) -> None:
+    """On which, too, Arrow's inference would end the process."""
+    row = json.loads((every_kind / "vectors.json").read_text())["rows"][0]["row"]
+    columns = {name: [value] * 2 for name, value in row.items()}
+    time = np.datetime64("2024-01-01")
+    for other in (np.int8(1), np.uint64(1), np.float32(1), np.longdouble(1), np.bool_(True)):
+        arrays = np.array([time]), np.array([other])
+        for mixed in ([time, other], np.array([time, other], object), [[time], [other]], arrays, [[time], arrays[1]]):
+            for name in row:
+                assert ask(scorer, {**columns, name: mixed}) is None
+
+
 @given(rows=st.integers(0, 3))
 @settings(max_examples=4)
 def test_requests_of_no_column_are_refused(scorer: Scorer, rows: int) -> None:
