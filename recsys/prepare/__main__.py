@@ -22,6 +22,7 @@ from recsys.prepare.criteo import by_day, criteo_schema
 from recsys.prepare.movielens import convert_movielens_1m, convert_movielens_100k
 from recsys.prepare.synthetic import NUM_SURFACES, write_synthetic
 from recsys.prepare.tabular import MAX_VALUES, Schema, convert_text, load_schema
+from recsys.prepare.taobao import SEED, convert_taobao_themes
 from recsys.terminal import Rows, say, table, without_empty
 
 if TYPE_CHECKING:
@@ -97,6 +98,15 @@ def _add_converters(commands: "argparse._SubParsersAction[ArgumentParser]", outp
         public.add_argument("--source", type=_path, required=True, help=source)
         public.set_defaults(run=_public, convert=convert)
 
+    taobao = commands.add_parser(
+        "taobao-themes", parents=[output, replace], help="Taobao's clicks in themes (Tianchi 9716), a domain each"
+    )
+    taobao.add_argument("--source", type=_path, required=True, help="folder with the CSV files of clicks and vectors")
+    taobao.add_argument("--themes", type=int, required=True, metavar="N", help="the first N of the click log")
+    taobao.add_argument("--seed", type=int, default=SEED, help="draws negatives and splits (default: %(default)s)")
+    taobao.add_argument("--skip-malformed", action="store_true", help="leave out and count rows that are wrong")
+    taobao.set_defaults(run=_taobao)
+
     criteo = commands.add_parser(
         "criteo",
         parents=[output, replace, text],
@@ -171,6 +181,20 @@ def _add_examiners(commands: "argparse._SubParsersAction[ArgumentParser]") -> No
 
 def _public(options: argparse.Namespace) -> None:
     options.convert(options.source, options.output, overwrite=options.overwrite)
+    _report(options.output)
+
+
+def _taobao(options: argparse.Namespace) -> None:
+    with _Passes() as passes:
+        convert_taobao_themes(
+            options.source,
+            options.output,
+            themes=options.themes,
+            seed=options.seed,
+            skip_malformed=options.skip_malformed,
+            overwrite=options.overwrite,
+            progress=passes,
+        )
     _report(options.output)
 
 

@@ -229,6 +229,7 @@ def write_data_set(
     mapped_as: Mapping[str, str],
     domain: Mapping[str, Any] | None,
     overwrite: bool,
+    also: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the Parquet shards of each split, `dataset.json`, `dataset.yaml` and vocabularies, all at once.
 
@@ -244,6 +245,7 @@ def write_data_set(
         mapped_as: other columns of raw values, each with the feature by whose mapping they become numbers.
         domain: what divides the rows, as the config has it, if anything does.
         overwrite: replace the data set that is at `output`.
+        also: what else `dataset.json` says, or says in the place of the above.
 
     Raises:
         FileExistsError: `output` was taken in the meantime.
@@ -273,7 +275,7 @@ def write_data_set(
             told[split] = {"rows": len(rows), "files": len(bounds), "label_rate": pc.mean(part["label"]).as_py()}
         for feature, vocabulary in held.items():
             vocabulary.write(stage / vocabulary_file(feature))
-        summary = {"name": name, "columns": columns, "vocabularies": vocabularies, "splits": told}
+        summary = {"name": name, "columns": columns, "vocabularies": vocabularies, "splits": told, **(also or {})}
         writing.write_summary(stage, summary)
         writing.write_config(stage, summary, sparse=sparse, dense={}, data={"domain": domain} if domain else {})
 
