@@ -125,7 +125,12 @@ class _Reading:
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Both mappings in one: sections are merged in turn, of any other value the one above counts."""
+    """Both mappings in one: sections are merged in turn, of any other value the one above counts.
+
+    A section of another `type` takes the place of the one below, whose keys need not be its own.
+    """
+    if "type" in below.keys() & above.keys() and below["type"] != above["type"]:
+        return above
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)

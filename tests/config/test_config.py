@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from tiny import tiny_config
 
 from recsys.config import Config, ConfigError, SparseFeatureConfig, VocabularyIdsConfig, load_config
+from recsys.config.towers import MLPTowerConfig
 from recsys.data.features import build_columns
 
 Raw = dict[str, Any]
@@ -710,6 +711,20 @@ def test_includes_that_lead_nowhere_are_refused(tmp_path: Path, include: str, me
     with pytest.raises(ConfigError) as error:
         load_config(tmp_path / "run.yaml")
     assert message.replace("{folder}", str(tmp_path)) in str(error.value)
+
+
+def test_a_section_of_another_type_takes_the_place_of_the_included_one(tmp_path: Path) -> None:
+    raw = tiny_config(Path("log"), Path("out"))
+    tower = "{type: qnn_alpha, num_rows: 2, num_heads: 2, dropout: 0.5}"
+    write_configs(
+        tmp_path,
+        base=yaml.safe_dump(raw),
+        other=f"include: base.yaml\nmodel: {{tower: {tower}}}\n",
+        mine="include: other.yaml\nmodel: {tower: {type: mlp, hidden: [8]}}\n",
+        more="include: mine.yaml\nmodel: {tower: {type: mlp, dropout: 0.25}}\n",
+    )
+    assert load_config(str(tmp_path / "mine.yaml")).model.tower == MLPTowerConfig(type="mlp", hidden=(8,))
+    assert load_config(str(tmp_path / "more.yaml")).model.tower == MLPTowerConfig(type="mlp", hidden=(8,), dropout=0.25)
 
 
 def test_one_file_may_be_included_by_two(tmp_path: Path) -> None:
