@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, model_validator
 
@@ -53,6 +53,47 @@ class TableConfig(Section):
     baseline: str
     cases: Annotated[tuple[str, ...], Field(min_length=1)]
     text: str | None = None
+
+
+class LogConfig(Section):
+    """What every case is trained on in turn; `config` is the grid's where null."""
+
+    config: str | None = None
+    overrides: Overrides = ()
+
+
+class LogsConfig(Section):
+    """The part of a grid of several logs that says which cases and tables there are of each."""
+
+    logs: Annotated[dict[Name, LogConfig], Field(min_length=1)]
+    cases: Annotated[dict[Name, CaseConfig], Field(min_length=1)]
+    tables: tuple[TableConfig, ...] = ()
+
+    @model_validator(mode="after")
+    def _logs_stand_apart(self) -> Self:
+        for name, case in self.cases.items():
+            if case.config is not None or case.rivals is not None:
+                raise ValueError(f"cases.{name}: config and rivals are of one log, and logs names several")
+        return self
+
+    def expanded(self) -> dict[str, Any]:
+        """Cases and tables of all logs: `<case>_<log>` is a case on a log, whose overrides come first."""
+        cases = {
+            f"{name}_{of}": case.model_copy(update={"config": log.config, "overrides": log.overrides + case.overrides})
+            for of, log in self.logs.items()
+            for name, case in self.cases.items()
+        }
+        tables = [
+            {
+                "question": f"{table.question}, on {of}",
+                "baseline": f"{table.baseline}_{of}",
+                "cases": [f"{name}_{of}" for name in table.cases],
+                "text": table.text,
+            }
+            for of in self.logs
+            for table in self.tables
+        ]
+        return {"cases": {name: case.model_dump(exclude_unset=True) for name, case in cases.items()}, "tables": tables}
 
 
 class GridConfig(Section):
@@ -156,6 +197,9 @@ def load_grid(path: str | Path) -> GridConfig:
     raw = read_yaml(Path(path), "grid", remedy="benchmarks/grids has some")
     if "space" in raw and "cases" not in raw:
         raise ConfigError(f"{path} is a study, and no grid; take python -m benchmarks.quality search {path}")
+    if "logs" in raw:
+        of_logs = {key: raw.pop(key) for key in LogsConfig.model_fields if key in raw}
+        raw |= validate(LogsConfig, of_logs, source=str(path)).expanded()
     return validate(GridConfig, raw, source=str(path))
 
 
