@@ -57,7 +57,7 @@ from recsys.training.finite import Moment, NotFinite, check_predictions, check_w
 from recsys.training.learnable import check_labels
 from recsys.training.metrics import Metrics, far_off
 from recsys.training.monitor import Monitor
-from recsys.training.optimizers import Phase, phase_lengths, phases, use_trained_gate
+from recsys.training.optimizers import Phase, phase_lengths, phases, settle_gate
 from recsys.training.output import OutputDirectory, State
 from recsys.training.progress import Best, Progress, StageTotals
 from recsys.training.resume import checkpoint_to_resume
@@ -448,7 +448,7 @@ class Trainer:
                 self.monitor.say(f"{name:<10} learning rates are cut to {progress.plateau.share:.3g} of the stage's")
                 if settings.plateau and settings.plateau.restore_best:
                     self._go_back(progress.best, trainer)
-                    use_trained_gate(self.dense_arch, self._phase)  # which that of before the phase does not use
+                    settle_gate(self.dense_arch, self._phase)  # which that of before the phase does not use
         best = progress.best
         if best.step != progress.step:
             self._go_back(best, trainer)
