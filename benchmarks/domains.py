@@ -7,6 +7,7 @@ Square layers under rows of all domains, sorted by domain, as the dense arch giv
 """
 
 import argparse
+import copy
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +21,14 @@ from torch.nn import functional as F
 from benchmarks.layer import PASSES, Device, Seconds, median_ratio, memory_of, time_passes
 from benchmarks.report import RESULTS, Line, environment, show, write
 from recsys.cli import run_entry
+from recsys.errors import UserError
 from recsys.model.experts.domains import (
+    MAX_FOLDED_BYTES,
     DomainAdaptation,
     DomainExpert,
     DomainGate,
     DomainLinear,
     adapt,
-    multiply_by_groups,
 )
 from recsys.runtime import keep_freed_memory
 from recsys.terminal import Rows
@@ -74,22 +76,6 @@ class _Loop(nn.Module):
             else:
                 parts.append(F.linear(F.linear(rows, down), up, bias))
         return torch.cat(parts) if self.merged else F.linear(x, layer.weight, layer.bias) + torch.cat(parts)
-
-
-class _Folded(nn.Module):
-    """Every domain's weight and bias, for rows that are sorted."""
-
-    def __init__(self, layer: DomainLinear, adaptation: DomainAdaptation, domains: Tensor) -> None:
-        super().__init__()
-        numbers = torch.arange(adaptation.num_domains, device=domains.device)
-        with torch.no_grad():
-            self.weight, self.bias = layer.written_out(adaptation.weights(numbers))
-        self.ends = torch.bincount(domains, minlength=adaptation.num_domains).cumsum(0).to(torch.int32)
-        self.domains = domains
-
-    def forward(self, x: Tensor) -> Tensor:
-        """One product by groups."""
-        return multiply_by_groups(x, self.weight, self.ends) + self.bias.index_select(0, self.domains)
 
 
 def main() -> None:
@@ -145,12 +131,18 @@ def _forms(dim: int, num_domains: int, rank: int, batch: int, device: Device) ->
     mixed = DomainAdaptation(num_domains, num_domains, DomainGate(num_domains, num_domains)).to(device.name)
     mixed.use_gate()
     mlora, mixture = layer_of(own), layer_of(mixed)
+    frozen, of_frozen = copy.deepcopy((mixture, mixed))
+    if not of_frozen.fold([frozen]):
+        raise UserError(
+            f"--domains {num_domains}: weights of width {dim} for all would take more than the "
+            f"{MAX_FOLDED_BYTES >> 20} MiB up to which models are folded; give fewer, or a smaller --dim"
+        )
     return {
         "dense": nn.Linear(dim, dim, device=device.name),
         "mlora": _Told(mlora, own, domains),
         "loop": _Loop(mlora, counts.tolist(), merged=False),
         "merged": _Loop(mlora, counts.tolist(), merged=True),
-        "folded": _Folded(mixture, mixed, domains),
+        "folded": _Told(frozen, of_frozen, domains),
         "moe_mlora": _Told(mixture, mixed, domains),
     }
 

@@ -743,10 +743,26 @@ class StageConfig(Section):
 
 
 class MetricsConfig(Section):
-    """AUC is exact up to `exact_examples` (over all ranks), beyond that binned with a bound on its error reported."""
+    """AUC is exact up to `exact_examples` (over all ranks), beyond that binned with a bound on its error reported.
+
+    `by` names columns of the valid and test files whose values' rows have figures of their own.
+    """
 
     exact_examples: Count = 1 << 22
     num_bins: Annotated[int, Field(ge=2, le=2**26)] = 1 << 16
+    by: tuple[Text, ...] = ()
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """Of a metric's memory, as `recsys.training.metrics` takes them."""
+        return {"exact_examples": self.exact_examples, "num_bins": self.num_bins}
+
+    @field_validator("by")
+    @classmethod
+    def _once(cls, by: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := [name for place, name in enumerate(by) if name in by[:place]]:
+            raise ValueError(f"{twice[0]!r} is named twice")
+        return by
 
 
 class LoggingConfig(Section):

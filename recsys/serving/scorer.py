@@ -27,7 +27,7 @@ from recsys.data.storage import DataError
 from recsys.errors import UserError
 from recsys.files import FileError, read_regular
 from recsys.model.dense_arch import build_dense_arch
-from recsys.model.experts import domain_adaptation, expert_layers, merge_experts
+from recsys.model.experts import domain_adaptation, domain_linears, expert_layers, merge_experts
 from recsys.model.towers.normalization import Folds
 from recsys.serving.artifact import Artifact, ArtifactError
 from recsys.serving.candidates import Sharing, shared_rows
@@ -552,6 +552,7 @@ def _dense_arch(artifact: Artifact) -> torch.nn.Module:
     merge_experts(dense_arch)
     if (adaptation := domain_adaptation(dense_arch)) is not None:
         adaptation.grouped = False  # requests have few rows, whose order is not worth changing
+        adaptation.fold(domain_linears(dense_arch).values())
     for part in [module for module in dense_arch.modules() if isinstance(module, Folds)]:
         part.fold_norms()
     return dense_arch.eval().requires_grad_(False)

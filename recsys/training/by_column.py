@@ -7,7 +7,7 @@ Shapes: N rows, G groups.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,6 @@ from recsys.data.arrow import usual_table, value_type
 from recsys.data.order import Epoch
 from recsys.data.parquet import ParquetShards
 from recsys.data.storage import DataError
-from recsys.model.ranker import RankerOutput
 from recsys.runtime import Ranks
 from recsys.training.by_domain import largest_and_worst
 from recsys.training.metrics import aucs_by_group, on_first_rank
@@ -91,48 +90,38 @@ class GroupFigures:
             for group in shown
         ], which
 
+    def over_groups(self) -> dict[str, Any]:
+        """For JSON: over all groups."""
+        over = {"gauc": _told(self.gauc), "mean_auc": _told(self.mean_auc), "one_class": self.one_class}
+        return {"values": len(self.names), **over}
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON: over all groups, and of the `MOST_TOLD` largest."""
         figures = ("rows", "positives", "auc", "log_loss", "calibration")
         told = range(min(len(self.names), MOST_TOLD))
         groups = [{"value": self.names[n], **{of: _told(getattr(self, of)[n]) for of in figures}} for n in told]
-        over = {"gauc": _told(self.gauc), "mean_auc": _told(self.mean_auc), "one_class": self.one_class}
-        return {"values": len(self.names), **over, "groups": groups}
+        return {**self.over_groups(), "groups": groups}
 
 
 class ByColumns:
     """Takes the outputs of an evaluation, and then tells the figures by columns; the latter is a collective call.
 
     Args:
-        columns: of the files of the split.
+        columns: of the files of the split, which `check_columns` takes.
         shards: the split, whose rows have labels.
         epoch: the order of the evaluation.
         ranks: this process among all.
-
-    Raises:
-        DataError: a file has no such column, or one that holds no single values.
     """
 
     def __init__(self, columns: Sequence[str], shards: ParquetShards, epoch: Epoch, ranks: Ranks) -> None:
         self._columns, self._shards, self._epoch, self._ranks = tuple(columns), shards, epoch, ranks
         self._logits: list[Tensor] = []
         self._labels: list[Tensor] = []
-        for file, schema in zip(shards.files, shards.schemas, strict=True):
-            for name in self._columns:
-                if name not in schema.names:
-                    raise DataError(
-                        f"{file}: no column {name!r}, which --by asks for; it has {', '.join(schema.names)}"
-                    )
-                if pa.types.is_nested(kind := schema.field(name).type) or _is_binary(kind):
-                    raise DataError(
-                        f"{file}: column {name!r} is of {kind}; --by takes numbers, strings, dates and times: "
-                        "make it such when the shards are written"
-                    )
 
-    def __call__(self, output: RankerOutput) -> None:
-        """A batch's, in order."""
-        self._logits.append(output.logits.float().cpu())
-        self._labels.append(output.labels.float().cpu())
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """A batch's (N,), in order."""
+        self._logits.append(logits.float().cpu())
+        self._labels.append(labels.float().cpu())
 
     def compute(self) -> dict[str, GroupFigures]:
         """By column; on all ranks but the first, of no groups."""
@@ -164,6 +153,26 @@ class ByColumns:
                 for name in self._columns:
                     parts[name] += pc.cast(table.column(name), pa.string()).chunks
         return {name: pa.chunked_array(arrays, pa.string()) for name, arrays in parts.items()}
+
+
+def check_columns(columns: Sequence[str], shards: ParquetShards) -> None:
+    """Refuse columns by which there can be no figures.
+
+    Raises:
+        DataError: a file of the split has no such column, or one that holds no single values.
+    """
+    for file, schema in zip(shards.files, shards.schemas, strict=True):
+        for name in columns:
+            if name not in schema.names:
+                raise DataError(
+                    f"{file}: no column {name!r}, by which there are to be figures (metrics.by or --by); "
+                    f"it has {', '.join(schema.names)}"
+                )
+            if pa.types.is_nested(kind := schema.field(name).type) or _is_binary(kind):
+                raise DataError(
+                    f"{file}: column {name!r} is of {kind}; metrics.by and --by take numbers, strings, dates and "
+                    "times: make it such when the shards are written"
+                )
 
 
 def group_figures(
@@ -239,16 +248,6 @@ def _told(value: Any) -> Any:
     """A number for JSON, None for NaN."""
     value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and np.isnan(value) else value
-
-
-def taken_by(*takers: Callable[[RankerOutput], None]) -> Callable[[RankerOutput], None]:
-    """What gives an output to several."""
-
-    def take(output: RankerOutput) -> None:
-        for taker in takers:
-            taker(output)
-
-    return take
 
 
 def told_by_column(found: Mapping[str, GroupFigures]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from recsys.model.ranker import Ranker, RankerOutput
 from recsys.prepare.synthetic import require_embedded
 from recsys.runtime import Ranks, once_on_each_machine, process_group
 from recsys.terminal import console, say, table
-from recsys.training.by_column import ByColumns, GroupFigures, taken_by, told_by_column
+from recsys.training.by_column import ByColumns, GroupFigures, check_columns, told_by_column
 from recsys.training.by_domain import domain_line, domain_rows
 from recsys.training.checkpoint import load_ranker, verified
 from recsys.training.counts import Counts, by_kind, in_words, reduce_counts
@@ -38,6 +38,7 @@ class Evaluation(NamedTuple):
         counts: how often values were cut, replaced or left out.
         domains: of the ranker on each domain's rows, by the domain's name; empty where the config names no domains.
         reference_domains: the same of the reference column.
+        columns: of the rows of each value of columns, by the column's name; of no rows on all ranks but the first.
     """
 
     model: Metrics
@@ -45,6 +46,7 @@ class Evaluation(NamedTuple):
     counts: Counts
     domains: Mapping[str, Metrics]
     reference_domains: Mapping[str, Metrics]
+    columns: Mapping[str, GroupFigures]
 
 
 def _ignore(output: RankerOutput) -> None:
@@ -73,7 +75,7 @@ def evaluate_checkpoint(
         as_json: print one JSON object instead of a table.
         predictions: where to write them (see `writing_predictions`), if anywhere. Where `data.label` is null, they are
             all that there is.
-        by: columns of the split's files, whose values' rows have figures of their own.
+        by: columns of the split's files, whose values' rows have figures of their own; without any, `metrics.by`.
 
     Raises:
         CheckpointError: no checkpoint is there, or it does not fit.
@@ -88,21 +90,20 @@ def evaluate_checkpoint(
         raise ConfigError("data.label: null leaves nothing to measure; pass --predictions, or name the label")
     if by and not labelled:
         raise ConfigError("data.label: null leaves nothing to measure by column; leave --by out, or name the label")
+    by = (by or config.metrics.by) if labelled else ()
     with process_group(config.device) as ranks:
         verified(path, ranks)
         once_on_each_machine(ranks, partial(require_embedded, config))
         shards = open_splits(config, [split], path / VOCABULARIES, read_kinds(path), also=by)[split]
-        by_columns = ByColumns(by, shards, eval_order(shards, config, ranks.world_size), ranks) if by else None
+        check_columns(by, shards)
         ranker = load_ranker(path, config, ranks)
         with (
             writing_predictions(predictions, ranks, with_label=labelled, with_domain=config.data.domain is not None)
             if predictions
             else nullcontext(_ignore)
         ) as on_output:
-            take = taken_by(on_output, by_columns) if by_columns else on_output
-            found = evaluate(ranker, shards, config, ranks, on_output=take)
-            model, reference, counts, domains, _ = found
-        of_columns = by_columns.compute() if by_columns else {}
+            found = evaluate(ranker, shards, config, ranks, by=by, on_output=on_output)
+            model, reference, counts, domains, _, columns = found
         results = {"model": model} if labelled else {}
         results |= {"reference": reference} if reference else {}
         about: dict[str, Any] = {"checkpoint": directory, "split": split, "step": meta.step}
@@ -114,11 +115,11 @@ def evaluate_checkpoint(
             over = reference.told_over_domains if reference else {}
             figures = {name: it.as_dict() | (over if it is reference else {}) for name, it in results.items()}
             of_domains = {"domains": {name: it.as_dict() for name, it in domains.items()}} if domains else {}
-            of_domains |= {**model.told_over_domains, **told_by_column(of_columns)}
+            of_domains |= {**model.told_over_domains, **told_by_column(columns)}
             print(json.dumps({**about, **figures, **of_domains, "data": by_kind(counts)}, indent=2))
         elif ranks.is_first:
             warnings = [*shards.warnings, *([f"{split}: {in_words(counts)}"] if counts else [])]
-            _show(about, results, found, of_columns, warnings)
+            _show(about, results, found, warnings)
         return results
 
 
@@ -129,6 +130,7 @@ def evaluate(
     config: Config,
     ranks: Ranks,
     *,
+    by: Sequence[str] = (),
     on_batch: Callable[[int, int], None] = lambda done, num_batches: None,
     on_output: Callable[[RankerOutput], None] = _ignore,
 ) -> Evaluation:
@@ -144,16 +146,18 @@ def evaluate(
         shards: the split.
         config: for batch size, features and metrics.
         ranks: this process among all.
+        by: columns of the split's files, whose values' rows have figures of their own; the split is no domain's alone.
         on_batch: told after each batch how many are done, and of how many.
         on_output: given what the ranker says of each of this rank's batches.
     """
     epoch = eval_order(shards, config, ranks.world_size)
-    limits, domain = config.metrics.model_dump(), config.data.domain
+    limits, domain = config.metrics.limits, config.data.domain
     model, reference = BinaryMetrics(**limits), BinaryMetrics(**limits)
     by_domain, reference_by_domain = (
         GroupedMetrics(len(domain.labels), **limits) if domain and is_there else None
         for is_there in (True, config.data.reference)
     )
+    by_columns = ByColumns(by, shards, epoch, ranks) if by else None
     labelled, was_training = config.data.label is not None, ranker.training
     ranker.eval()
     with open_loader(shards, [epoch], config, ranks) as loader:
@@ -169,12 +173,14 @@ def evaluate(
                 model.update(output.logits, output.labels)
             if labelled and by_domain is not None:
                 by_domain.update(output.logits, output.labels, output.domain)
+            if by_columns is not None:
+                by_columns.update(output.logits, output.labels)
             on_output(output)
             on_batch(step + 1, epoch.num_steps)
     ranker.train(was_training)
     counts = reduce_counts(loader.counts, shards.columns.counted, ranks.device)
     if not labelled:
-        return Evaluation(model.compute(), None, counts, {}, {})
+        return Evaluation(model.compute(), None, counts, {}, {}, {})
     domains, of_reference = (
         dict(zip(domain.labels, grouped.compute(), strict=True)) if domain and grouped else {}
         for grouped in (by_domain, reference_by_domain)
@@ -185,6 +191,7 @@ def evaluate(
         counts,
         domains,
         of_reference,
+        by_columns.compute() if by_columns is not None else {},
     )
 
 
@@ -196,7 +203,6 @@ def _show(
     about: Mapping[str, Any],
     results: Mapping[str, Metrics],
     found: Evaluation,
-    of_columns: Mapping[str, GroupFigures],
     warnings: Sequence[str],
 ) -> None:
     """Print what came of a checkpoint as tables."""
@@ -211,7 +217,7 @@ def _show(
         say(console(), domain_line(found.model))
         if found.reference:
             say(console(), f"reference, {domain_line(found.reference)}")
-    for name, figures in of_columns.items():
+    for name, figures in found.columns.items():
         rows, which = figures.table()
         if rows:
             say(console(), table(rows, f"By {name}{which}"))

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from math import isfinite
+from math import isfinite, isnan
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -13,6 +13,7 @@ from torch.utils.tensorboard.summary import hparams as hparams_summary
 
 from recsys import terminal
 from recsys.model.cost import CostReport
+from recsys.training.by_column import GroupFigures
 from recsys.training.by_domain import domain_line, domain_rows, draw_domains
 from recsys.training.heatmap import cell_text, draw_heat_map
 from recsys.training.metrics import Metrics
@@ -185,7 +186,15 @@ class Monitor:
         if self._task is not None:
             self._progress.update(self._task, figures=f"evaluating {split}: {done:,}/{num_batches:,}")
 
-    def evaluation(self, source: str, split: str, step: int, epochs: int, metrics: Metrics) -> None:
+    def evaluation(
+        self,
+        source: str,
+        split: str,
+        step: int,
+        epochs: int,
+        metrics: Metrics,
+        columns: Mapping[str, GroupFigures] = MappingProxyType({}),
+    ) -> None:
         """Figures of a held-out split: shown, recorded and a line of `evaluations.jsonl`.
 
         Args:
@@ -194,17 +203,27 @@ class Monitor:
             step: of the run.
             epochs: of the run that have ended.
             metrics: the figures; those that are not finite are null in the file.
+            columns: those of the rows of each value of columns, by the column's name.
         """
         self.check()
         if self._writer is not None:
             about = {"source": source, "split": split, "step": step, "epochs": epochs}
-            told = {**about, **metrics.as_dict(), **metrics.told_over_domains}
+            by = {"by": {name: figures.over_groups() for name, figures in columns.items()}} if columns else {}
+            told = {**about, **metrics.as_dict(), **metrics.told_over_domains, **by}
             with (self.output_dir / EVALUATIONS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(_without_non_finite(told, "", []), allow_nan=False) + "\n")
         self._record(f"{split}_reference" if source == "reference" else split, step, metrics)
         if self._task is not None:
             self._progress.update(self._task, figures="")
         self.say(f"{source:<10} {split:<5} {_shown(metrics)}  {metrics.examples:,} examples")
+        if self._writer is not None:
+            for name, figures in columns.items():
+                self.say(f"{'':<10} {split:<5} by {figures.line(name)}")
+                if not isnan(figures.gauc):
+                    self._writer.add_scalar(f"{split}_gauc/{name}", figures.gauc, step)
+                rows, which = figures.table()
+                if rows and source == "final":
+                    self.say(terminal.table(rows, f"By {name}{which}"))
 
     def domains(
         self,

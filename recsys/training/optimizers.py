@@ -175,7 +175,7 @@ def begin_phase(
     if (adaptation := domain_adaptation(dense_arch)) is not None:
         adaptation.active = any(group.startswith(DOMAIN_EXPERTS) for group in so_far)
         adaptation.expert = phase.expert
-    use_trained_gate(dense_arch, phase)
+    settle_gate(dense_arch, phase)
     for group, parameters in parameter_groups(dense_arch).items():
         for parameter in parameters:
             parameter.requires_grad_(group in phase.trains)
@@ -189,11 +189,18 @@ def begin_phase(
     return _optimizers(sharded, dense_arch, config, settings, num_steps)
 
 
-def use_trained_gate(dense_arch: nn.Module, phase: Phase) -> None:
-    """Have the gate over domain experts weigh them in a phase that trains it, whatever a state of before it says."""
+def settle_gate(dense_arch: nn.Module, phase: Phase) -> None:
+    """Have the gate weigh domain experts where a phase trains it, and not where one is trained that it does not know.
+
+    Whatever a state of before the phase says, which may be another run's.
+    """
     adaptation = domain_adaptation(dense_arch)
-    if adaptation is not None and adaptation.gate is not None and GATE in phase.trains:
+    if adaptation is None or adaptation.gate is None:
+        return
+    if GATE in phase.trains:
         adaptation.use_gate()
+    elif phase.expert is not None:
+        adaptation.gated.fill_(False)
 
 
 def _settle_buckets(dense_arch: DistributedDataParallel, config: Config, stage: StageConfig) -> None:

@@ -11,7 +11,16 @@ from recsys.training.checkpoint import together, verified
 
 AUTO, NEVER = "auto", "never"
 
-_FREE = ("device", "output_dir", "resume", "logging.*", "checkpoints.*", "data.reader_threads", "data.prefetch_batches")
+_FREE = (
+    "device",
+    "output_dir",
+    "resume",
+    "logging.*",
+    "checkpoints.*",
+    "metrics.by",
+    "data.reader_threads",
+    "data.prefetch_batches",
+)
 """What has no part in what a run computes."""
 
 _HARMLESS = (

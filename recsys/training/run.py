@@ -34,6 +34,7 @@ from recsys.sharding.plan import PLAN_TEXTS, plan_as_dict, plan_rows
 from recsys.sharding.shard import shard
 from recsys.terminal import markdown, table
 from recsys.training.averages import Averages, check_start
+from recsys.training.by_column import check_columns, told_by_column
 from recsys.training.by_domain import domain_line
 from recsys.training.checkpoint import (
     Checkpoints,
@@ -56,7 +57,7 @@ from recsys.training.finite import Moment, NotFinite, check_predictions, check_w
 from recsys.training.learnable import check_labels
 from recsys.training.metrics import Metrics, far_off
 from recsys.training.monitor import Monitor
-from recsys.training.optimizers import Phase, phase_lengths, phases, use_trained_gate
+from recsys.training.optimizers import Phase, phase_lengths, phases, settle_gate
 from recsys.training.output import OutputDirectory, State
 from recsys.training.progress import Best, Progress, StageTotals
 from recsys.training.resume import checkpoint_to_resume
@@ -81,8 +82,11 @@ def train(config: Config) -> dict[str, Any]:
     output = OutputDirectory(Path(config.output_dir), enabled=int(os.environ.get("RANK", 0)) == 0)
     with output, process_group(config.device) as ranks:
         once_on_each_machine(ranks, partial(write_embedded, config))
-        splits = open_splits(config, config.data.splits)
+        splits = open_splits(config, config.data.splits, also=config.metrics.by)
         check_labels(config, splits, ranks)
+        for split in ("valid", "test"):
+            if split in splits:
+                check_columns(config.metrics.by, splits[split])
         monitor = Monitor(output.path, enabled=ranks.is_first, check=output.check)
         trainer = Trainer(config, ranks, splits, monitor)
 
@@ -274,6 +278,7 @@ class Trainer:
             else None,
             "domains": {name: metrics.as_dict() for name, metrics in test.domains.items()} if test else {},
             **(test.model.told_over_domains if test else {}),
+            **(told_by_column(test.columns) if test else {}),
             "examples_per_second": sum(stage["examples"] for stage in stages.values()) / seconds,
             "data": {split: by_kind(counts) for split, counts in progress.counts.items()},
             "cost": self._cost.as_dict(),
@@ -443,7 +448,7 @@ class Trainer:
                 self.monitor.say(f"{name:<10} learning rates are cut to {progress.plateau.share:.3g} of the stage's")
                 if settings.plateau and settings.plateau.restore_best:
                     self._go_back(progress.best, trainer)
-                    use_trained_gate(self.dense_arch, self._phase)  # which that of before the phase does not use
+                    settle_gate(self.dense_arch, self._phase)  # which that of before the phase does not use
         best = progress.best
         if best.step != progress.step:
             self._go_back(best, trainer)
@@ -509,14 +514,16 @@ class Trainer:
         """Figures of a split and of its reference column, shown and recorded under a stage's name or `final`."""
         progress = self.progress
         self.sharded.rows.settle()
+        of_one_domain = split == "valid" and self._is_of_one_expert
         found = evaluate(
             self.sharded.ranker,
-            self._rows.of(self._phase, split) if split == "valid" and self._is_of_one_expert else self.splits[split],
+            self._rows.of(self._phase, split) if of_one_domain else self.splits[split],
             self.config,
             self.ranks,
+            by=() if of_one_domain else self.config.metrics.by,
             on_batch=partial(self.monitor.evaluating, split),
         )
-        self.monitor.evaluation(source, split, progress.step, progress.epoch, found.model)
+        self.monitor.evaluation(source, split, progress.step, progress.epoch, found.model, found.columns)
         if found.domains and not self._is_of_one_expert:
             self.monitor.domains(
                 split, progress.step, found.model, found.domains, found.reference_domains, with_table=source == "final"

@@ -1,10 +1,12 @@
 """Models that adapt to domains, served: any row by its own, alone, among others, as a candidate, and by a program."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -21,6 +23,7 @@ from recsys.serving.artifact import Manifest
 from recsys.serving.formats import load_program, write_program
 from recsys.serving.scorer import RequestError
 from recsys.serving.tables import Table
+from recsys.training.parity import BOUNDS
 
 COLUMNS = ("user", "item", "tags", "x", "z", "domain")
 KINDS: dict[str, dict[str, Any]] = {
@@ -79,6 +82,7 @@ def test_candidates_are_scored_as_rows_by_their_own_domains(
 ) -> None:
     scorer = Scorer(make(tmp_path, tower, kind, routed=routed))
     assert set(scorer.columns) == set(COLUMNS)
+    assert scorer.dense_arch.domain_adaptation.folded is (kind != "feature_gate" and not routed)  # type: ignore[union-attr]
     rows = tiny_table(40, 5).select(COLUMNS).to_pylist()
     alone = np.concatenate([scorer.score([row]) for row in rows])
     np.testing.assert_allclose(scorer.score(rows), alone, atol=2e-6)
@@ -110,22 +114,38 @@ def test_programs_take_the_domain(tmp_path: Path, kind: str) -> None:
     for rows in (1, 2, 50):
         inputs = torch.randn(rows, 20), torch.randn(rows, 2), torch.arange(rows) % 3
         torch.testing.assert_close(program(*inputs), scorer.dense_arch(*inputs)[0])
+        with torch.inference_mode():  # in which the scorer's is folded
+            torch.testing.assert_close(program(*inputs), scorer.dense_arch(*inputs)[0])
 
 
 @pytest.mark.parametrize("kind", ["mlora", "domain_gate"])
 def test_rows_of_no_domain_are_scored_by_the_backbone(tmp_path: Path, kind: str) -> None:
     """Of a column of strings: an unknown one, and null, in rows and in the context of candidates."""
-    scorer = Scorer(make(tmp_path, "mlp", kind, values=["home", "search"], unseen="backbone"))
+    artifact = make(tmp_path, "mlp", kind, values=["home", "search"], unseen="backbone")
+    scorer = Scorer(artifact)
     row = tiny_table(1, 5).select(COLUMNS[:-1]).to_pylist()[0]
     home, search, unknown, null = scorer.score([{**row, "domain": name} for name in ("home", "search", "cart", None)])
     assert unknown == null and len({home, search, unknown}) == 3
     assert scorer.score_candidates({"domain": "cart"}, [row])[0] == pytest.approx(unknown, abs=1e-6)
-    for linear in domain_linears(scorer.dense_arch).values():
-        for parameter in linear.domain_experts.parameters():
-            parameter.zero_()
-    assert scorer.score([{**row, "domain": "home"}])[0] == pytest.approx(unknown, abs=1e-6)
+    without = {name: 0 * value if ".domain_experts." in name else value for name, value in artifact.dense.items()}
+    backbone = Scorer(replace(artifact, dense=without))
+    assert backbone.score([{**row, "domain": "home"}])[0] == pytest.approx(unknown, abs=1e-6)
     with pytest.raises(DataError, match=r"column .domain. .* has type int64; strings are needed"):
         scorer.score([{**row, "domain": 1}])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "feature_gate"])
+@pytest.mark.parametrize("unseen", [False, True])
+def test_folded_models_answer_as_exports_are_held_to(tmp_path: Path, kind: str, unseen: bool) -> None:
+    """Rows of several domains, of one, and one row, within the bound between an export and its checkpoint's model."""
+    domain = {"column": "domain", "values": [0, 1], "unseen": "backbone"} if unseen else {}
+    artifact = make(tmp_path, "deepfm", kind, **domain)
+    folded, apart = Scorer(artifact), Scorer(artifact)
+    apart.dense_arch.domain_adaptation.folded = False  # type: ignore[union-attr]
+    table = tiny_table(60, 5).select(COLUMNS)
+    of_one = [table.filter(pc.field("domain") == number) for number in range(3)]
+    for rows in (table, *of_one, table.slice(0, 1), table.slice(0, 0)):
+        np.testing.assert_allclose(folded.score(rows), apart.score(rows), rtol=0, atol=BOUNDS["float32"])
 
 
 def test_domains_that_no_row_may_have_are_named(tmp_path: Path) -> None:

@@ -11,10 +11,13 @@ import pytest
 from ranks import run_module, run_ranks
 from runs import as_config, train_on
 from scipy.stats import bernoulli, mannwhitneyu
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_config, write_tiny_log
 
+from recsys.data.storage import DataError
 from recsys.training.by_column import group_figures
 from recsys.training.by_domain import LARGEST, WORST
+from recsys.training.run import train
 
 
 def drawn(sizes: list[int], seed: int = 0) -> tuple[np.ndarray[Any, Any], ...]:
@@ -91,6 +94,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(exist_ok=True)
         pq.write_table(table, path, row_group_size=20)
     raw = tiny_config(folder, folder / "out")
+    raw["metrics"] = {"by": ["domain", "item"]}
     raw["data"] |= {"label_null": "skip", "test": f"{folder}/test/**/*.parquet"}
     raw["stages"] = {"joint": {**raw["stages"]["joint"], "steps": 5, "warmup_steps": 0}}
     run_ranks(1, train_on, as_config(raw, folder))
@@ -127,10 +131,30 @@ def test_a_column_that_no_feature_reads_is_told_alike_on_any_number_of_ranks(tra
                 assert [its[value][key] for key in figures] == pytest.approx([group[key] for key in figures], rel=1e-5)
 
 
+def test_training_tells_by_columns_what_evaluation_does(trained: Path) -> None:
+    summary = json.loads((trained / "out/summary.json").read_text())
+    assert evaluated(trained, 2)["by"].keys() == {"domain", "item"}  # those of the run
+    assert summary["by"] == evaluated(trained, 1, "domain", "item")["by"]
+    lines = [json.loads(line) for line in (trained / "out/evaluations.jsonl").read_text().splitlines()]
+    valid, test = ([line for line in lines if line["source"] == of][-1] for of in ("joint", "final"))
+    assert valid["by"].keys() == {"domain", "item"} and valid["by"]["item"]["gauc"] > 0
+    over = {of: {key: told for key, told in by.items() if key != "groups"} for of, by in summary["by"].items()}
+    assert test["by"] == over
+    events = EventAccumulator(str(trained / "out/tensorboard")).Reload()
+    assert events.Scalars("test_gauc/item")[-1].value == pytest.approx(summary["by"]["item"]["gauc"])
+
+
+def test_a_run_by_a_column_that_a_split_lacks_does_not_begin(trained: Path) -> None:
+    raw = tiny_config(trained, trained / "other") | {"metrics": {"by": ["city"]}}
+    raw["data"]["test"] = None
+    with pytest.raises(DataError, match=r"valid.*: no column 'city', by which there are to be figures \(metrics\.by"):
+        train(as_config(raw, trained))
+
+
 @pytest.mark.parametrize(
     ("column", "told"),
     [
-        ("town", "no column 'town', which --by asks for; it has user, item"),
+        ("town", "no column 'town', by which there are to be figures (metrics.by or --by); it has user, item"),
         ("tags", "column 'tags' is of list"),
         ("key", "column 'key' is of binary"),
     ],

@@ -295,6 +295,10 @@ def test_experts_of_other_domains_are_not_taken_for_those(log: Path, tmp_path: P
     raw |= {"warm_start": {"checkpoint": str(source)}, "seed": 5, "output_dir": str(tmp_path / "out")}
     saved, dense = checkpoint_tensors(source, tmp_path), "model.dense_arch."
     assert bool(saved[f"{dense}domain_adaptation.gated"])
+    one_by_one = raw | {"stages": {"experts": {"trains": "experts", "steps": 1, "learning_rate": 1e-3}}}
+    run_ranks(1, train_on, config_of(one_by_one, tmp_path))
+    trained = checkpoint_tensors(tmp_path / "out/checkpoints/step-3", tmp_path)
+    assert not bool(trained[f"{dense}domain_adaptation.gated"])  # which would weigh experts that it does not know
     for values, others in (
         ([0, 1, 2], ()),
         ([0, 2, 1], ("domain_adaptation.", "domain_experts.1", "domain_experts.2")),

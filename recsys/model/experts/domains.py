@@ -17,7 +17,8 @@ B_e and b_e begin at 0, so that adapting a linear does not change what it comput
 
 Rows of one domain need not be together: each row has its own weights. Where every row has one expert, and rows are
 sorted by it, a linear multiplies them group by group, so that its cost does not grow with n; else all experts are
-computed as one product of width E r. Nothing of size B x D_in x D_out is ever made.
+computed as one product of width E r. Nothing of size B x D_in x D_out is ever made. A frozen model that weighs experts
+by the domain alone can be folded (`DomainAdaptation.fold`): each domain's whole weight is kept, no expert computed.
 
     adaptation = DomainAdaptation(num_domains=3)
     adapt(tower[0], adaptation, rank=8)
@@ -27,7 +28,7 @@ computed as one product of width E r. Nothing of size B x D_in x D_out is ever m
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -35,6 +36,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+MAX_FOLDED_BYTES = 256 << 20
+"""Of all folded weights of a model; each process that serves it holds its own."""
 
 
 class _OneExpert(NamedTuple):
@@ -61,7 +65,19 @@ class _Mixture(NamedTuple):
     weights: Tensor
 
 
-_Rows = _OneExpert | _Groups | _Mixture
+class _Folded(NamedTuple):
+    """Rows of the call under way are sorted by domain, and each meets the folded weight of its own.
+
+    Attributes:
+        domains: that there are, rising.
+        counts: of their rows.
+    """
+
+    domains: list[int]
+    counts: list[int]
+
+
+_Rows = _OneExpert | _Groups | _Mixture | _Folded
 
 
 class _Call:
@@ -146,6 +162,7 @@ class DomainAdaptation(nn.Module):
         expert: the only one that all rows have, with weight 1, while it is learning; None else.
         gated: whether the gate weighs experts, (); a buffer, for it is part of what a model computes.
         grouped: False computes all experts of a linear even where each row has one.
+        folded: whether calls without gradients meet folded weights.
     """
 
     gated: Tensor
@@ -169,7 +186,7 @@ class DomainAdaptation(nn.Module):
                 raise ValueError(f"the gate is of {sizes[0]} domains and {sizes[1]} experts, not of these")
             self.register_buffer("gated", torch.tensor(False))
         self.gate, self.shared_by = gate, shared_by
-        self.active, self.grouped = True, True
+        self.active, self.grouped, self.folded = True, True, False
         self.expert: int | None = None
         self._call = _Call(with_others=with_others)
 
@@ -181,6 +198,31 @@ class DomainAdaptation(nn.Module):
     def use_gate(self) -> None:
         """Have the gate weigh experts from now on."""
         self.gated.fill_(True)
+
+    @torch.no_grad()
+    def fold(self, linears: "Collection[DomainLinear]") -> bool:
+        """Have linears keep each domain's whole weight W + sum_e g_e B_e A_e, which calls without gradients then meet.
+
+        It is for models whose parameters change no more: these weights, made in float64 and rounded once, would not
+        follow. Under `torch.compile` and `torch.export` experts are computed as ever.
+
+        Args:
+            linears: all that adapt by this.
+
+        Returns:
+            Whether they do. Nothing is changed where the gate reads features, a linear has routed experts besides, or
+            the weights would take more than `MAX_FOLDED_BYTES`.
+        """
+        numbers = self.num_domains + self._call.with_others
+        reads_features = self.gate is not None and self.gate.num_features > 0
+        is_plain = all(linear._is_plain for linear in linears)
+        if reads_features or not is_plain or numbers * sum(of.weight.nbytes for of in linears) > MAX_FOLDED_BYTES:
+            return False
+        for linear in linears:
+            weights = self.weights(torch.arange(numbers, device=linear.weight.device)).double()
+            linear._folded = list(zip(*(of.unbind() for of in linear.written_out(weights)), strict=True))
+        self.folded = True
+        return True
 
     def weights(self, domains: Tensor, features: Tensor | None = None) -> Tensor:
         """(B,) domains and (B, F) features, which the gate may read, -> (B, E)."""
@@ -215,6 +257,11 @@ class DomainAdaptation(nn.Module):
             self._call.rows = None
         elif self.expert is not None:
             self._call.rows = _OneExpert(self.expert)
+        elif self.folded and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            order = domains.argsort(stable=True)
+            present, counts = domains.index_select(0, order).unique_consecutive(return_counts=True)
+            self._call.rows = _Folded(present.tolist(), counts.tolist())
+            order = order if len(present) > 1 else None  # so that rows of one domain are not copied
         elif self._is_grouped(domains.device):
             order = domains.argsort(stable=True)
             numbers = self.num_domains + self._call.with_others
@@ -272,10 +319,13 @@ class DomainLinear(nn.Linear):
     _call: _Call
     _is_of_one: bool
     _is_plain: bool
+    _folded: Sequence[tuple[Tensor, Tensor]] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ..., D_in) -> (B, ..., D_out), of the rows whose domains the adaptation was told."""
         rows = self._call.rows
+        if isinstance(rows, _Folded):
+            return self._by_domain(x, rows)
         if isinstance(rows, _Groups) and self._merges(x):
             return self._merged(x, rows)
         base = super().forward(x)
@@ -315,16 +365,40 @@ class DomainLinear(nn.Linear):
         return [expert.lora_B for expert in self.domain_experts if isinstance(expert, DomainExpert)]
 
     def written_out(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight (n, D_out, D_in) and bias (n, D_out) that rows with expert weights (n, E) meet in evaluation."""
-        down, up, bias = (torch.stack(tensors) for tensors in self._experts())
-        weight = self.weight + torch.einsum("ne,eor,eri->noi", weights, up, down)
+        """Weight (n, D_out, D_in) and bias (n, D_out) that rows with expert weights (n, E) meet in evaluation.
+
+        Computed in the precision of the expert weights, and given in that of the linear.
+        """
+        down, up, bias = (torch.stack(tensors).to(weights.dtype) for tensors in self._experts())
+        base = self.weight.to(weights.dtype)
+        each = []
+        for shares in weights:  # one by one, so that no more than one is there in a higher precision
+            own = shares.nonzero().squeeze(1)
+            ups = (up[own] * shares[own, None, None]).transpose(0, 1).flatten(1)
+            each.append(torch.addmm(base, ups, down[own].flatten(0, 1)).to(self.weight.dtype))
         shift = weights @ bias
-        return weight, shift if self.bias is None else shift + self.bias
+        if self.bias is not None:
+            shift = shift + self.bias
+        return torch.stack(each), shift.to(self.weight.dtype)
 
     def _experts(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """All experts' A (r, D_in), B (D_out, r) and b (D_out,)."""
         experts = list(self.domain_experts)
         return tuple([getattr(expert, name) for expert in experts] for name in ("lora_A", "lora_B", "bias"))  # type: ignore[return-value]
+
+    def _by_domain(self, x: Tensor, rows: _Folded) -> Tensor:
+        """The layer for x (B, ..., D_in) by folded weights."""
+        if len(rows.domains) == 1:
+            return F.linear(x, *self._folded[rows.domains[0]])
+        each = x.shape[1:-1].numel()
+        sizes = [count * each for count in rows.counts]
+        flat = x.reshape(-1, self.in_features)
+        y = flat.new_empty(len(flat), self.out_features)
+        # A loop, whose every product is a dense linear's: `F.grouped_mm` takes longer on a CPU, of few rows as of many.
+        for domain, part, of_part in zip(rows.domains, flat.split(sizes), y.split(sizes), strict=True):
+            weight, bias = self._folded[domain]
+            torch.addmm(bias, part, weight.t(), out=of_part)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def _merges(self, x: Tensor) -> bool:
         """Whether x is better multiplied by each domain's whole weight than by the base and an expert.

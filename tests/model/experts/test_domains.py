@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from recsys.model.experts import attach_domain_experts, attach_experts
 from recsys.model.experts.domains import DomainAdaptation, DomainGate, DomainLinear, adapt, rank_of
 
 N = 3
@@ -308,6 +309,69 @@ def test_a_domains_linear_can_be_written_out(num_experts: int) -> None:
         y = layer(x if order is None else x[order])
     y = y if order is None else y[order.argsort()]
     torch.testing.assert_close(y, torch.einsum("boi,bi->bo", weight[domains], x) + bias[domains])
+
+
+@pytest.mark.parametrize("num_experts", SIZES)
+@pytest.mark.parametrize("kind", ["own", "gate", "all"])
+def test_folded_linears_compute_the_formula(num_experts: int, kind: str) -> None:
+    """As in float64, of domains in any order, one domain, one row, none, and of no domain; no expert is looked at."""
+    gate = DomainGate(N, num_experts) if kind == "gate" else None
+    shared_by: Any = "all" if kind == "all" else "own"
+    adaptation = DomainAdaptation(N, num_experts, gate, shared_by=shared_by, with_others=True)
+    tower = nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 5))
+    torch.manual_seed(5)
+    attach_domain_experts(tower, ["*"], adaptation, lambda linear: linear.out_features // 2)
+    experts = [parameter for layer in linears(tower) for parameter in layer.domain_experts.parameters()]
+    for parameter in [*experts, *([gate.embedding.weight] if gate else [])]:
+        nn.init.normal_(parameter)
+    if gate is not None:
+        adaptation.use_gate()
+    exact, exactly = (of.double() for of in copy.deepcopy((tower, adaptation)))
+    assert adaptation.fold(linears(tower)) and adaptation.folded
+    mixed = torch.randint(0, N + 1, (23,))
+    with torch.no_grad():
+        for parameter in experts:
+            parameter.fill_(torch.nan)
+        for domains in (mixed, *(torch.full((5,), number) for number in range(N + 1)), mixed[:1], mixed[:0]):
+            tokens = torch.randn(len(domains), 2, 6)
+            weights = exactly.weights(domains).double()
+            expected = [literal(exact, x.double(), weights).float() for x in tokens.unbind(1) if len(x)]
+            of_rows = torch.stack(expected, 1) if expected else torch.empty(0, 2, 5)
+            torch.testing.assert_close(applied(tower, adaptation, tokens, domains), of_rows, rtol=1e-5, atol=1e-5)
+            alone = applied(tower, adaptation, tokens[:, 0], domains)
+            torch.testing.assert_close(alone, of_rows[:, 0], rtol=1e-5, atol=1e-5)
+    assert applied(tower, adaptation, *rows()).isnan().all()  # with gradients, and so by experts
+
+
+def test_folded_weights_are_rounded_once() -> None:
+    """From float64: right even where an expert cancels the linear, of which float32 would have left nothing."""
+    tower, adaptation = tower_of()
+    with torch.no_grad():
+        for layer in linears(tower):
+            layer.weight.copy_(-(layer.domain_experts[1].lora_B @ layer.domain_experts[1].lora_A))  # type: ignore[operator]
+    assert adaptation.fold(linears(tower))
+    for layer in linears(tower):
+        for (weight, bias), expert in zip(layer._folded, layer.domain_experts, strict=True):
+            up, down = expert.lora_B.double(), expert.lora_A.double()  # type: ignore[operator]
+            torch.testing.assert_close(weight, (layer.weight + up @ down).float(), rtol=1e-6, atol=0)
+            torch.testing.assert_close(bias, (layer.bias.double() + expert.bias).float(), rtol=1e-6, atol=0)
+
+
+def test_what_cannot_be_folded_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate of features, routed experts, and weights beyond the bound, which is for all linears together."""
+    tower, adaptation = tower_of(num_features=6)
+    assert not adaptation.fold(linears(tower))
+    routed, of_routed = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 5)), DomainAdaptation(N)
+    attach_experts(routed, ["1"], 1, 2)
+    attach_domain_experts(routed, ["*"], of_routed, lambda _: 2)
+    assert not of_routed.fold(linears(routed))
+    tower, plain = tower_of()
+    monkeypatch.setattr("recsys.model.experts.domains.MAX_FOLDED_BYTES", 4 * N * (6 * 7 + 7 * 5) - 1)
+    assert not plain.fold(linears(tower))
+    assert not any(of.folded for of in (adaptation, of_routed, plain))
+    assert not any(layer._folded for layer in (*linears(routed), *linears(tower)))
+    monkeypatch.undo()
+    assert plain.fold(linears(tower))
 
 
 def test_experts_have_the_parameters_of_their_formula() -> None:
