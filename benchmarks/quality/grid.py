@@ -56,10 +56,11 @@ class TableConfig(Section):
 
 
 class LogConfig(Section):
-    """What every case is trained on in turn; `config` is the grid's where null."""
+    """What every case is trained on in turn; `config` is the grid's where null, `cases` has overrides of some more."""
 
     config: str | None = None
     overrides: Overrides = ()
+    cases: dict[Name, Overrides] = Field(default_factory=dict)
 
 
 class LogsConfig(Section):
@@ -74,12 +75,20 @@ class LogsConfig(Section):
         for name, case in self.cases.items():
             if case.config is not None or case.rivals is not None:
                 raise ValueError(f"cases.{name}: config and rivals are of one log, and logs names several")
+        for name, log in self.logs.items():
+            if unknown := log.cases.keys() - self.cases.keys():
+                raise ValueError(f"logs.{name}.cases: no case {min(unknown)!r}; there are {', '.join(self.cases)}")
         return self
 
     def expanded(self) -> dict[str, Any]:
         """Cases and tables of all logs: `<case>_<log>` is a case on a log, whose overrides come first."""
         cases = {
-            f"{name}_{of}": case.model_copy(update={"config": log.config, "overrides": log.overrides + case.overrides})
+            f"{name}_{of}": case.model_copy(
+                update={
+                    "config": log.config,
+                    "overrides": (*log.overrides, *case.overrides, *log.cases.get(name, ())),
+                }
+            )
             for of, log in self.logs.items()
             for name, case in self.cases.items()
         }

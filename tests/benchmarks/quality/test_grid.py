@@ -34,6 +34,7 @@ def test_names_of_trials_keep_paths_apart_that_end_alike(folder: Path) -> None:
         ({"seeds": [1, 1]}, "seeds: one stands twice"),
         ({"overrides": ["seed=3"]}, "overrides: seed=3 is the grid's to set, by seeds and --runs"),
         ({"cases": {}}, "cases: Dictionary should have at least 1 item"),
+        ({"logs": {"a": {"cases": {"b": []}}}}, r"logs\.a\.cases: no case 'b'; there are tiny"),
         ({"logs": {}}, "logs: Dictionary should have at least 1 item"),
         ({"logs": {"a": {}}, "cases": {"b": {"config": "tiny.yaml"}}}, r"cases\.b: config and rivals are of one log"),
         ({"cases": {"a.b": {}}}, "cases.a.b: String should match pattern"),
@@ -62,7 +63,8 @@ def test_what_is_wrong_with_a_grid_is_named(folder: Path, fault: dict[str, Any],
 
 
 def test_every_case_is_trained_on_every_log(folder: Path) -> None:
-    logs = {"half": {"overrides": ["data.batch_size=30"]}, "whole": {"config": "other.yaml"}}
+    half = {"overrides": ["data.batch_size=30"], "cases": {"narrow": ["data.eval_batch_size=32"]}}
+    logs = {"half": half, "whole": {"config": "other.yaml"}}
     (folder / "other.yaml").write_text((folder / "tiny.yaml").read_text())
     table = {"question": "Narrow?", "baseline": "dense", "cases": ["narrow"]}
     cases = {"dense": {}, "narrow": {"overrides": ["data.batch_size=31"], "seeds": [5]}}
@@ -70,7 +72,8 @@ def test_every_case_is_trained_on_every_log(folder: Path) -> None:
     found = {case.name: case for case in cases_of(grid, Path("runs"))}
     assert list(found) == ["dense_half", "narrow_half", "dense_whole", "narrow_whole"]
     narrow = found["narrow_half"]
-    assert narrow.overrides[-2:] == ("data.batch_size=30", "data.batch_size=31") and narrow.config == "tiny.yaml"
+    last = ("data.batch_size=30", "data.batch_size=31", "data.eval_batch_size=32")
+    assert narrow.overrides[-3:] == last and narrow.config == "tiny.yaml"
     assert [run.seed for run in narrow.runs] == [5] and narrow.runs[0].config.data.batch_size == 31
     assert (found["dense_whole"].config, found["dense_whole"].overrides) == ("other.yaml", grid.overrides)
     asked = [(table.question, table.baseline, table.cases) for table in grid.tables]
