@@ -193,6 +193,7 @@ class Monitor:
         step: int,
         epochs: int,
         metrics: Metrics,
+        domains: Mapping[str, Metrics] = MappingProxyType({}),
         columns: Mapping[str, GroupFigures] = MappingProxyType({}),
     ) -> None:
         """Figures of a held-out split: shown, recorded and a line of `evaluations.jsonl`.
@@ -203,13 +204,17 @@ class Monitor:
             step: of the run.
             epochs: of the run that have ended.
             metrics: the figures; those that are not finite are null in the file.
+            domains: those of each domain, whose AUC is told.
             columns: those of the rows of each value of columns, by the column's name.
         """
         self.check()
         if self._writer is not None:
             about = {"source": source, "split": split, "step": step, "epochs": epochs}
-            by = {"by": {name: figures.over_groups() for name, figures in columns.items()}} if columns else {}
-            told = {**about, **metrics.as_dict(), **metrics.told_over_domains, **by}
+            told = {**about, **metrics.as_dict(), **metrics.told_over_domains}
+            if domains:
+                told["domains"] = {name: of_domain.auc for name, of_domain in domains.items()}
+            if columns:
+                told["by"] = {name: figures.over_groups() for name, figures in columns.items()}
             with (self.output_dir / EVALUATIONS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(_without_non_finite(told, "", []), allow_nan=False) + "\n")
         self._record(f"{split}_reference" if source == "reference" else split, step, metrics)

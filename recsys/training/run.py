@@ -523,10 +523,11 @@ class Trainer:
             by=() if of_one_domain else self.config.metrics.by,
             on_batch=partial(self.monitor.evaluating, split),
         )
-        self.monitor.evaluation(source, split, progress.step, progress.epoch, found.model, found.columns)
-        if found.domains and not self._is_of_one_expert:
+        domains = {} if self._is_of_one_expert else found.domains
+        self.monitor.evaluation(source, split, progress.step, progress.epoch, found.model, domains, found.columns)
+        if domains:
             self.monitor.domains(
-                split, progress.step, found.model, found.domains, found.reference_domains, with_table=source == "final"
+                split, progress.step, found.model, domains, found.reference_domains, with_table=source == "final"
             )
         if found.counts != progress.counts[split]:  # they are the same each time
             progress.counts[split] = found.counts

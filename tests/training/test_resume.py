@@ -48,7 +48,7 @@ class Recorder(Monitor):
     def routing(self, step: int, window: Mapping[str, Any]) -> None:
         self.told[f"{step} routing"] = {name: (s.as_dict(), s.scores.tolist()) for name, s in window.items()}
 
-    def evaluation(self, source: str, split: str, step: int, epochs: int, metrics: Any, columns: Any = None) -> None:
+    def evaluation(self, source: str, split: str, step: int, epochs: int, metrics: Any, *more: Any) -> None:
         self.told[f"{step} {source} {split}"] = (epochs, metrics)
 
 

@@ -233,6 +233,8 @@ def test_figures_over_domains_are_shown_and_recorded(run: Path) -> None:
     ]
     lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
     assert [line["over_domains"]["domains"] for line in lines] == [3] * len(lines)
+    assert lines[-2]["domains"] == {name: figures["auc"] for name, figures in domains.items()}
+    assert all(line["domains"].keys() == domains.keys() for line in lines[:-1])
     assert summary["reference"]["over_domains"] == lines[-1]["over_domains"] != over
     assert summary["stages"]["joint"]["over_domains"]["wauc"] == lines[-3]["over_domains"]["wauc"]
 
