@@ -54,6 +54,11 @@ class Averages:
         if settings and progress.phase_steps >= settings.start:
             self._begin()
 
+    @property
+    def differ(self) -> bool:
+        """Whether there are any, which a step has moved the weights away from."""
+        return bool(self._averages) and self._settings is not None and self._progress.phase_steps > self._settings.start
+
     def step_done(self) -> None:
         """The optimizers have taken a step, which the progress knows of."""
         if self._settings is None:

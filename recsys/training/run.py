@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -57,6 +57,7 @@ from recsys.training.finite import Moment, NotFinite, check_predictions, check_w
 from recsys.training.learnable import check_labels
 from recsys.training.metrics import Metrics, far_off
 from recsys.training.monitor import Monitor
+from recsys.training.norms import NORM_STEPS, count_statistics, trained_norms
 from recsys.training.optimizers import Phase, phase_lengths, phases, settle_gate
 from recsys.training.output import OutputDirectory, State
 from recsys.training.progress import Best, Progress, StageTotals
@@ -382,7 +383,10 @@ class Trainer:
                     trainer.train_epoch(self._epoch(progress.epoch), loader)
                 trainer.detach()
                 self.sharded.rows.settle()
+                are_averages = trainer.averages.differ
                 trainer.averages.become_weights()
+                if are_averages:
+                    self._count_statistics()
                 self._check_weights()  # which names them, as predictions cannot
                 if "valid" not in self.splits:
                     check_predictions(self.sharded.ranker, loader, self.ranks, self._moment())
@@ -508,7 +512,17 @@ class Trainer:
         """Figures of the valid split within a phase, of its averages where it has some."""
         self.sharded.rows.settle()  # the weights, before they make way
         with trainer.averages.in_place():
+            if trainer.averages.differ:
+                self._count_statistics()
             return self._evaluate(self.progress.stage, "valid").model
+
+    def _count_statistics(self) -> None:
+        """Have batch norms fit averages of weights, which are there: always by the first rows of the first epoch."""
+        if norms := trained_norms(self.dense_arch):
+            phase, device = self._phase, self.ranks.device
+            with open_loader(self._rows.of(phase, "train"), [self._order(phase, 0)], self.config, self.ranks) as loader:
+                batches = (batch.to(device, non_blocking=True) for batch in islice(loader, NORM_STEPS))
+                count_statistics(self.sharded.ranker, norms, batches)
 
     def _evaluate(self, source: str, split: str) -> Evaluation:
         """Figures of a split and of its reference column, shown and recorded under a stage's name or `final`."""

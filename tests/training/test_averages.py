@@ -3,6 +3,8 @@
 import json
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,17 @@ from recsys.checkpoint.pending import PendingRows
 from recsys.checkpoint.tensors import TensorReader
 from recsys.checkpoint.unsharding import unshard
 from recsys.config import AverageConfig, Config, ConfigError, load_config
-from recsys.data.splits import open_splits
+from recsys.data.loader import Loader
+from recsys.data.splits import open_splits, train_order
 from recsys.model.names import weight_name
+from recsys.model.towers.normalization import BatchNorm
 from recsys.runtime import Ranks
 from recsys.serving.artifact import write_artifact
 from recsys.training import averages, run
 from recsys.training.averages import check_start
+from recsys.training.checkpoint import load_ranker
 from recsys.training.monitor import Monitor
+from recsys.training.norms import NORM_STEPS
 from recsys.training.run import Trainer
 
 STEPS = 22
@@ -131,14 +137,65 @@ def test_averages_are_those_of_a_literal_loop(runs: tuple[Path, Path, Config]) -
         found = tensors(averaged, step, "average.")
         assert found.keys() == trained
         for name, value in found.items():
-            if not (is_end[step] and "embedding_bags" in name):  # of which the checkpoint is older than the sweep
+            if "running_" in name:
+                if step % 4 and step > settings.start:  # else they were counted for an evaluation
+                    n = step - settings.start
+                    d = min(settings.decay, (1 + n) / (10 + n))
+                    of_step = d * tensors(averaged, step - 1, "average.")[name] + (1 - d) * weights[step - 1][name]
+                    torch.testing.assert_close(value, of_step, rtol=1e-5, atol=1e-7, msg=f"{name} of {step}")
+            elif not (is_end[step] and "embedding_bags" in name):  # of which the checkpoint is older than the sweep
                 torch.testing.assert_close(value, expected[step][name], rtol=1e-5, atol=1e-7, msg=f"{name} of {step}")
     assert not tensors(averaged, settings.start - 1, "average.")
     ended = tensors(averaged, STEPS, "model.")
     assert not tensors(averaged, STEPS, "average.")
     for name in trained:
-        torch.testing.assert_close(ended[name], expected[STEPS][name], rtol=1e-5, atol=1e-7)
+        if "running_" not in name:
+            torch.testing.assert_close(ended[name], expected[STEPS][name], rtol=1e-5, atol=1e-7)
         assert not torch.equal(ended[name], weights[-1][name])
+
+
+def _counted(ranks: Ranks, config: Config, directory: Path, world_size: int) -> dict[str, list[list[float]]]:
+    """Means over the first steps of the unbiased variances and means of what each norm is given, by its name.
+
+    Of several ranks, whose rows each norm sees together, those of the first norm alone.
+    """
+    ranker = load_ranker(directory, config, ranks).eval()
+    shards = open_splits(config, ["train"])["train"]
+    order = train_order(shards, config, world_size, 0)
+    norms = {name: part for name, part in ranker.named_modules() if isinstance(part, BatchNorm)}
+    given: dict[str, list[Tensor]] = {name: [] for name in norms}
+    for name, norm in norms.items():
+        norm.momentum = 0.0
+        norm.train(world_size == 1)
+        norm.register_forward_pre_hook(lambda _, x, name=name: given[name].append(x[0]))
+    found: dict[str, list[tuple[Tensor, ...]]] = {}
+    with torch.no_grad(), ExitStack() as opened:
+        loaders = [opened.enter_context(Loader(shards, [order], rank)) for rank in range(world_size)]
+        for batches in islice(zip(*loaders, strict=True), NORM_STEPS):
+            for batch in batches:
+                ranker(batch)
+            for name in list(norms)[: None if world_size == 1 else 1]:
+                found.setdefault(name, []).append(torch.var_mean(torch.cat(given[name]).double(), 0))
+            for rows in given.values():
+                rows.clear()
+    return {
+        name: [torch.stack(of).mean(0).tolist() for of in zip(*steps, strict=True)] for name, steps in found.items()
+    }
+
+
+@pytest.mark.parametrize("step", [12, STEPS], ids=["evaluated within the stage", "its end"])
+def test_batch_norms_of_averages_have_the_statistics_that_these_give(
+    runs: tuple[Path, Path, Config], step: int
+) -> None:
+    """Not averages of those that the weights gave, which may be of another size altogether."""
+    averaged, _, config = runs
+    world_size = read_meta(checkpoint(averaged, 1)).world_size
+    (found,) = run_ranks(1, _counted, config, checkpoint(averaged, step), world_size)
+    assert len(found) == (2 if world_size == 1 else 1)
+    now = tensors(averaged, step, "model.") | tensors(averaged, step, "average.")
+    for name, (variance, mean) in found.items():
+        assert now[f"{name}.running_mean"].tolist() == pytest.approx(mean, rel=1e-4, abs=1e-5)
+        assert now[f"{name}.running_var"].tolist() == pytest.approx(variance, rel=1e-4, abs=1e-6)
 
 
 def test_a_stage_begins_from_the_average_of_the_one_before_and_what_it_freezes_is_itself(
@@ -212,8 +269,8 @@ def test_going_back_to_the_best_state_brings_back_its_averages(log: Path, tmp_pa
     one = {
         "trains": "all",
         "epochs": 4,
-        "learning_rate": 0.3,
-        "sparse_learning_rate": 3.0,
+        "learning_rate": 1.0,
+        "sparse_learning_rate": 10.0,
         "patience": 3,
         "schedule": "plateau",
         "plateau": {"factor": 0.5, "restore_best": True},
