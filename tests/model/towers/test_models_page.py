@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.report import read
 from recsys.config import Config, load_config
 from recsys.model.cost import cost_report
 from recsys.model.dense_arch import build_dense_arch
@@ -14,12 +15,20 @@ from recsys.model.towers import registry
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs/models.md").read_text()
-LINES = re.findall(r"^\| `(\{type: \w+.*?\})`.* \| ([\d,]+) \|$", PAGE, re.MULTILINE)
+LINES = re.findall(r"^\| `(\{type: \w+.*?\})`.* \| ([\d,]+) \| \.\d+ \|$", PAGE, re.MULTILINE)
+RESULTS = ROOT / "benchmarks/results/quality_movielens_1m_published.jsonl"
 
 
 def test_every_tower_has_a_line() -> None:
     shown = [match[1] for tower, _ in LINES if (match := re.match(r"\{type: (\w+)", tower))]
     assert sorted(shown) == sorted(builder.__name__.removeprefix("build_") for builder in registry._BUILDERS.values())
+
+
+def test_a_tower_has_the_auc_that_was_measured() -> None:
+    told = dict(re.findall(r"^\| `\{type: (\w+).* (\.\d+) \|$", PAGE, re.MULTILINE))
+    assert len(told) == len(LINES)
+    measured = {line["case"]: line["statistics"]["test AUC"]["mean"] for line in read(RESULTS)["case"]}
+    assert told == {tower: f"{measured[tower]:.4f}".lstrip("0") for tower in told}
 
 
 @pytest.mark.parametrize(("tower", "flops"), LINES, ids=[tower for tower, _ in LINES])
