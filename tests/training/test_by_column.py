@@ -14,10 +14,8 @@ from scipy.stats import bernoulli, mannwhitneyu
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_config, write_tiny_log
 
-from recsys.data.storage import DataError
 from recsys.training.by_column import group_figures
 from recsys.training.by_domain import LARGEST, WORST
-from recsys.training.run import train
 
 
 def drawn(sizes: list[int], seed: int = 0) -> tuple[np.ndarray[Any, Any], ...]:
@@ -147,8 +145,13 @@ def test_training_tells_by_columns_what_evaluation_does(trained: Path) -> None:
 def test_a_run_by_a_column_that_a_split_lacks_does_not_begin(trained: Path) -> None:
     raw = tiny_config(trained, trained / "other") | {"metrics": {"by": ["city"]}}
     raw["data"]["test"] = None
-    with pytest.raises(DataError, match=r"valid.*: no column 'city', by which there are to be figures \(metrics\.by"):
-        train(as_config(raw, trained))
+    folder = trained / "lacking"
+    folder.mkdir()
+    as_config(raw, folder)
+    (done,) = run_module(1, "recsys.train", "--config", str(folder / "config-under-test.yaml"))
+    (line,) = done.stderr.splitlines()
+    assert done.code == 2 and "/valid/" in line
+    assert ": no column 'city', by which there are to be figures (metrics.by or --by); it has user" in line
 
 
 @pytest.mark.parametrize(
