@@ -3,6 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
+from recsys.config import VocabularyIdsConfig
 from recsys.data.arrow import flat, is_list
 from recsys.data.ids import IdMapping, check_rows
 from recsys.data.rows import offsets_of
@@ -17,6 +18,12 @@ VOCABULARIES = "vocabularies"
 def vocabulary_file(name: str) -> str:
     """The vocabulary of a table or a feature, inside its data set."""
     return f"{VOCABULARIES}/{name}.parquet"
+
+
+def by_vocabulary(name: str) -> VocabularyIdsConfig:
+    """Ids that shards already have, by the vocabulary of that name, whose values without a row are null."""
+    file = f"${{here}}/{vocabulary_file(name)}"
+    return VocabularyIdsConfig(type="vocabulary", file=file, out_of_vocabulary="empty", applied=True)
 
 
 def mapped(values: pa.Array, mapping: IdMapping, what: str) -> pa.Array:

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from recsys.config import BucketizeIdsConfig, IdsConfig, SparseFeatureConfig, VocabularyIdsConfig
+from recsys.config import BucketizeIdsConfig, IdsConfig, SparseFeatureConfig
 from recsys.data.storage import DataError
-from recsys.prepare.mapping import vocabulary_file
+from recsys.prepare.mapping import by_vocabulary
 from recsys.prepare.sources import Ints, Source, SourceFile, check_free, split_at_random, split_by_time, write_data_set
 
 GENDERS = ("F", "M")
@@ -175,16 +175,11 @@ def convert_movielens_100k(source: Path, output: Path, *, overwrite: bool = Fals
         name="movielens-100k",
         columns=_columns(raw, users, movies, "place in the vocabulary", len(OCCUPATIONS_100K)),
         vocabularies={**_vocabularies(users, movies), "occupation": list(OCCUPATIONS_100K)},
-        sparse=features(occupation=_by_vocabulary("occupation")),
+        sparse=features(occupation=by_vocabulary("occupation")),
         mapped_as=_PLACES,
         domain=_DOMAIN,
         overwrite=overwrite,
     )
-
-
-def _by_vocabulary(feature: str) -> VocabularyIdsConfig:
-    file = f"${{here}}/{vocabulary_file(feature)}"
-    return VocabularyIdsConfig(type="vocabulary", file=file, out_of_vocabulary="empty", applied=True)
 
 
 def features(occupation: IdsConfig | None = None) -> dict[str, SparseFeatureConfig]:
@@ -192,14 +187,14 @@ def features(occupation: IdsConfig | None = None) -> dict[str, SparseFeatureConf
     return {
         "user_id": SparseFeatureConfig(table="user"),
         "movie_id": SparseFeatureConfig(table="movie"),
-        "gender": SparseFeatureConfig(table="gender", ids=_by_vocabulary("gender")),
+        "gender": SparseFeatureConfig(table="gender", ids=by_vocabulary("gender")),
         "age": SparseFeatureConfig(
             table="age", ids=BucketizeIdsConfig(type="bucketize", boundaries=tuple(map(float, AGES[1:])), applied=True)
         ),
         "occupation": SparseFeatureConfig(table="occupation", ids=occupation),
-        "zip_prefix": SparseFeatureConfig(table="zip_prefix", ids=_by_vocabulary("zip_prefix")),
-        "genres": SparseFeatureConfig(table="genre", ids=_by_vocabulary("genres")),
-        "year": SparseFeatureConfig(table="year", ids=_by_vocabulary("year")),
+        "zip_prefix": SparseFeatureConfig(table="zip_prefix", ids=by_vocabulary("zip_prefix")),
+        "genres": SparseFeatureConfig(table="genre", ids=by_vocabulary("genres")),
+        "year": SparseFeatureConfig(table="year", ids=by_vocabulary("year")),
     }
 
 

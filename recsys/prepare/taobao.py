@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from recsys.config import SparseFeatureConfig, VocabularyIdsConfig
+from recsys.config import SparseFeatureConfig
 from recsys.data.storage import DataError
 from recsys.prepare.blocks import Malformed, Progress, quietly
-from recsys.prepare.mapping import vocabulary_file
+from recsys.prepare.mapping import by_vocabulary, vocabulary_file
 from recsys.prepare.sources import Ints, check_free, write_data_set
 from recsys.prepare.splitting import SPLITS
 from recsys.prepare.text import TextFiles, TextFormat
@@ -85,8 +85,8 @@ def convert_taobao_themes(
         columns=_columns({**{name: len(ids) for name, ids in vocabularies.items()}, "theme": themes}),
         vocabularies=vocabularies,
         sparse={
-            "user": SparseFeatureConfig(table="user", ids=_by_vocabulary("user")),
-            "item": SparseFeatureConfig(table="item", ids=_by_vocabulary("item")),
+            "user": SparseFeatureConfig(table="user", ids=by_vocabulary("user")),
+            "item": SparseFeatureConfig(table="item", ids=by_vocabulary("item")),
             "theme": SparseFeatureConfig(table="theme"),
         },
         mapped_as={},
@@ -226,11 +226,6 @@ def _places(rows: int) -> Ints:
     train = rows * 3 // 5
     valid = (rows - train) // 2
     return np.repeat(np.arange(3), [train, valid, rows - train - valid])
-
-
-def _by_vocabulary(feature: str) -> VocabularyIdsConfig:
-    file = f"${{here}}/{vocabulary_file(feature)}"
-    return VocabularyIdsConfig(type="vocabulary", file=file, out_of_vocabulary="empty", applied=True)
 
 
 def _columns(sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -226,8 +226,8 @@ class Monitor:
                 self.say(f"{'':<10} {split:<5} by {figures.line(name)}")
                 if not isnan(figures.gauc):
                     self._writer.add_scalar(f"{split}_gauc/{name}", figures.gauc, step)
-                rows, which = figures.table()
-                if rows and source == "final":
+                if source == "final" and figures.names:
+                    rows, which = figures.table()
                     self.say(terminal.table(rows, f"By {name}{which}"))
 
     def domains(

@@ -528,16 +528,16 @@ class Trainer:
         """Figures of a split and of its reference column, shown and recorded under a stage's name or `final`."""
         progress = self.progress
         self.sharded.rows.settle()
-        of_one_domain = split == "valid" and self._is_of_one_expert
+        of_one = self._is_of_one_expert  # and so of its domain's rows alone
         found = evaluate(
             self.sharded.ranker,
-            self._rows.of(self._phase, split) if of_one_domain else self.splits[split],
+            self._rows.of(self._phase, split) if of_one else self.splits[split],
             self.config,
             self.ranks,
-            by=() if of_one_domain else self.config.metrics.by,
+            by=() if of_one else self.config.metrics.by,
             on_batch=partial(self.monitor.evaluating, split),
         )
-        domains = {} if self._is_of_one_expert else found.domains
+        domains = {} if of_one else found.domains
         self.monitor.evaluation(source, split, progress.step, progress.epoch, found.model, domains, found.columns)
         if domains:
             self.monitor.domains(
