@@ -2,7 +2,7 @@
 
 import hashlib
 from bisect import bisect_left
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set, ValuesView
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property, lru_cache, partial
@@ -34,7 +34,7 @@ from recsys.serving.candidates import Sharing, shared_rows
 from recsys.serving.schema import ARROW_SCHEMA, read_as_meant, times_and_integers
 
 _NO_ARRAY = (pa.ArrowException, TypeError, ValueError, LookupError, OverflowError)
-_NESTING = (list, tuple, set, frozenset, Mapping, np.ndarray)
+_NESTING = (list, tuple, set, frozenset, Mapping, ValuesView, np.ndarray)
 _MAX_SCHEMA = 16 << 20
 _ROWS = "give an Arrow table or record batch, a mapping of columns by name, or a list of mappings, one for each row"
 
@@ -379,35 +379,51 @@ def _inferred(values: Any) -> Any:
 
 
 def _check_inferable(values: Any) -> None:
-    """Refuse values on which Arrow's inference ends the process instead of raising.
+    """Refuse values on which Arrow's inference ends the process, or reads others than are meant, instead of raising.
 
     It follows lists and mappings as deep as they go, until the stack ends, and reads memory that is not there where a
-    number of NumPy's comes after a time of NumPy's.
+    number of NumPy's comes after a time of NumPy's. Of times in tens of seconds or in weeks of 7 days it leaves out the
+    10 and the 7, and of masked arrays within a column the mask.
 
     Raises:
-        ValueError: a value is a mapping, or a list within a list; or times and others of NumPy's are mixed.
+        ValueError: a value is a mapping, a masked array, or a list within a list; or times and others of NumPy's are
+            mixed, or in multiples of a unit.
     """
-    if isinstance(values, pa.Array | pa.ChunkedArray) or not _has_objects(values):
+    if isinstance(values, pa.Array | pa.ChunkedArray):
         return
+    if not _has_objects(values):
+        _check_times({values.dtype.type}, [values])
+        return
+    values = np.ma.getdata(values) if isinstance(values, np.ma.MaskedArray) else values  # whose mask Arrow knows
     # Asked of types, which are few, since values are many.
     kinds = set(map(type, values))
-    _check_times(kinds)
+    _check_times(kinds, values)
     nesting = {kind for kind in kinds if issubclass(kind, _NESTING)}
     if not nesting:
         return
-    lists = (value for value in values if type(value) in nesting and (type(value) is list or _has_objects(value)))
+    if any(issubclass(kind, np.ma.MaskedArray) for kind in nesting):
+        raise ValueError("a list is a masked array; give its values, with None for those that are masked")
+    lists = [value for value in values if type(value) in nesting and (type(value) is list or _has_objects(value))]
     within = set(map(type, chain.from_iterable(lists)))
     if any(issubclass(kind, Mapping) for kind in nesting) or any(issubclass(kind, _NESTING) for kind in within):
         raise ValueError("values are no mappings, and lists hold no lists")
+    arrays = []
     if any(issubclass(kind, np.ndarray) for kind in nesting):
-        within |= {value.dtype.type for value in values if isinstance(value, np.ndarray) and not _has_objects(value)}
-    _check_times(within)
+        arrays = [value for value in values if isinstance(value, np.ndarray) and not _has_objects(value)]
+        within |= {value.dtype.type for value in arrays}
+    _check_times(within, chain(arrays, chain.from_iterable(lists)))
 
 
-def _check_times(kinds: set[type]) -> None:
+def _check_times(kinds: set[type], values: Iterable[Any]) -> None:
+    """Refuse times of NumPy's of which Arrow makes others, among values of some kinds, which may be arrays of them."""
     of_numpy = {kind for kind in kinds if issubclass(kind, np.generic)}
     if np.datetime64 in of_numpy and len(of_numpy) > 1:
         raise ValueError("times are among numbers")
+    if of_numpy.isdisjoint((np.datetime64, np.timedelta64)):
+        return
+    units = {value.dtype for value in values if isinstance(value, np.datetime64 | np.timedelta64 | np.ndarray)}
+    if odd := [unit for unit in units if unit.kind in "mM" and np.datetime_data(unit)[1] != 1]:
+        raise ValueError(f"times are of {odd[0]}, in multiples of a unit; give them in the unit itself")
 
 
 def _has_objects(values: Any) -> bool:

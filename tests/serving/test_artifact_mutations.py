@@ -137,7 +137,9 @@ def test_numpys_times_among_its_numbers_are_refused(scorer: Scorer, every_kind: 
     time = np.datetime64("2024-01-01")
     for other in (np.int8(1), np.uint64(1), np.float32(1), np.longdouble(1), np.bool_(True)):
         arrays = np.array([time]), np.array([other])
-        for mixed in ([time, other], np.array([time, other], object), [[time], [other]], arrays, [[time], arrays[1]]):
+        views = [{"a": time, "b": other}.values()] * 2
+        alike = [[time], [other]], arrays, [[time], arrays[1]], views
+        for mixed in ([time, other], np.array([time, other], object), *alike):
             for name in row:
                 assert ask(scorer, {**columns, name: mixed}) is None
 

@@ -345,6 +345,35 @@ def test_what_holds_no_rows_is_refused(exported: tuple[Path, Path], rows: Any, t
         Scorer(exported[1]).score(rows)
 
 
+@pytest.mark.parametrize(
+    ("column", "values", "told"),
+    [
+        ("tags", [[1], np.ma.array([1, 2], mask=[False, True])], "row 1 is of type MaskedArray: .* masked array"),
+        ("user", [1, np.ma.masked], "row 1 is of type MaskedConstant"),
+        ("user", np.array([1, 2], "datetime64[7D]"), r"times are of datetime64\[7D\], in multiples of a unit"),
+        ("user", [None, np.array(1, "timedelta64[10s]")[()]], r"row 1 is of type timedelta64: .* timedelta64\[10s\]"),
+        ("tags", [[], np.array([1], "datetime64[10s]")], "row 1 is of type ndarray: .* in multiples of a unit"),
+        ("tags", [[], [np.array(1, "datetime64[10s]")[()]]], "row 1 is of type list: .* in multiples of a unit"),
+    ],
+)
+def test_values_that_arrow_would_take_for_others_are_refused(
+    exported: tuple[Path, Path], column: str, values: Any, told: str
+) -> None:
+    """Of lists in masked arrays it leaves out the mask, and of times in weeks the 7 days."""
+    columns = {name: [value] * 2 for name, value in ROW.items()}
+    with pytest.raises(RequestError, match=told):
+        Scorer(exported[1]).score({**columns, column: values})
+
+
+def test_the_masks_of_columns_are_nulls(exported: tuple[Path, Path]) -> None:
+    scorer = Scorer(exported[1])
+    columns = {name: [value] * 2 for name, value in ROW.items()}
+    expected = scorer.score({**columns, "item": [5, None]})
+    items = np.ma.array([5, 7], mask=[False, True])
+    for form in (items, items.astype(object)):
+        np.testing.assert_array_equal(scorer.score({**columns, "item": form}), expected)
+
+
 def test_rows_that_can_be_looked_at_once_are_scored(exported: tuple[Path, Path]) -> None:
     scorer, rows = Scorer(exported[1]), [ROW, {**ROW, "user": 4}]
     expected = scorer.score(rows)
