@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recsys.data.arrow import usual_table, value_type
+from recsys.data.arrow import usual_table, usual_type, value_type
+from recsys.data.features import check_names
 from recsys.data.order import Epoch
 from recsys.data.parquet import ParquetShards
 from recsys.data.storage import DataError
@@ -28,6 +29,8 @@ from recsys.training.metrics import aucs_by_group, on_first_rank
 
 MOST_TOLD = 1000
 """Groups that JSON has, those of the most rows; of more, the figures over all are told alone."""
+
+_SUCH = "make it such when the shards are written"
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class ByColumns:
     """Takes the outputs of an evaluation, and then tells the figures by columns; the latter is a collective call.
 
     Args:
-        columns: of the files of the split, which `check_columns` takes.
+        columns: of the files of the split, different ones, which `check_columns` takes.
         shards: the split, whose rows have labels.
         epoch: the order of the evaluation.
         ranks: this process among all.
@@ -124,7 +127,11 @@ class ByColumns:
         self._labels.append(labels.float().cpu())
 
     def compute(self) -> dict[str, GroupFigures]:
-        """By column; on all ranks but the first, of no groups."""
+        """By column; on all ranks but the first, of no groups.
+
+        Raises:
+            DataError: a column has texts that are no UTF-8.
+        """
         logits, labels = (torch.cat([torch.empty(0), *parts]) for parts in (self._logits, self._labels))
         values = self._values()
         found = {}
@@ -151,15 +158,22 @@ class ByColumns:
                     )
                     table = table.filter(pa.array(~np.isnan(rows.labels)))
                 for name in self._columns:
-                    parts[name] += pc.cast(table.column(name), pa.string()).chunks
-        return {name: pa.chunked_array(arrays, pa.string()) for name, arrays in parts.items()}
+                    texts = pc.cast(table.column(name), pa.large_string())
+                    try:
+                        texts.validate(full=True)
+                    except pa.ArrowInvalid as error:
+                        where = shards.where(part.row_group)
+                        raise DataError(f"{where}: column {name!r} has texts that are no UTF-8 ({error})") from None
+                    parts[name] += texts.chunks
+        return {name: pa.chunked_array(arrays, pa.large_string()) for name, arrays in parts.items()}
 
 
 def check_columns(columns: Sequence[str], shards: ParquetShards) -> None:
     """Refuse columns by which there can be no figures.
 
     Raises:
-        DataError: a file of the split has no such column, or one that holds no single values.
+        DataError: a file of the split has no such column or two, or one that holds no single values, or times in a
+            zone that is not known.
     """
     for file, schema in zip(shards.files, shards.schemas, strict=True):
         for name in columns:
@@ -168,11 +182,16 @@ def check_columns(columns: Sequence[str], shards: ParquetShards) -> None:
                     f"{file}: no column {name!r}, by which there are to be figures (metrics.by or --by); "
                     f"it has {', '.join(schema.names)}"
                 )
+            check_names(schema, (name,), str(file), "file")
             if pa.types.is_nested(kind := schema.field(name).type) or _is_binary(kind):
                 raise DataError(
                     f"{file}: column {name!r} is of {kind}; metrics.by and --by take numbers, strings, dates and "
-                    "times: make it such when the shards are written"
+                    f"times: {_SUCH}"
                 )
+            try:
+                pc.cast(pa.nulls(1, usual_type(kind)), pa.large_string())  # of no values, no zone is looked for
+            except pa.ArrowException as error:
+                raise DataError(f"{file}: column {name!r} is of {kind}: {error}; {_SUCH}") from None
 
 
 def group_figures(
@@ -219,10 +238,9 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 def _encoded(values: pa.ChunkedArray) -> tuple[NDArray[np.int64], list[str | None]]:
     """Numbers of values (N,), and the values by them."""
-    encoded = values.combine_chunks().dictionary_encode(null_encoding="encode")
-    if isinstance(encoded, pa.ChunkedArray):
-        encoded = encoded.combine_chunks()
-    return encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64), encoded.dictionary.to_pylist()
+    chunks = values.dictionary_encode(null_encoding="encode").chunks  # all by the same dictionary
+    codes = [chunk.indices.to_numpy() for chunk in chunks]
+    return np.concatenate([np.empty(0, np.int64), *codes]), chunks[0].dictionary.to_pylist() if chunks else []
 
 
 def _on_first(

@@ -90,7 +90,7 @@ def evaluate_checkpoint(
         raise ConfigError("data.label: null leaves nothing to measure; pass --predictions, or name the label")
     if by and not labelled:
         raise ConfigError("data.label: null leaves nothing to measure by column; leave --by out, or name the label")
-    by = (by or config.metrics.by) if labelled else ()
+    by = tuple(dict.fromkeys(by or config.metrics.by)) if labelled else ()
     with process_group(config.device) as ranks:
         verified(path, ranks)
         once_on_each_machine(ranks, partial(require_embedded, config))

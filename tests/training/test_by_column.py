@@ -14,7 +14,7 @@ from scipy.stats import bernoulli, mannwhitneyu
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_config, write_tiny_log
 
-from recsys.training.by_column import group_figures
+from recsys.training.by_column import _encoded, group_figures
 from recsys.training.by_domain import LARGEST, WORST
 
 
@@ -53,6 +53,13 @@ def test_figures_of_groups_are_those_of_their_rows_alone() -> None:
     assert figures.line("g").endswith("; 2 of one class are left out")
 
 
+def test_columns_of_more_than_two_gib_are_numbered() -> None:
+    texts = pa.array(["a" * (1 << 24), None, "b" * (1 << 24)], pa.large_string())
+    codes, dictionary = _encoded(pa.chunked_array([texts] * 66))
+    assert codes.tolist() == [0, 1, 2] * 66
+    assert dictionary == texts.to_pylist()
+
+
 def test_no_rows_have_no_groups() -> None:
     empty = np.empty(0, np.float32)
     figures = group_figures(np.empty(0, np.int64), [], empty, empty)
@@ -84,7 +91,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "big", pa.array(random.integers(0, 3, len(table)) + 2**60)
         )
         table = table.append_column("view", cities.cast(pa.string_view()))
-        table = table.append_column("key", pa.array([b"\xff"] * len(table)))
+        table = table.append_column("key", key := pa.array([b"\xff"] * len(table)))
+        table = table.append_column("torn", key.view(pa.string()))
+        table = table.append_column("lost", pa.array([0] * len(table), pa.timestamp("us", "Nowhere/Else")))
+        table = table.append_column("twin", cities).append_column("twin", cities)
         label = pa.array(table["label"].to_numpy(), pa.int8(), mask=random.random(len(table)) < 0.2)
         table = table.set_column(table.column_names.index("label"), "label", label)
         path.unlink()
@@ -132,7 +142,7 @@ def test_a_column_that_no_feature_reads_is_told_alike_on_any_number_of_ranks(tra
 def test_training_tells_by_columns_what_evaluation_does(trained: Path) -> None:
     summary = json.loads((trained / "out/summary.json").read_text())
     assert evaluated(trained, 2)["by"].keys() == {"domain", "item"}  # those of the run
-    assert summary["by"] == evaluated(trained, 1, "domain", "item")["by"]
+    assert summary["by"] == evaluated(trained, 1, "domain", "item", "domain")["by"]  # asked for twice, told once
     lines = [json.loads(line) for line in (trained / "out/evaluations.jsonl").read_text().splitlines()]
     valid, test = ([line for line in lines if line["source"] == of][-1] for of in ("joint", "final"))
     assert valid["by"].keys() == {"domain", "item"} and valid["by"]["item"]["gauc"] > 0
@@ -160,6 +170,9 @@ def test_a_run_by_a_column_that_a_split_lacks_does_not_begin(trained: Path) -> N
         ("town", "no column 'town', by which there are to be figures (metrics.by or --by); it has user, item"),
         ("tags", "column 'tags' is of list"),
         ("key", "column 'key' is of binary"),
+        ("twin", "/part-0.parquet: 2 columns are named 'twin'"),
+        ("torn", "/part-0.parquet, row group 0: column 'torn' has texts that are no UTF-8"),
+        ("lost", "column 'lost' is of timestamp[us, tz=Nowhere/Else]: Cannot locate or parse timezone"),
     ],
 )
 def test_columns_that_cannot_be_are_named(trained: Path, column: str, told: str) -> None:
