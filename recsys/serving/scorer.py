@@ -3,6 +3,7 @@
 import hashlib
 from bisect import bisect_left
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set, ValuesView
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property, lru_cache, partial
@@ -56,7 +57,8 @@ class RequestError(UserError):
 class Scorer:
     """Scores rows of raw values as the model of an artefact does.
 
-    Safe to call from several threads at once. Pickled it is the path of its artefact, which is opened again.
+    Safe to call from several threads at once, and in any autocast, default type and default device, which change
+    nothing. Pickled it is the path of its artefact, which is opened again.
 
     Args:
         artifact: a directory that an export wrote.
@@ -156,7 +158,7 @@ class Scorer:
         if unknown := [name for name in context if name not in self.columns]:
             raise RequestError(f"context: {self._odd(unknown[0])}")
         division = self._division(frozenset(context))
-        with torch.inference_mode():
+        with torch.inference_mode(), _in_full_precision():
             row = self._table({name: [context[name]] for name in context}, tuple(context)) if context else pa.table({})
             items = self._table(candidates, [name for name in self.columns if name not in context], context)
             parts = division.context.read(row, "context", one=True), division.items.read(items, "candidates")
@@ -217,7 +219,8 @@ class Scorer:
     @torch.inference_mode()
     def logits(self, rows: Rows, layout: SparseLayout) -> Tensor:
         """Logits (N,) of decoded rows, calibrated if the artefact is; rows tell their domains where it needs them."""
-        logits: Tensor = self._compiled(*self.inputs(rows, layout))[0]
+        with _in_full_precision():
+            logits: Tensor = self._compiled(*self.inputs(rows, layout))[0]
         return logits if self._calibration is None else self._calibration(logits, rows.domain)
 
     @torch.inference_mode()
@@ -534,6 +537,11 @@ def _among(features: Mapping[str, Any], names: Container[str]) -> dict[str, Any]
     return {name: feature for name, feature in features.items() if name in names}
 
 
+def _in_full_precision() -> AbstractContextManager[Any]:
+    """Where products are of float32, whatever autocast the caller is in."""
+    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
+
+
 class _Unfilled(TorchFunctionMode):
     """Leaves out the random numbers that loaded ones replace: to draw those on `meta`, torch imports its compiler."""
 
@@ -556,7 +564,8 @@ def _dense_arch(artifact: Artifact) -> torch.nn.Module:
         )
     try:
         # Tensors of a mapped file cannot be written to; a copy of these few can, as some layers fold theirs.
-        kinds = {name: value.dtype for name, value in dense_arch.state_dict().items()}
+        built = dense_arch.state_dict()  # whose floating numbers are of the type that the caller has set
+        kinds = {name: torch.float32 if of.is_floating_point() else of.dtype for name, of in built.items()}
         dense_arch.load_state_dict({name: value.clone() for name, value in artifact.dense.items()}, assign=True)
     except RuntimeError as error:
         told = " ".join(str(error).split())
@@ -565,10 +574,11 @@ def _dense_arch(artifact: Artifact) -> torch.nn.Module:
         raise ArtifactError(f"{artifact.directory}: {odd[0]} of the dense arch is not of {kinds[odd[0]]}")
     for layer in expert_layers(dense_arch).values():
         layer.experts_active, layer.record_routing = True, False
-    merge_experts(dense_arch)
-    if (adaptation := domain_adaptation(dense_arch)) is not None:
-        adaptation.grouped = False  # requests have few rows, whose order is not worth changing
-        adaptation.fold(domain_linears(dense_arch).values())
-    for part in [module for module in dense_arch.modules() if isinstance(module, Folds)]:
-        part.fold_norms()
+    with _in_full_precision():
+        merge_experts(dense_arch)
+        if (adaptation := domain_adaptation(dense_arch)) is not None:
+            adaptation.grouped = False  # requests have few rows, whose order is not worth changing
+            adaptation.fold(domain_linears(dense_arch).values())
+        for part in [module for module in dense_arch.modules() if isinstance(module, Folds)]:
+            part.fold_norms()
     return dense_arch.eval().requires_grad_(False)

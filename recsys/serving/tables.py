@@ -83,8 +83,8 @@ class Table:
         rows = self.rows(torch.from_numpy(np.require(lists.values, requirements="W")))
         if lists.weights is not None:
             rows = rows * torch.from_numpy(np.require(lists.weights, requirements="W"))[:, None]
-        of_row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        sums = torch.zeros(len(lengths), self.dim).index_add_(0, of_row, rows)
+        of_row = torch.repeat_interleave(lengths)
+        sums = rows.new_zeros(len(lengths), self.dim).index_add_(0, of_row, rows)
         # As in training, times the reciprocal.
         return sums * lengths.clamp(min=1).float().reciprocal()[:, None] if mean else sums
 

@@ -1,6 +1,8 @@
 """Models that adapt to domains, served: any row by its own, alone, among others, as a candidate, and by a program."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,41 @@ def test_folded_models_answer_as_exports_are_held_to(tmp_path: Path, kind: str, 
     of_one = [table.filter(pc.field("domain") == number) for number in range(3)]
     for rows in (table, *of_one, table.slice(0, 1), table.slice(0, 0)):
         np.testing.assert_allclose(folded.score(rows), apart.score(rows), rtol=0, atol=BOUNDS["float32"])
+
+
+@contextmanager
+def of_the_caller(setting: str) -> Iterator[None]:
+    """What a program may have set for models of its own."""
+    if setting == "autocast":
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            yield
+        return
+    torch.set_default_dtype(torch.float64 if setting == "dtype" else torch.float32)
+    torch.set_default_device("meta" if setting == "device" else None)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("setting", ["autocast", "dtype", "device"])
+@pytest.mark.parametrize("kind", ["domain_gate", "feature_gate"])
+def test_settings_of_the_caller_change_no_bit(tmp_path: Path, kind: str, setting: str) -> None:
+    """Neither of a model that was opened before, nor of one that is opened, and folded, among them."""
+    artifact = make(tmp_path, "deepfm", kind)
+    table = tiny_table(40, 5).select(COLUMNS)
+
+    def answers(scorer: Scorer) -> bytes:
+        rows, candidates = scorer.score(table), scorer.score_candidates({"user": 3}, table.drop(["user"]))
+        return np.concatenate([rows, candidates]).tobytes()
+
+    before = Scorer(artifact)
+    expected = answers(before)
+    with of_the_caller(setting):
+        assert answers(before) == expected
+        among = Scorer(artifact)
+    assert answers(among) == expected
 
 
 def test_domains_that_no_row_may_have_are_named(tmp_path: Path) -> None:
