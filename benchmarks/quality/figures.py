@@ -109,13 +109,14 @@ class Figures:
             "the highest after any stage. FLOPs are those of the dense arch's forward pass, dense parameters its own; "
             "parameters include the tables. Training seconds are the stages', without evaluation.",
         ]
-        references = {
-            f"Reference column {told['column']}: test AUC {digits(told['auc'])}, log loss {digits(told['log_loss'])}"
-            + (f", test WAUC {digits(told['over_domains']['wauc'])}." if "over_domains" in told else ".")
-            for summary in self._summaries.values()
-            if (told := summary["reference"])
-        }
-        parts += sorted(references)
+        references: dict[str, dict[str, None]] = {}
+        for run, summary in self._summaries.items():
+            if told := summary["reference"]:
+                text = f"Reference column {told['column']}: test AUC {digits(told['auc'])}, log loss "
+                wauc = f", test WAUC {digits(told['over_domains']['wauc'])}" if "over_domains" in told else ""
+                references.setdefault(f"{text}{digits(told['log_loss'])}{wauc}.", {})[run.case] = None
+        one = len(references) == 1
+        parts += sorted(text if one else f"{', '.join(cases)}: {text}" for text, cases in references.items())
         if missing := self._missing(failed):
             parts.append(f"Missing: {'; '.join(missing)}.")
         parts.append(self.case_rows())

@@ -1,7 +1,9 @@
 """What `quality.py` compares: the schema of `benchmarks/grids/*.yaml`, and the runs that such a file asks for."""
 
+import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +12,9 @@ from typing import Annotated, Any, Self
 from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, model_validator
 
 from recsys.config import Config, ConfigError, Name, Section, load_config, read_yaml, validate
+
+_MAX_NAME = 200
+"""Bytes of a trial's name that its folder has; file systems know no name of more than 255."""
 
 Overrides = tuple[str, ...]
 Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
@@ -78,6 +83,11 @@ class LogsConfig(Section):
         for name, log in self.logs.items():
             if unknown := log.cases.keys() - self.cases.keys():
                 raise ValueError(f"logs.{name}.cases: no case {min(unknown)!r}; there are {', '.join(self.cases)}")
+        made = Counter(f"{name}_{of}" for of in self.logs for name in self.cases)
+        if twice := [name for name, times in made.items() if times > 1]:
+            raise ValueError(
+                f"two cases on logs are called {twice[0]!r}, as <case>_<log>; call a case or a log otherwise"
+            )
         return self
 
     def expanded(self) -> dict[str, Any]:
@@ -245,7 +255,7 @@ def _expand(grid: GridConfig, section: str, runs: Path) -> Iterator[Case]:
 def _runs(case: str, path: str, overrides: Overrides, seeds: Sequence[int], runs: Path) -> tuple[Run, ...]:
     made = []
     for seed in seeds:
-        directory = runs / case.replace("/", "_") / f"seed-{seed}"  # a trial may try paths
+        directory = runs / _folder(case) / f"seed-{seed}"
         full = (*overrides, f"seed={seed}", f"output_dir={json.dumps(str(directory))}")
         try:
             config = load_config(path, full)
@@ -255,6 +265,14 @@ def _runs(case: str, path: str, overrides: Overrides, seeds: Sequence[int], runs
             raise ConfigError(f"cases.{case}: data.test is not set; quality is what a model shows on held-out data")
         made.append(Run(case, seed, directory, path, full, config))
     return tuple(made)
+
+
+def _folder(case: str) -> str:
+    """A case's folder: its name, with a digest where a trial tries paths or so much that no file can be called so."""
+    if "/" not in case and len(case.encode()) <= _MAX_NAME:
+        return case
+    start = case.replace("/", "_").encode()[:_MAX_NAME].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(case.encode()).hexdigest()[:12]}"
 
 
 def short_path(path: str, others: Iterable[str]) -> str:

@@ -124,17 +124,19 @@ class _Reading:
         return _merge(merged, raw)
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def _merge(below: dict[str, Any], above: dict[str, Any], where: tuple[str, ...] = ()) -> dict[str, Any]:
     """Both mappings in one: sections are merged in turn, of any other value the one above counts.
 
-    A section of another `type` takes the place of the one below, whose keys need not be its own.
+    A section of another `type` takes the place of the one below, whose keys need not be its own. Those of `optimizers`
+    have the same keys for all types, and keep what the one above does not say.
     """
-    if "type" in below.keys() & above.keys() and below["type"] != above["type"]:
+    kinds = [of.get("type") for of in (below, above)]  # mappings or nulls where a table or a feature has that name
+    if all(isinstance(kind, str) for kind in kinds) and kinds[0] != kinds[1] and where[:1] != ("optimizers",):
         return above
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = _merge(merged[key], value, (*where, key)) if both else value
     return merged
 
 

@@ -1,8 +1,10 @@
 """Running statistics of batch norms behind weights that no step has trained with: averages of those that it has."""
 
 from collections.abc import Iterable
+from itertools import islice
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from recsys.data.batch import Batch
@@ -23,21 +25,29 @@ def count_statistics(ranker: Ranker, norms: Iterable[BatchNorm], batches: Iterab
     """Have running statistics be the means of those of some batches, over all ranks; a collective call.
 
     All else is as in evaluation, without dropout, since it is for evaluation that they are counted. So are those of
-    averaged models after training (arXiv 1803.05407, section 3.2).
+    averaged models after training (arXiv 1803.05407, section 3.2). Batches of fewer than two rows in all, as rows
+    without a label leave them, tell no variance and are passed over; where all are so, statistics stay as they are.
 
     Args:
         ranker: sharded, and attached to no pipeline; its training mode is kept.
         norms: of its dense arch, each of which trains.
-        batches: as many on all ranks, on the ranker's device.
+        batches: as many on all ranks, on the ranker's device; no more are taken than give `NORM_STEPS`.
     """
     was_training, momenta = ranker.training, [(norm, norm.momentum) for norm in norms]
     ranker.eval()
     for norm, _ in momenta:
         norm.train()
-    for number, batch in enumerate(batches, start=1):
+    for number, batch in enumerate(islice(filter(_tells_variance, batches), NORM_STEPS), start=1):
         for norm, _ in momenta:
             norm.momentum = 1 / number
         ranker(batch)
     for norm, momentum in momenta:
         norm.momentum = momentum
     ranker.train(was_training)
+
+
+def _tells_variance(batch: Batch) -> bool:
+    """The same on all ranks; a collective call."""
+    rows = torch.tensor(len(batch.labels), device=batch.labels.device)
+    dist.all_reduce(rows)
+    return int(rows) > 1

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -57,7 +57,7 @@ from recsys.training.finite import Moment, NotFinite, check_predictions, check_w
 from recsys.training.learnable import check_labels
 from recsys.training.metrics import Metrics, far_off
 from recsys.training.monitor import Monitor
-from recsys.training.norms import NORM_STEPS, count_statistics, trained_norms
+from recsys.training.norms import count_statistics, trained_norms
 from recsys.training.optimizers import Phase, phase_lengths, phases, settle_gate
 from recsys.training.output import OutputDirectory, State
 from recsys.training.progress import Best, Progress, StageTotals
@@ -517,11 +517,11 @@ class Trainer:
             return self._evaluate(self.progress.stage, "valid").model
 
     def _count_statistics(self) -> None:
-        """Have batch norms fit averages of weights, which are there: always by the first rows of the first epoch."""
+        """Have batch norms fit averages of weights, which are there: by the first rows of the run's first epoch."""
         if norms := trained_norms(self.dense_arch):
             phase, device = self._phase, self.ranks.device
             with open_loader(self._rows.of(phase, "train"), [self._order(phase, 0)], self.config, self.ranks) as loader:
-                batches = (batch.to(device, non_blocking=True) for batch in islice(loader, NORM_STEPS))
+                batches = (batch.to(device, non_blocking=True) for batch in loader)
                 count_statistics(self.sharded.ranker, norms, batches)
 
     def _evaluate(self, source: str, split: str) -> Evaluation:

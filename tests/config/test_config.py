@@ -727,6 +727,46 @@ def test_a_section_of_another_type_takes_the_place_of_the_included_one(tmp_path:
     assert load_config(str(tmp_path / "more.yaml")).model.tower == MLPTowerConfig(type="mlp", hidden=(8,), dropout=0.25)
 
 
+def test_an_optimizer_of_another_type_keeps_what_the_included_one_says(tmp_path: Path) -> None:
+    """As where the command line names the type: its keys are the same for all types, and none is lost unsaid."""
+    raw = tiny_config(Path("log"), Path("out"))
+    raw["optimizers"] = {
+        "sparse": {"type": "rowwise_adagrad", "weight_decay": 1e-5, "weight_decay_mode": "decoupled"},
+        "dense": {"type": "adamw", "max_grad_norm": 2.0},
+    }
+    write_configs(
+        tmp_path,
+        base=yaml.safe_dump(raw),
+        run="include: base.yaml\noptimizers: {sparse: {type: sgd}, dense: {type: muon}}\n",
+    )
+    found = load_config(tmp_path / "run.yaml").optimizers
+    assert (found.sparse.type, found.sparse.weight_decay, found.dense.max_grad_norm) == ("sgd", 1e-5, 2.0)
+    assert (
+        found
+        == load_config(tmp_path / "base.yaml", ["optimizers.sparse.type=sgd", "optimizers.dense.type=muon"]).optimizers
+    )
+
+
+@pytest.mark.parametrize(
+    ("above", "left"), [("{max_length: 4}", {"type": 4}), ("null", {})], ids=["changed", "left out"]
+)
+def test_a_feature_may_be_called_type_where_files_are_included(
+    tmp_path: Path, above: str, left: dict[str, int]
+) -> None:
+    raw = tiny_config(Path("log"), Path("out"))
+    raw["features"]["sparse"]["type"] = {"table": "tag"}
+    write_configs(
+        tmp_path,
+        base=yaml.safe_dump(raw),
+        run=f"include: base.yaml\nfeatures: {{sparse: {{type: {above}}}}}\n",
+    )
+    found = load_config(tmp_path / "run.yaml").features.sparse
+    assert {name: feature.max_length for name, feature in found.items()} == {
+        **dict.fromkeys(("user", "item", "tags")),
+        **left,
+    }
+
+
 def test_one_file_may_be_included_by_two(tmp_path: Path) -> None:
     raw = tiny_config(Path("log"), Path("out"))
     write_configs(

@@ -21,6 +21,7 @@ from recsys.checkpoint.pending import PendingRows
 from recsys.checkpoint.tensors import TensorReader
 from recsys.checkpoint.unsharding import unshard
 from recsys.config import AverageConfig, Config, ConfigError, load_config
+from recsys.data.batch import build_batch
 from recsys.data.loader import Loader
 from recsys.data.splits import open_splits, train_order
 from recsys.model.names import weight_name
@@ -31,7 +32,7 @@ from recsys.training import averages, run
 from recsys.training.averages import check_start
 from recsys.training.checkpoint import load_ranker
 from recsys.training.monitor import Monitor
-from recsys.training.norms import NORM_STEPS
+from recsys.training.norms import NORM_STEPS, count_statistics, trained_norms
 from recsys.training.run import Trainer
 
 STEPS = 22
@@ -196,6 +197,30 @@ def test_batch_norms_of_averages_have_the_statistics_that_these_give(
     for name, (variance, mean) in found.items():
         assert now[f"{name}.running_mean"].tolist() == pytest.approx(mean, rel=1e-4, abs=1e-5)
         assert now[f"{name}.running_var"].tolist() == pytest.approx(variance, rel=1e-4, abs=1e-6)
+
+
+def _statistics_of(ranks: Ranks, config: Config, directory: Path) -> list[list[list[float]]]:
+    """Of four steps, and of these among some of no row and of one."""
+    shards = open_splits(config, ["train"])["train"]
+    with Loader(shards, [train_order(shards, config, ranks.world_size, 0)], ranks.rank) as loader:
+        steps = list(islice(loader, 4))
+    none = build_batch((), shards.layout, len(config.features.dense), loss_scale=1.0, pin_memory=False)
+    singly = config.model_copy(update={"data": config.data.model_copy(update={"batch_size": 1})})
+    with Loader(shards, [train_order(shards, singly, 1, 0)], 0) as loader:
+        one = next(iter(loader)) if ranks.is_first else none
+    found = []
+    for batches in (steps, [none, one, *steps[:2], none, *steps[2:], one]):
+        ranker = load_ranker(directory, config, ranks)
+        norms = trained_norms(ranker.dense_arch)
+        count_statistics(ranker, norms, batches)
+        found.append([value.tolist() for norm in norms for value in (norm.running_mean, norm.running_var)])
+    return found
+
+
+def test_steps_without_two_rows_have_no_part_in_statistics(runs: tuple[Path, Path, Config]) -> None:
+    """As rows without a label leave them: else a first one kept a share of what the statistics were before."""
+    for of_steps, among_others in run_ranks(2, _statistics_of, runs[2], checkpoint(runs[0], 12)):
+        assert len(of_steps) == 4 and of_steps == among_others
 
 
 def test_a_stage_begins_from_the_average_of_the_one_before_and_what_it_freezes_is_itself(

@@ -51,6 +51,19 @@ def test_files_that_are_not_grids_or_figures_are_named(folder: Path) -> None:
             Figures(grid, cases_of(grid, Path("runs")))
 
 
+def test_references_that_differ_name_the_cases_they_are_of(folder: Path) -> None:
+    grid = write_grid(folder, {"one": {}, "two": {}}, logs={"a": {}, "b": {}}, seeds=[17])
+    cases = cases_of(grid, Path("runs"))
+    for case in cases:
+        attainable = 0.9 if case.name.endswith("_a") else 0.8
+        leave(case.runs[0], auc=0.7, reference={"column": "truth", "auc": attainable, "log_loss": 0.5})
+    told = [part for part in Figures(grid, cases).parts({}) if isinstance(part, str) and "Reference" in part]
+    assert told == [
+        "one_a, two_a: Reference column truth: test AUC 0.90000, log loss 0.50000.",
+        "one_b, two_b: Reference column truth: test AUC 0.80000, log loss 0.50000.",
+    ]
+
+
 def test_runs_on_another_number_of_ranks_do_not_count(folder: Path) -> None:
     grid = write_grid(folder, {"tiny": {}})
     cases = cases_of(grid, Path("runs"))

@@ -26,6 +26,15 @@ def test_names_of_trials_keep_paths_apart_that_end_alike(folder: Path) -> None:
     )
 
 
+def test_no_two_trials_share_a_folder_and_each_can_be_made(folder: Path) -> None:
+    """Also where values are paths, or longer than a file's name may be."""
+    paths = {"data.valid": ["a/b/*.parquet", "a_b/*.parquet"]}
+    long = {f"features.dense.number_{number}": [{"fill": 0.0}] for number in range(12)}
+    both = {"paths": {"search": paths}, "long": {"search": {**long, "data.batch_size": [30, 31]}}}
+    for case in cases_of(write_grid(folder, both), folder / "runs"):
+        case.runs[0].directory.mkdir(parents=True)  # none is there yet
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -37,6 +46,7 @@ def test_names_of_trials_keep_paths_apart_that_end_alike(folder: Path) -> None:
         ({"logs": {"a": {"cases": {"b": []}}}}, r"logs\.a\.cases: no case 'b'; there are tiny"),
         ({"logs": {}}, "logs: Dictionary should have at least 1 item"),
         ({"logs": {"a": {}}, "cases": {"b": {"config": "tiny.yaml"}}}, r"cases\.b: config and rivals are of one log"),
+        ({"logs": {"c": {}, "b_c": {}}, "cases": {"a": {}, "a_b": {}}}, "two cases on logs are called 'a_b_c'"),
         ({"cases": {"a.b": {}}}, "cases.a.b: String should match pattern"),
         ({"cases": {"a": {"overides": []}}}, "cases.a.overides: unknown key; did you mean 'overrides'"),
         ({"cases": {"a": {"seeds": [2, 2]}}}, "cases.a.seeds: one stands twice"),
