@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from benchmarks.quality.grid import Case, GridConfig, RivalsConfig, Run, TableConfig
 from benchmarks.quality.intervals import Difference, difference
+from benchmarks.quality.stages import StageEnd, stage_ends, stage_rows
 from benchmarks.report import Line, read, shown_path
 from recsys.config import validate
 from recsys.terminal import Rows
@@ -55,6 +56,7 @@ class Figures:
         self.grid, self.cases = grid, cases
         self.of: dict[str, dict[int, Mapping[str, float | None]]] = {case.name: {} for case in cases}
         self._summaries: dict[Run, dict[str, Any]] = {}
+        self._ends: dict[Run, list[StageEnd]] = {}
         self._rivals: dict[str, str] = {}
         for case in cases:
             for run in case.runs:
@@ -72,6 +74,7 @@ class Figures:
             return False
         self.of[run.case][run.seed] = _figures(summary)
         self._summaries[run] = summary
+        self._ends[run] = stage_ends(summary, run.directory / "evaluations.jsonl")
         return True
 
     def told(self, key: str) -> list[str]:
@@ -124,6 +127,8 @@ class Figures:
             explained = f"Difference from {table.baseline}; in brackets, its 95 % interval."
             if rows := self._difference_rows(table):
                 parts += [f"## {table.question}", explained, rows, *([table.text] if table.text else [])]
+        if rows := stage_rows(self._stages_of_cases()):
+            parts += ["## What each stage adds", _STAGES, rows]
         for section in self._searches():
             if rows := self._trial_rows(section):
                 parts += [f"## Search: {section}", f"{len(rows)} trials, the best on the valid split first.", rows]
@@ -137,6 +142,10 @@ class Figures:
         yield from map(self._table_line, self.grid.tables)
         for section in self._searches():
             yield {"kind": "search", "case": section, "trials": self._ranked(section)}
+
+    def _stages_of_cases(self) -> dict[str, list[list[StageEnd]]]:
+        ends = {case.name: [self._ends[run] for run in case.runs if self._ends.get(run)] for case in self.cases}
+        return {name: of_runs for name, of_runs in ends.items() if of_runs}
 
     def _has(self, figure: str) -> bool:
         return any(figure in figures for runs in self.of.values() for figures in runs.values())
@@ -234,6 +243,8 @@ class Figures:
             if seed in summaries:
                 stages = _without_checkpoints(summaries[seed]["stages"])
                 line |= {"commit": summaries[seed]["commit"], "stages": stages}
+                if ends := next(self._ends[run] for run in case.runs if run.seed == seed):
+                    line["domains after stages"] = {end.stage: end.domains for end in ends}
             yield line
         for run, code in failed.items():
             if run.case == case.name:
@@ -331,6 +342,10 @@ _SHOWN: Mapping[str, Callable[[Spread], str]] = {
     "examples": _to_digits(0),
     "epochs": _to_digits(1),
 }
+_STAGES = (
+    "Valid WAUC of the state that a stage ended with, what the stage changed, and how many domains' AUCs it raised and "
+    "lowered. A stage that ends with the state it began with has changed nothing."
+)
 _BRIEF = ("test AUC", "test log loss", "best valid AUC", "training seconds")
 _OVER_DOMAINS = ("test WAUC", "worst domain")
 _COMPARED = ("test AUC", "test log loss", "FLOPs per example", "dense parameters", "test WAUC")

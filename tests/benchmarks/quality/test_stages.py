@@ -1,0 +1,57 @@
+"""What each stage adds, as a page of a grid with domains tells it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from grids import leave, write_grid
+
+from benchmarks.quality.figures import Figures
+from benchmarks.quality.grid import cases_of
+
+STAGES = {  # of two domains, the WAUC of each state
+    "backbone": [(0.60, {"a": 0.6, "b": 0.6}), (0.70, {"a": 0.72, "b": 0.64})],
+    "experts": [(0.69, {"a": 0.7, "b": 0.66}), (0.73, {"a": 0.75, "b": 0.63})],
+    "gate": [(0.71, {"a": 0.73, "b": 0.63})],  # worse than what it began with
+}
+BEST = {"backbone": 0.70, "experts": 0.73, "gate": 0.73}
+
+
+@pytest.fixture
+def page(folder: Path) -> Figures:
+    grid = write_grid(folder, {"moe": {}, "joint": {}})
+    moe, joint = cases_of(grid, Path("runs"))
+    for number, run in enumerate(moe.runs):
+        stages = {}
+        for name, wauc in BEST.items():
+            stage = {"seconds": 1.0, "examples": 10, "epochs": 1, "valid": {"auc": wauc}}
+            stages[name] = {**stage, "over_domains": {"wauc": wauc + number / 100}}
+        leave(run, auc=0.7, stages=stages)
+        lines = [
+            {"source": name, "over_domains": {"wauc": wauc + number / 100}, "domains": domains}
+            for name, states in STAGES.items()
+            for wauc, domains in states
+        ]
+        lines.insert(2, {"source": "experts", "auc": 0.9, "over_domains": {"wauc": 0.9}})  # a phase's, of one domain
+        (run.directory / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    leave(joint.runs[0], auc=0.7)
+    return Figures(grid, [moe, joint])
+
+
+def test_each_stage_tells_what_it_changed_and_for_which_domains(page: Figures) -> None:
+    rows = next(part for part in page.parts({}) if isinstance(part, list) and "stage" in part[0])
+    assert [list(row.values()) for row in rows] == [
+        ["moe", "backbone", "0.70500", "-", "-", "-", "-"],
+        ["moe", "experts", "0.73500", "+300.0", "1", "1", "-100.0 (b)"],
+        ["moe", "gate", "0.73500", "+0.0", "0", "0", "none"],
+    ]
+
+
+def test_programs_are_told_each_domains_auc_after_each_stage(page: Figures) -> None:
+    runs = {(line["case"], line["seed"]): line for line in page.lines({}) if line["kind"] == "run"}
+    assert runs["moe", 17]["domains after stages"] == {
+        "backbone": {"a": 0.72, "b": 0.64},
+        "experts": {"a": 0.75, "b": 0.63},
+        "gate": {"a": 0.75, "b": 0.63},
+    }
+    assert "domains after stages" not in runs["joint", 17]
