@@ -3,9 +3,9 @@
 import argparse
 import contextlib
 import io
-import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -14,16 +14,20 @@ import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from recsys.config import DEFAULT_CONFIG
-from recsys.errors import Stopped, UserError
+from recsys.errors import Stopped, UserError, report_failure
 from recsys.lifetime import end_with_launcher
 from recsys.versions import VersionError, check_versions
 
+if TYPE_CHECKING:
+    from recsys.watch import Watch
+
 _ERROR_KEY, _STOPPED_KEY = "hilorec/error", "hilorec/stopped"
 _PATIENCE_SECONDS = 5.0
+_CAUSE = 300  # characters of a failure's text in a line about another
+_COMMUNICATION = re.compile(r"gloo|nccl|connect|time(d|[ -])?out|socket|store|peer|pipe", re.IGNORECASE)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -81,13 +85,12 @@ def run_entry(body: Callable[[], int | None], *, checks_versions: bool = True) -
     except (UserError, VersionError) as error:
         code = 2
         if _is_ours_to_tell(caused_by_a_peer=False):
-            _tell(f"error: {error}")
+            report_failure(f"error: {error}")
     except KeyboardInterrupt:
         code = 130
     except Exception:
         code = 1
-        if _is_ours_to_tell(caused_by_a_peer=True):
-            _tell(traceback.format_exc().rstrip())
+        _tell_failure()
     sys.stdout.flush()
     sys.stderr.flush()
     if code and _process_group_is_up():
@@ -117,24 +120,40 @@ def quiet_libraries() -> None:
     logging.getLogger().addFilter(lambda record: not any(text in record.getMessage() for text in noise))
 
 
-def _tell(text: str) -> None:
-    """Print the failure, and leave it where torchrun and TorchX look for the cause that their own reports name."""
-    print(text, file=sys.stderr)
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        cause = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
-        Path(path).write_text(json.dumps({"message": cause}), encoding="utf-8")
+def _tell_failure() -> None:
+    """Report the exception under way, or, where it is but what the loss of another rank comes to, that loss."""
+    trace, error = traceback.format_exc().rstrip(), sys.exc_info()[1]
+    cause = " ".join(str(error).split())[:_CAUSE]
+    watch = _watch()
+    if watch is not None and error is not None:
+        # A launcher that sees another rank end ends this one, from which the others have yet to hear that it is there.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        watch.fail(error)
+    if _is_ours_to_tell(caused_by_a_peer=True):
+        lost = watch.blame(cause) if watch is not None and _COMMUNICATION.search(cause) else None
+        report_failure(lost or trace)
+        if lost and watch is not None:
+            print(f"{watch}\n{trace}", file=sys.stderr)
+            watch.told()
+    elif watch is not None and watch.is_condemned:
+        print(f"{watch}\n{trace}", file=sys.stderr, flush=True)
+        watch.await_told()
+
+
+def _watch() -> "Watch | None":
+    return sys.modules["recsys.watch"].current if "recsys.watch" in sys.modules else None
 
 
 def _tell_once(text: str) -> None:
     """Have the first rank print a line that holds for all; the others wait until it has, as their end may end it."""
     if not _process_group_is_up():
-        _tell(text)
+        report_failure(text)
         return
     from torch import distributed as dist
 
     store = dist.distributed_c10d._get_default_store()
     if dist.get_rank() == 0:
-        _tell(text)
+        report_failure(text)
         # A launcher that sees another rank end ends this one, whose exit code is to be the one that it reports.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         store.set(_STOPPED_KEY, "")

@@ -1,6 +1,11 @@
-"""What ends a command early with one line: errors that the user can put right, and a signal that was obeyed."""
+"""What ends a command early with one line, and where that is told."""
 
+import json
+import os
 import signal
+import sys
+import time
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -21,3 +26,11 @@ class Stopped(Exception):
     def __init__(self, by: signal.Signals, step: int) -> None:
         super().__init__(f"stopped by {by.name} at step {step}; run the same command to go on")
         self.exit_code = 128 + by
+
+
+def report_failure(text: str) -> None:
+    """Print a failure, and leave it where torchrun and TorchX look for the cause that their own reports name."""
+    print(text, file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        cause = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+        Path(path).write_text(json.dumps({"message": cause}), encoding="utf-8")

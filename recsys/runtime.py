@@ -3,8 +3,6 @@
 import contextlib
 import ctypes
 import os
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,10 +11,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from recsys import watch
 from recsys.config import ConfigError
 from recsys.lifetime import end_with_launcher
+from recsys.meeting import Patience, Place, agree_on_device, ending_unless_done, meet, open_store, told_place
 
-_TIMEOUT = timedelta(minutes=30)
+DEFAULT_TIMEOUT = 300.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Ranks:
         local_rank: rank within this machine.
         local_world_size: processes on this machine.
         device: where this rank computes.
+        timeout: seconds for which others are waited for.
     """
 
     rank: int
@@ -36,108 +37,90 @@ class Ranks:
     local_rank: int
     local_world_size: int
     device: torch.device
+    timeout: float = DEFAULT_TIMEOUT
 
     @property
     def is_first(self) -> bool:
         """Whether this rank writes what is written once."""
         return self.rank == 0
 
+    def new_host_group(self, timeout: float | None = None) -> dist.ProcessGroup:
+        """A group of all ranks for tensors on the host, whatever trains on the device; a collective call.
+
+        Args:
+            timeout: seconds for which its calls wait; null: `timeout` of the ranks.
+        """
+        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout or self.timeout))
+        return group
+
 
 @contextlib.contextmanager
-def process_group(device: str) -> Iterator[Ranks]:
+def process_group(device: str, timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ranks]:
     """Join the process group that torchrun or TorchX prepared, or make one of this process alone.
+
+    While the block lasts, ranks watch one another: where one is gone, this process ends (`recsys.watch`).
 
     Args:
         device: `auto` (CUDA where this machine has GPUs), `cpu` or `cuda`.
+        timeout: seconds that a rank may be silent, and that others are waited for.
 
     Raises:
         ConfigError: there are fewer GPUs than processes that are to compute on them, or this machine has GPUs and
             another of the run has none.
+        MeetingError: the ranks do not come together.
         OrphanError: the torchx that launched this run has ended already.
     """
     end_with_launcher()
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    place = told_place()
     gpus = torch.cuda.device_count()
-    if gpus < local_world_size and (device == "cuda" or (device == "auto" and gpus)):
+    if gpus < place.local_world_size and (device == "cuda" or (device == "auto" and gpus)):
         raise ConfigError(
-            f"device: {device} needs a GPU for each of this machine's {local_world_size} processes, and it has {gpus}; "
-            "start fewer processes or set device=cpu"
+            f"device: {device} needs a GPU for each of this machine's {place.local_world_size} processes, and it has "
+            f"{gpus}; start fewer processes or set device=cpu"
         )
-    use_cuda = device_type(device, local_world_size) == "cuda"
-    chosen = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    use_cuda = device_type(device, place.local_world_size) == "cuda"
+    chosen = torch.device("cuda", place.local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(chosen)
     keep_freed_memory()
     set_precision()
-    leave_a_core(local_world_size)
+    leave_a_core(place.local_world_size)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-    if "RANK" in os.environ:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
-        store = meet(store, rank, world_size)
-        agree_on_device(store, chosen.type, rank)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
-    else:
+    with _joined(place, chosen, backend, timeout):
+        yield Ranks(place.rank, place.world_size, place.local_rank, place.local_world_size, chosen, timeout)
+
+
+@contextlib.contextmanager
+def _joined(place: Place, device: torch.device, backend: str, timeout: float) -> Iterator[None]:
+    """The default process group, and a watch over its ranks."""
+    limit = timedelta(seconds=timeout)
+    if not place.host:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    yield Ranks(rank, world_size, local_rank, local_world_size, chosen)
-    # Not in a finally: after a failure the other ranks may never come, and the process is about to end anyway.
-    dist.destroy_process_group()
-
-
-def meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:
-    """A part of the store that is these ranks' alone; a collective call.
-
-    The store of torchrun lives on when it restarts its ranks, with all that those before them have left there: their
-    addresses, to which gloo would connect, and the claim of an error. How often torchrun restarted does not tell the
-    attempts apart: it does not count a node that joins or leaves, and nodes count each for itself. So the first rank
-    opens a part under a new name, and each other takes part in what answers it, which a part left behind never does.
-
-    Args:
-        store: at which the ranks meet.
-        rank: of this process.
-        world_size: number of processes.
-    """
-    me = uuid.uuid4().hex
-    if rank == 0:
-        store.set("hilorec/meeting", me)
-        for other in range(1, world_size):
-            guest = store.get(f"hilorec/{me}/{other}").decode()
-            store.set(f"hilorec/welcome/{guest}", "")
-        return dist.PrefixStore(me, store)
-    meeting, until = None, time.monotonic() + _TIMEOUT.total_seconds()
-    while not store.check([f"hilorec/welcome/{me}"]):
-        if time.monotonic() > until:
-            raise TimeoutError(f"rank {rank} waited {_TIMEOUT} for the first rank, which did not come")
-        if (newest := store.get("hilorec/meeting").decode()) != meeting:
-            meeting = newest
-            store.set(f"hilorec/{meeting}/{rank}", me)
-        time.sleep(_MEETING_SECONDS)
-    assert meeting is not None
-    return dist.PrefixStore(meeting, store)
-
-
-_MEETING_SECONDS = 0.01  # between two looks for the first rank
-
-
-def agree_on_device(store: dist.Store, device_type: str, rank: int) -> None:
-    """Refuse to compute on another kind of device than the first rank that came by; ranks of both would never meet.
-
-    Args:
-        store: at which the ranks meet.
-        device_type: of this rank, `cpu` or `cuda`.
-        rank: of this process.
-
-    Raises:
-        ConfigError: another rank's device is of the other kind.
-    """
-    first = store.compare_set("hilorec/device", "", f"{device_type} {rank}").decode()
-    kind, other = first.split()
-    if kind != device_type:
-        raise ConfigError(
-            f"device: rank {rank} has {device_type}, but rank {other} has {kind}: not every machine has GPUs; set "
-            "device=cpu, or leave those without out"
+        yield
+        dist.destroy_process_group()
+        return
+    with ending_unless_done(2 * timeout, f"rank {place.rank} waits for the store at {place}, which does not answer"):
+        patience = Patience(timeout, says=place.local_rank == 0)
+        store = meet(open_store(place, patience), place, patience)
+        agree_on_device(store, device.type, place.rank)
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=limit)
+        watching = watch.Watch(
+            dist.distributed_c10d._get_default_store().clone(),  # type: ignore[attr-defined]
+            place.rank,
+            place.world_size,
+            local_rank=place.local_rank,
+            seconds=timeout,
+            place=str(place),
         )
+        dist.barrier()  # so that each finds the others' first beats
+    watching.start()
+    watch.current = watching
+    yield
+    # Not in a finally: after a failure the other ranks may never come, and the process is about to end anyway.
+    dist.barrier()
+    watching.close()
+    watch.current = None
+    dist.destroy_process_group()
 
 
 def set_precision() -> None:

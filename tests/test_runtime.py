@@ -1,19 +1,15 @@
 """What a process is set up to do."""
 
-import contextlib
 import ctypes
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from recsys.config import ConfigError
-from recsys.runtime import agree_on_device, leave_a_core, meet, process_group
+from recsys.runtime import leave_a_core, process_group
 
 FAULTS = """
 import resource, sys
@@ -51,7 +47,9 @@ def test_fewer_gpus_than_processes_are_refused_and_no_cpu_steps_in(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
     message = f"device: {device} needs a GPU for each .* 2 processes, and it has 1; start"
     with pytest.raises(ConfigError, match=message), process_group(device):
         pass
@@ -61,50 +59,6 @@ def test_without_gpus_auto_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with process_group("auto") as ranks:
         assert ranks.device.type == "cpu"
-
-
-def test_ranks_on_other_kinds_of_devices_are_refused() -> None:
-    store = dist.HashStore()
-    for rank in (2, 0):
-        agree_on_device(store, "cuda", rank)
-    with pytest.raises(ConfigError, match="rank 1 has cpu, but rank 2 has cuda: not every machine has GPUs; set dev"):
-        agree_on_device(store, "cpu", 1)
-
-
-def test_ranks_meet_anew_whatever_earlier_ones_left_in_the_store() -> None:
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-
-    def attempt(order: list[int], world_size: int) -> list[dist.Store]:
-        def join(rank: int) -> dist.Store:
-            return meet(dist.TCPStore("127.0.0.1", server.port, is_master=False), rank, world_size)
-
-        with ThreadPoolExecutor(world_size) as threads:
-            futures = {}
-            for rank in order:
-                futures[rank] = threads.submit(join, rank)
-                with contextlib.suppress(FutureTimeout):  # so that each finds what those before it have left
-                    futures[rank].result(0.2)
-            return [futures[rank].result(30) for rank in sorted(order)]
-
-    for number, (order, world_size) in enumerate(
-        [([0, 1, 2], 3), ([2, 1, 0], 3), ([1, 0], 2), ([0], 1), ([3, 1, 0, 2], 4)]
-    ):
-        stores = attempt(order, world_size)
-        assert not any(store.check(["left"]) for store in stores)
-        stores[0].set("left", str(number))
-        assert [store.get("left").decode() for store in stores] == [str(number)] * world_size
-
-
-def test_ranks_meet_after_an_attempt_that_ended_half_way() -> None:
-    store = dist.HashStore()
-    store.set("hilorec/meeting", "of a first rank that died")
-    with ThreadPoolExecutor(2) as threads:
-        second = threads.submit(meet, store, 1, 2)
-        while not store.check(["hilorec/of a first rank that died/1"]):
-            assert not second.done()
-        first = threads.submit(meet, store, 0, 2)
-        first.result(30).set("here", "1")
-        assert second.result(30).check(["here"])
 
 
 @pytest.mark.parametrize(

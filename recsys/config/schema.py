@@ -820,6 +820,7 @@ class Config(Section):
     seed: Seed = 17
     device: Literal["auto", "cpu", "cuda"] = "auto"
     resume: Text = "auto"
+    rank_timeout_seconds: Annotated[float, Field(ge=1, le=7 * 24 * 3600)] = 300.0
     warm_start: WarmStartConfig | None = None
     data: DataConfig
     tables: Annotated[dict[Name, TableConfig], Field(min_length=1)]

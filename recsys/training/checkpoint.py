@@ -54,6 +54,7 @@ State = dict[str, Tensor | ShardedTensor]
 
 _INDEX = ".metadata"
 _STEPS = "optimizer.sparse_steps"
+_WRITING_SECONDS = 1800.0  # for which ranks wait for one that writes; one that is gone is noticed otherwise
 
 _T = TypeVar("_T")
 
@@ -85,7 +86,7 @@ class Checkpoints:
         self._same: tuple[Path, dict[str, Digest]] | None = None
         self._newest: Path | None = None
         self._config, self._ranks, self._write_files = config, ranks, write_files
-        self._group = dist.new_group(backend="gloo")
+        self._group = ranks.new_host_group(max(ranks.timeout, _WRITING_SECONDS))
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 

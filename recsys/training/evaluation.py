@@ -91,7 +91,7 @@ def evaluate_checkpoint(
     if by and not labelled:
         raise ConfigError("data.label: null leaves nothing to measure by column; leave --by out, or name the label")
     by = tuple(dict.fromkeys(by or config.metrics.by)) if labelled else ()
-    with process_group(config.device) as ranks:
+    with process_group(config.device, config.rank_timeout_seconds) as ranks:
         verified(path, ranks)
         once_on_each_machine(ranks, partial(require_embedded, config))
         shards = open_splits(config, [split], path / VOCABULARIES, read_kinds(path), also=by)[split]

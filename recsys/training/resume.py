@@ -15,6 +15,7 @@ _FREE = (
     "device",
     "output_dir",
     "resume",
+    "rank_timeout_seconds",
     "logging.*",
     "checkpoints.*",
     "metrics.by",

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from recsys import watch
 from recsys.checkpoint.layout import CONFIG, PLAN, PROGRESS, VOCABULARIES, CheckpointMeta, tidy
 from recsys.config import Config, ConfigError, StageConfig, WarmStartConfig, load_checkpoint_config
 from recsys.data.kinds import write_kinds
@@ -81,7 +82,7 @@ def train(config: Config) -> dict[str, Any]:
         raise ConfigError("data.label: null is for evaluating with --predictions; name one, as training learns from it")
     # Before the ranks meet: who cannot have the directory need not read data first.
     output = OutputDirectory(Path(config.output_dir), enabled=int(os.environ.get("RANK", 0)) == 0)
-    with output, process_group(config.device) as ranks:
+    with output, process_group(config.device, config.rank_timeout_seconds) as ranks:
         once_on_each_machine(ranks, partial(write_embedded, config))
         splits = open_splits(config, config.data.splits, also=config.metrics.by)
         check_labels(config, splits, ranks)
@@ -235,8 +236,12 @@ class Trainer:
         Raises:
             Stopped: a signal asked for it, and the run is saved.
         """
-        with self._stop, self._agreement:
+        with self._stop, self._agreement, watch.positioned(self._position):
             return self._run()
+
+    def _position(self) -> str:
+        progress = self.progress
+        return f"step {progress.step} of {progress.stage}" if progress.stage else ""
 
     def _run(self) -> dict[str, Any]:
         self._announce()

@@ -173,7 +173,7 @@ def predict_by_checkpoint(
     path = Path(os.path.expanduser(directory))
     meta = read_meta(path)
     config = load_checkpoint_config(path, overrides)
-    with process_group(config.device) as ranks:
+    with process_group(config.device, config.rank_timeout_seconds) as ranks:
         verified(path, ranks)
         total = ShardedScorer(path, meta, config, ranks).predict(patterns, output, keep=keep, logit=logit)
         if ranks.is_first:

@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
+from recsys import watch
 from recsys.errors import Stopped
 from recsys.runtime import Ranks
 
@@ -73,8 +74,13 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Handle signals as before."""
+        """Handle signals as before; after a failure of one of several ranks ignore SIGTERM.
+
+        A launcher that sees another rank end ends this one, from which the others have yet to hear that it was there.
+        """
         self._undo.close()
+        if error is not None and not isinstance(error, Stopped) and watch.current is not None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _note(self, number: int, frame: object) -> None:
         if self.signal is None:
@@ -141,7 +147,7 @@ class Agreement:
 
     def __init__(self, ranks: Ranks) -> None:
         self._alone = ranks.world_size == 1
-        self._group = None if self._alone else dist.new_group(backend="gloo")
+        self._group = None if self._alone else ranks.new_host_group()
         self._wishes, self._under_way = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
         self._work: Any = None
 

@@ -1,0 +1,342 @@
+"""Who of the ranks is still there: while they train, each tells the others that it lives, and where it stands.
+
+A rank that is killed closes its connections, which the others see at once, though not whose they were. One that is
+stopped, whose host is lost or whose link is cut says nothing at all, and the others wait for it in a collective. So
+every rank leaves a beat in the store at which the ranks met, from a thread of its own, and reads those of the ranks
+that come after it. The first to miss one tells for all who is gone, and all end, so that the launcher can start them
+anew. Imports no torch.
+"""
+
+import faulthandler
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Protocol, TypeVar
+
+from recsys.errors import report_failure
+
+_WATCHED = 8
+"""Ranks after itself that each rank watches: however many there are, so many beats are read."""
+
+_MOST_SECONDS, _BEATS = 5.0, 20
+"""Beats are a twentieth of the time-out apart, and at most five seconds."""
+
+_MISSED = 0.6
+"""Share of the time-out after which a rank that is not heard of is given up; the rest is to make sure, and to tell."""
+
+_CLAIM, _VERDICT, _TOLD = "hilorec/error", "hilorec/verdict", "hilorec/told"
+_MOST_TOLD = 64
+_GRACE_SECONDS, _END_SECONDS = 5.0, 30.0
+_T = TypeVar("_T")
+_PACKAGE = str(Path(__file__).parent)
+
+
+class Store(Protocol):
+    """What is used of `torch.distributed.Store`."""
+
+    def set(self, key: str, value: str, /) -> None: ...  # noqa: D102
+    def multi_get(self, keys: list[str], /) -> list[bytes]: ...  # noqa: D102
+    def check(self, keys: list[str], /) -> bool: ...  # noqa: D102
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank says of itself.
+
+    Attributes:
+        number: counts beats.
+        host: name of its machine.
+        pid: of its process there.
+        position: how far its run has come, in words.
+        at: the innermost line of this package in its main thread.
+        failed: whether it has failed and ends, as by a connection that broke.
+        is_over: whether it has come to its end, and is not missed.
+    """
+
+    number: int = 0
+    host: str = ""
+    pid: int = 0
+    position: str = ""
+    at: str = ""
+    failed: bool = False
+    is_over: bool = False
+
+    def told(self, rank: int) -> str:
+        """One line for a person."""
+        return f"rank {rank} ({self.host}, process {self.pid}): {self.position or 'starting'}; {self.at or 'ending'}"
+
+
+class Watch:
+    """Watches ranks until it is closed. Where one is gone, one rank tells so, every rank its stack, and all end.
+
+    Args:
+        store: a connection of its own to a part that is these ranks' alone.
+        rank: of this process.
+        world_size: number of processes.
+        local_rank: of this process on its machine.
+        seconds: within which a rank must be heard of, and the store answer.
+        place: where the store is, for a person.
+
+    Attributes:
+        position: says how far the run has come; called by another thread than that which trains.
+    """
+
+    def __init__(
+        self, store: Store, rank: int, world_size: int, *, local_rank: int, seconds: float, place: str
+    ) -> None:
+        self._store, self._rank, self._world_size, self._local_rank = store, rank, world_size, local_rank
+        self._seconds, self._place = seconds, place
+        self._interval = min(seconds / _BEATS, _MOST_SECONDS)
+        self.position: Callable[[], str] = str
+        self._main, self._at = threading.get_ident(), ""
+        self._mine = Beat(host=socket.gethostname(), pid=os.getpid())
+        self._failed_at: float | None = None
+        self._ends = False
+        self._answered = time.monotonic()
+        self._heard: dict[int, tuple[Beat, float]] = {}  # and since when
+        self._store_lock = threading.Lock()  # held for long where the store no longer answers
+        self._done = threading.Event()
+        self._beat()
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for name, target in (("beats of ranks", self._carry), ("watch of ranks", self._look))
+        ]
+
+    def start(self) -> None:
+        """Begin to watch, when all ranks have made theirs."""
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """End, when all ranks have come so far: the others do not miss this one."""
+        self._ends = True
+        self._done.set()
+        for thread in self._threads:
+            thread.join(self._seconds)
+        with suppress(Exception), self._reaching_store():
+            self._beat()
+
+    def fail(self, error: BaseException) -> None:
+        """Say that this rank has failed, and so is not gone; it is to end by itself."""
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        self._at, self._failed_at = _innermost(reversed(frames)), time.monotonic()
+        with suppress(Exception), self._reaching_store():
+            self._beat()
+
+    @property
+    def is_condemned(self) -> bool:
+        """Whether the run ends because a rank is gone."""
+        return bool(self._reached(lambda: self._store.check([_VERDICT])))
+
+    def blame(self, cause: str) -> str | None:
+        """Which ranks are to blame for a failure of this one, if any; takes a few beats to make sure.
+
+        Args:
+            cause: the failure, in a line.
+
+        Returns:
+            What is to be told in its place; None where all others are there, or have failed themselves.
+        """
+        try:
+            with self._reaching_store():
+                self._store.set(_VERDICT, str(self._rank))
+            return self._found(cause)
+        except Exception:
+            return self._lost_store(cause)
+
+    # What both threads do all the time.
+
+    def _carry(self) -> None:
+        successors = [(self._rank + step) % self._world_size for step in range(1, _WATCHED + 1)]
+        others = sorted(set(successors) - {self._rank})
+        while not self._done.wait(self._interval):
+            with suppress(Exception), self._reaching_store():  # else the other thread sees that no answer comes
+                self._beat()
+                self._hear(others)
+                self._answered = time.monotonic()
+
+    def _look(self) -> None:
+        before = time.monotonic()
+        while not self._done.wait(self._interval / 2):
+            now, limit = time.monotonic(), _MISSED * self._seconds
+            if now - before > 4 * self._interval:  # this process was stopped, and has heard of nobody meanwhile
+                self._answered = now
+                self._heard = {}
+            before = now
+            if self._failed_at is not None:  # it ends by itself, unless the store holds it up
+                if now - self._failed_at > self._seconds + _END_SECONDS:
+                    self._end(None)
+            elif now - self._answered > limit:
+                self._end(self._lost_store(f"no answer for {now - self._answered:.0f} s"))
+            elif any(now - since > limit and not beat.is_over for beat, since in self._heard.values()):
+                self._condemn()
+            elif self.is_condemned:
+                self._dump()
+                self.await_told()
+                self._end(None)
+
+    def _condemn(self) -> None:
+        """Tell who is gone, unless another rank does; ends this process."""
+        mine = str(self._rank)
+        claimed = self._reached(lambda: self._store.compare_set(_CLAIM, "", mine)) == mine.encode()
+        self._dump()
+        if claimed:
+            self._reached(lambda: self._store.set(_VERDICT, mine))
+            text = self._found(f"not heard of for {_MISSED * self._seconds:.0f} s")
+            self._end(text or "error: a rank was silent for long, and is there again")
+        self.await_told()
+        self._end(None)
+
+    # Beats.
+
+    def _beat(self) -> None:
+        position = self._mine.position
+        with suppress(Exception):  # read while the main thread changes it
+            position = self.position()
+        mine, failed = self._mine, self._failed_at is not None
+        at = self._at if failed else _innermost(_stack(sys._current_frames().get(self._main)))
+        self._mine = Beat(mine.number + 1, mine.host, mine.pid, position, at, failed, self._ends)
+        self._store.set(f"beat/{self._rank}", json.dumps(asdict(self._mine)))
+
+    def _hear(self, ranks: list[int]) -> None:
+        found = self._store.multi_get([f"beat/{rank}" for rank in ranks]) if ranks else []
+        now = time.monotonic()
+        for rank, text in zip(ranks, found, strict=True):
+            beat, (last, since) = Beat(**json.loads(text)), self._heard.get(rank, (None, now))
+            self._heard[rank] = (beat, since if last is not None and last.number == beat.number else now)
+
+    @contextmanager
+    def _reaching_store(self) -> Iterator[None]:
+        if not self._store_lock.acquire(timeout=2 * self._interval):
+            raise TimeoutError("the store does not answer")
+        try:
+            yield
+        finally:
+            self._store_lock.release()
+
+    def _reached(self, ask: Callable[[], _T]) -> _T | None:
+        with suppress(Exception), self._reaching_store():
+            return ask()
+        return None
+
+    # What is told.
+
+    def _found(self, cause: str) -> str | None:
+        """Who is gone, or keeps others waiting, and where all stand."""
+        everyone = list(range(self._world_size))
+        with self._reaching_store():
+            self._hear(everyone)
+        first = {rank: beat.number for rank, (beat, _) in self._heard.items()}
+        self._done.wait(3 * self._interval)
+        with self._reaching_store():
+            self._hear(everyone)
+        beats = {rank: self._heard[rank][0] for rank in everyone if rank != self._rank}
+        there = {rank: beat for rank, beat in beats.items() if not beat.is_over and not beat.failed}
+        gone = {rank: beat for rank, beat in there.items() if beat.number == first[rank]}
+        if gone:
+            told = f"{_named(gone)} {'is' if len(gone) == 1 else 'are'} gone or cut off ({_brief(cause)})"
+        elif there and "imed out" in cause:
+            told = (
+                f"{_named(there)} did not come within {self._seconds:g} s to what the others wait for "
+                "(rank_timeout_seconds has them wait for longer)"
+            )
+        else:
+            return None
+        lines = [beat.told(rank) for rank, beat in sorted({**beats, self._rank: self._mine}.items())]
+        more = [f"and {len(lines) - _MOST_TOLD} more"] if len(lines) > _MOST_TOLD else []
+        told = f"error: {told}; run the same command to go on from the last checkpoint"
+        return "\n".join([told, *(f"  {line}" for line in (*lines[:_MOST_TOLD], *more))])
+
+    def _lost_store(self, cause: str) -> str:
+        if self._local_rank:
+            time.sleep(_GRACE_SECONDS)  # the first rank of this machine tells it, and the launcher ends this one
+        return (
+            f"error: rank {self._rank} has lost the store at {self._place}, at which ranks meet: its machine, the "
+            f"launcher there, or the link to it ({_brief(cause)}); run the same command to go on from the last "
+            f"checkpoint\n  {self._mine.told(self._rank)}"
+        )
+
+    def _dump(self) -> None:
+        with suppress(Exception):
+            print(self, file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+
+    def __str__(self) -> str:
+        return f"{self._mine.told(self._rank)}; its stack:"
+
+    def await_told(self) -> None:
+        """Wait until the rank that tells has done so, as this one's end may end it."""
+        until = time.monotonic() + 4 * self._interval + _GRACE_SECONDS
+        while time.monotonic() < until and not self._reached(lambda: self._store.check([_TOLD])):
+            time.sleep(self._interval / 4)
+
+    def told(self) -> None:
+        """Let the others end, as the failure has been told."""
+        self._reached(lambda: self._store.set(_TOLD, ""))
+
+    def _end(self, text: str | None) -> None:
+        if text is not None:
+            report_failure(text)
+            self.told()
+        with suppress(Exception):
+            sys.stdout.flush()
+        os._exit(1)
+
+
+current: Watch | None = None
+"""The watch of this process's ranks, while there is one."""
+
+
+@contextmanager
+def positioned(position: Callable[[], str]) -> Iterator[None]:
+    """Have the watch, where there is one, say where the run stands; `position` is called by another thread."""
+    if current is None:
+        yield
+        return
+    current.position = position
+    yield
+    current.position = str
+
+
+def _brief(cause: str) -> str:
+    """A failure of gloo's without the line of its source and its advice."""
+    return re.sub(r"^\[[^\]]*\.cc:\d+\] ", "", cause).partition(". ")[0]
+
+
+def _named(ranks: Mapping[int, Beat]) -> str:
+    """`rank 1 (host a, process 7)`, or `ranks 2, 3 (host b)`."""
+    hosts: dict[str, list[int]] = {}
+    for rank, beat in ranks.items():
+        hosts.setdefault(beat.host, []).append(rank)
+    parts = []
+    for host, of_host in hosts.items():
+        numbers = ", ".join(map(str, of_host[:_WATCHED])) + (" ..." if len(of_host) > _WATCHED else "")
+        process = f", process {ranks[of_host[0]].pid}" if len(of_host) == 1 else ""
+        parts.append(f"rank{'s' * (len(of_host) > 1)} {numbers} ({host}{process})")
+    return " and ".join(parts)
+
+
+def _stack(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _innermost(frames: Iterable[FrameType]) -> str:
+    """The first line of this package, of frames from the innermost on."""
+    for frame in frames:
+        code = frame.f_code
+        if code.co_filename.startswith(_PACKAGE) and code.co_filename != __file__:
+            return f"{Path(code.co_filename).relative_to(_PACKAGE)}:{frame.f_lineno} {code.co_name}"
+    return ""

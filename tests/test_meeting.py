@@ -1,0 +1,133 @@
+"""How ranks find one another, and what is told where they do not."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+import yaml
+from tiny import tiny_config, write_tiny_log
+
+from recsys.config import ConfigError
+from recsys.meeting import Patience, Place, agree_on_device, meet
+
+
+def test_ranks_on_other_kinds_of_devices_are_refused() -> None:
+    store = dist.HashStore()
+    for rank in (2, 0):
+        agree_on_device(store, "cuda", rank)
+    with pytest.raises(ConfigError, match="rank 1 has cpu, but rank 2 has cuda: not every machine has GPUs; set dev"):
+        agree_on_device(store, "cpu", 1)
+
+
+def test_ranks_meet_anew_whatever_earlier_ones_left_in_the_store() -> None:
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    patience = Patience(60, says=False)
+
+    def attempt(order: list[int], world_size: int) -> list[dist.Store]:
+        def join(rank: int) -> dist.Store:
+            return meet(dist.TCPStore("127.0.0.1", server.port, is_master=False), Place(rank, world_size), patience)
+
+        with ThreadPoolExecutor(world_size) as threads:
+            futures = {}
+            for rank in order:
+                futures[rank] = threads.submit(join, rank)
+                with contextlib.suppress(FutureTimeout):  # so that each finds what those before it have left
+                    futures[rank].result(0.2)
+            return [futures[rank].result(30) for rank in sorted(order)]
+
+    for number, (order, world_size) in enumerate(
+        [([0, 1, 2], 3), ([2, 1, 0], 3), ([1, 0], 2), ([0], 1), ([3, 1, 0, 2], 4)]
+    ):
+        stores = attempt(order, world_size)
+        assert not any(store.check(["left"]) for store in stores)
+        stores[0].set("left", str(number))
+        assert [store.get("left").decode() for store in stores] == [str(number)] * world_size
+
+
+def test_ranks_meet_after_an_attempt_that_ended_half_way() -> None:
+    store = dist.HashStore()
+    store.set("hilorec/meeting", "of a first rank that died")
+    with ThreadPoolExecutor(2) as threads:
+        second = threads.submit(meet, store, Place(1, 2), Patience(60, says=False))
+        while not store.check(["hilorec/of a first rank that died/1"]):
+            assert not second.done()
+        first = threads.submit(meet, store, Place(0, 2), Patience(60, says=False))
+        first.result(30).set("here", "1")
+        assert second.result(30).check(["here"])
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("meeting")
+    write_tiny_log(folder / "log")
+    raw = {**tiny_config(folder / "log", folder / "out"), "rank_timeout_seconds": 2}
+    (folder / "config.yaml").write_text(yaml.safe_dump(raw))
+    return folder / "config.yaml"
+
+
+def started(config: Path, **place: str) -> tuple[int, str, float]:
+    """Exit code and errors of a process that finds these variables, and how long it was about it."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    began = time.monotonic()
+    run = subprocess.run(
+        [sys.executable, "-m", "recsys.train", "--config", str(config)],
+        env={**environment, **place},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    return run.returncode, run.stderr, time.monotonic() - began
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ({"RANK": "0"}, "there is RANK in the environment, but no WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2"}, "there is WORLD_SIZE in the environment, but no RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"MASTER_PORT": "first"}, "MASTER_PORT is 'first', which is no number from 1 to 65535"),
+        ({"RANK": "2"}, "RANK is '2', which is no number from 0 to 1"),
+        ({"MASTER_ADDR": "no.such.host.invalid"}, "the name 'no.such.host.invalid' does not resolve"),
+        ({"MASTER_ADDR": "no.such.host.invalid", "RANK": "1"}, "the name 'no.such.host.invalid' does not resolve"),
+        ({}, "rank 1 of 2 did not come to 127.0.0.1:"),
+        ({"RANK": "1"}, "within 2 s: nothing answers (Connection refused); is MASTER_ADDR the first rank's machine"),
+    ],
+)
+def test_a_process_whose_peers_are_not_there_ends_with_a_line(config: Path, place: dict[str, str], told: str) -> None:
+    whole = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    code, errors, seconds = started(config, **(place if "but no" in told else {**whole, **place}))
+    assert code == 2 and errors.count("error: ") == 1 and told in errors
+    assert seconds < 60  # and not torch's 30 minutes
+
+
+def test_a_port_that_another_program_has_is_told(config: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        code, errors, _ = started(config, RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    assert code == 2 and f"error: port {port} of this machine, at which ranks are to meet, is taken" in errors
+
+
+def test_who_is_waited_for_is_said(config: Path, tmp_path: Path) -> None:
+    raw = {**yaml.safe_load(config.read_text()), "rank_timeout_seconds": 14, "output_dir": str(tmp_path / "out")}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
+    port = free_port()
+    place = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    code, errors, _ = started(tmp_path / "config.yaml", **place)
+    assert code == 2
+    assert f"waiting for ranks 1, 2, 3 of 4 at 127.0.0.1:{port}\n" in errors
+    assert f"error: ranks 1, 2, 3 of 4 did not come to 127.0.0.1:{port} within 14 s" in errors
