@@ -102,7 +102,7 @@ class Watch:
         self._main, self._at = threading.get_ident(), ""
         self._mine = Beat(host=socket.gethostname(), pid=os.getpid())
         self._failed_at: float | None = None
-        self._ends = False
+        self._ends = self._condemned = False
         self._answered = time.monotonic()
         self._heard: dict[int, tuple[Beat, float]] = {}  # and since when
         self._store_lock = threading.Lock()  # held for long where the store no longer answers
@@ -164,6 +164,7 @@ class Watch:
             with suppress(Exception), self._reaching_store():  # else the other thread sees that no answer comes
                 self._beat()
                 self._hear(others)
+                self._condemned = self._store.check([_VERDICT])
                 self._answered = time.monotonic()
 
     def _look(self) -> None:
@@ -179,9 +180,11 @@ class Watch:
                     self._end(None)
             elif now - self._answered > limit:
                 self._end(self._lost_store(f"no answer for {now - self._answered:.0f} s"))
+            elif now - self._answered > 3 * self._interval:
+                continue  # beats stand still because the store does; to ask it now might take for ever
             elif any(now - since > limit and not beat.is_over for beat, since in self._heard.values()):
                 self._condemn()
-            elif self.is_condemned:
+            elif self._condemned:
                 self._dump()
                 self.await_told()
                 self._end(None)
@@ -189,9 +192,9 @@ class Watch:
     def _condemn(self) -> None:
         """Tell who is gone, unless another rank does; ends this process."""
         mine = str(self._rank)
-        claimed = self._reached(lambda: self._store.compare_set(_CLAIM, "", mine)) == mine.encode()
+        claim = self._reached(lambda: self._store.compare_set(_CLAIM, "", mine))
         self._dump()
-        if claimed:
+        if claim == mine.encode():
             self._reached(lambda: self._store.set(_VERDICT, mine))
             text = self._found(f"not heard of for {_MISSED * self._seconds:.0f} s")
             self._end(text or "error: a rank was silent for long, and is there again")

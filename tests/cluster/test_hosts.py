@@ -57,7 +57,7 @@ def test_several_hosts_train_to_the_bits_of_one(tmp_path: Path, count: int, proc
             for process in agents:
                 assert process.wait(300) == 0, "".join(path.read_text() for path in told)
         checkpoints = sorted((folder / "out/checkpoints").iterdir(), key=lambda path: int(path.name[5:]))
-        return checkpoint_tensors(checkpoints[-1], folder / "whole")
+        return checkpoint_tensors(checkpoints[-1], folder)
 
     several, one = trained("several", count, processes), trained("one", 1, count * processes)
     assert several.keys() == one.keys()
