@@ -207,6 +207,7 @@ class ShardTables:
         Of row groups, 511 at most are asked, which lie evenly among all.
 
         Raises:
+            ColumnError: a footer counts what no row group can hold.
             DataError: a footer that did not fit into memory can no longer be read.
         """
         filled = [number for number, rows in enumerate(self._in_files) if rows]
@@ -221,6 +222,13 @@ class ShardTables:
                     footer, place = self._footer_of(number, group, file)
                 found = footer.row_group(place)
             values = {name: found.column(index).num_values for index, _, name, _ in _leaves_of(of.leaves, names)}
+            for name, count in values.items():
+                if not 0 <= count <= MOST_ROWS:
+                    raise ColumnError(
+                        f"{self.where(row_group)}: column {name!r} has {count} values by its footer, where 0 to "
+                        f"{MOST_ROWS:,} can be read; {_AGAIN}, in smaller row groups",
+                        name,
+                    )
             for name in names:
                 totals[name] += values.get(name, self._in_files[row_group])  # a column on the path is in no footer
         rows = sum(self._in_files[row_group] for row_group in asked)

@@ -11,13 +11,19 @@ from tiny import tiny_config, write_tiny_log
 
 from recsys.data import parquet
 from recsys.data.lengths import mean_lengths
+from recsys.data.parquet import ParquetShards
 from recsys.data.splits import open_splits
+from recsys.data.storage import DataError
+
+
+def opened(directory: Path, **tags: Any) -> ParquetShards:
+    raw = tiny_config(directory / "log", directory / "out")
+    raw["features"]["sparse"]["tags"] |= tags
+    return open_splits(as_config(raw, directory), ["train"])["train"]
 
 
 def lengths(directory: Path, **tags: Any) -> dict[str, float]:
-    raw = tiny_config(directory / "log", directory / "out")
-    raw["features"]["sparse"]["tags"] |= tags
-    return mean_lengths(open_splits(as_config(raw, directory), ["train"])["train"])
+    return mean_lengths(opened(directory, **tags))
 
 
 def counted(directory: Path) -> float:
@@ -50,3 +56,13 @@ def test_lists_that_are_texts_are_read(tmp_path: Path) -> None:
         texts = pa.array(["1|2|3", "", None, "4|5"] * (len(table) // 4 + 1))[: len(table)]
         pq.write_table(table.set_column(table.schema.get_field_index("tags"), "tags", texts), file, row_group_size=40)
     assert lengths(tmp_path, list_text={"separator": "|", "items": "ints"})["tags"] == 5 / 4
+
+
+def test_a_footer_that_counts_more_than_can_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny_log(tmp_path / "log")
+    shards = opened(tmp_path)
+    monkeypatch.setattr(parquet, "MOST_ROWS", 100)
+    with pytest.raises(
+        DataError, match=r"part-0.parquet, row group 0: column 'tags' has \d+ values by its footer, where 0"
+    ):
+        mean_lengths(shards)
