@@ -26,7 +26,7 @@ def plan_by(kinds: Mapping[str, str]) -> None:
     """Have `shard` place tables by these of `TYPES`, in this process from here on."""
     plan_tables = sharding.plan_tables
 
-    def planned(ranker: Ranker, config: Config, ranks: Ranks) -> tuple[Any, ShardingPlan]:
+    def planned(ranker: Ranker, config: Config, ranks: Ranks, *_: object) -> tuple[Any, ShardingPlan]:
         sharder, _ = plan_tables(ranker, config, ranks)
         plan = sharding_plan.construct_module_sharding_plan(
             ranker.collections[POOLED],

@@ -32,6 +32,9 @@ _LARGE = 1 << 20
 """Bytes of a footer beyond which no two are parsed at a time."""
 
 
+_ASKED = 256
+"""Row groups that are asked, or up to twice as many, for what holds of most."""
+
 MOST_ROWS = (1 << 31) - 1
 """Of a row group: what 32-bit offsets count. A footer that says more is damaged, or its rows fit no memory."""
 
@@ -198,6 +201,39 @@ class ShardTables:
                 table = table.append_column(name, values)
         return table
 
+    def values_per_row(self, names: tuple[str, ...]) -> dict[str, float]:
+        """How many values columns have in the mean row by the footers; an empty or null list counts as one.
+
+        Of row groups, 511 at most are asked, which lie evenly among all.
+
+        Raises:
+            ColumnError: a footer counts what no row group can hold.
+            DataError: a footer that did not fit into memory can no longer be read.
+        """
+        filled = [number for number, rows in enumerate(self._in_files) if rows]
+        asked = filled[:: max(1, len(filled) // _ASKED)]
+        totals = dict.fromkeys(names, 0)
+        for row_group in asked if names else ():
+            number, group = self._row_groups[row_group]
+            of = self._files[number]
+            with naming(f"{self.where(row_group)}: cannot be read"):
+                is_kept = isinstance(of.footer, pq.FileMetaData)
+                with nullcontext() if is_kept else of.place.open()[0] as file:
+                    footer, place = self._footer_of(number, group, file)
+                found = footer.row_group(place)
+            values = {name: found.column(index).num_values for index, _, name, _ in _leaves_of(of.leaves, names)}
+            for name, count in values.items():
+                if not 0 <= count <= MOST_ROWS:
+                    raise ColumnError(
+                        f"{self.where(row_group)}: column {name!r} has {count} values by its footer, where 0 to "
+                        f"{MOST_ROWS:,} can be read; {_AGAIN}, in smaller row groups",
+                        name,
+                    )
+            for name in names:
+                totals[name] += values.get(name, self._in_files[row_group])  # a column on the path is in no footer
+        rows = sum(self._in_files[row_group] for row_group in asked)
+        return {name: total / rows for name, total in totals.items()}
+
     def _open(self, place: Place) -> "_Opened | DataError":
         """What there is to know of a file; or why it cannot be known."""
         try:
@@ -205,8 +241,8 @@ class ShardTables:
         except DataError as error:
             return error
 
-    def _footer_of(self, number: int, group: int, file: pa.NativeFile) -> tuple[pq.FileMetaData, int]:
-        """A footer that has a row group of a file, and the row group's number in it."""
+    def _footer_of(self, number: int, group: int, file: pa.NativeFile | None) -> tuple[pq.FileMetaData, int]:
+        """A footer that has a row group of a file, and its number there; no file is needed if the footer is kept."""
         of = self._files[number]
         if isinstance(of.footer, pq.FileMetaData):
             return of.footer, group

@@ -8,6 +8,7 @@ between stages and must not change once DDP has seen it.
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
 from typing import Any
 
@@ -33,7 +34,9 @@ from recsys.config import Config, ConfigError, DataParallelOptimizerConfig, Spar
 from recsys.model.names import table_key, table_name
 from recsys.model.ranker import Ranker
 from recsys.runtime import Ranks
-from recsys.sharding.plan import make_plan, possible_on_cpu
+from recsys.sharding.machine import Machine
+from recsys.sharding.memory import Beside
+from recsys.sharding.plan import Plan, make_plan, possible_on_cpu
 from recsys.sharding.rows import Piece, Rows
 
 _FUSED = {
@@ -67,15 +70,18 @@ class ShardedRanker:
     rows: Rows
 
 
-def shard(ranker: Ranker, config: Config, ranks: Ranks, *, seed: int) -> ShardedRanker:
+def shard(
+    ranker: Ranker, config: Config, ranks: Ranks, *, seed: int, ids_per_example: Mapping[str, float] | None = None
+) -> ShardedRanker:
     """Place the ranker on all ranks; a collective call.
 
     The tables' initial weights depend on `seed` alone, not on how or over how many ranks they are sharded.
+    `ids_per_example` is as for `plan_tables`.
 
     Raises:
         ConfigError: an optimizer or a sharding that the device lacks, or tables that do not fit.
     """
-    sharder, plan = plan_tables(ranker, config, ranks)
+    sharder, plan = plan_tables(ranker, config, ranks, ids_per_example)
     env = ShardingEnv.from_process_group(dist.group.WORLD)
     fused: list[KeyedOptimizer] = []
     replicated: dict[str, nn.Parameter] = {}
@@ -120,7 +126,9 @@ def shard_to_read(ranker: Ranker, config: Config, ranks: Ranks) -> ShardedRanker
     tables = config.tables
     if ranks.device.type == "cpu":
         tables = {name: possible_on_cpu(table) for name, table in tables.items()}
-    return shard(ranker, config.model_copy(update={"tables": tables, "optimizers": optimizers}), ranks, seed=0)
+    checkpoints = config.checkpoints.model_copy(update={"asynchronous": False})
+    update = {"tables": tables, "optimizers": optimizers, "checkpoints": checkpoints}
+    return shard(ranker, config.model_copy(update=update), ranks, seed=0)
 
 
 def _rows(ranker: Ranker, config: Config, plan: ShardingPlan, device: torch.device) -> Rows:
@@ -225,10 +233,37 @@ def forget_cached_rows(sharded: ShardedRanker) -> None:
             lookup.purge()
 
 
-def plan_tables(ranker: Ranker, config: Config, ranks: Ranks) -> tuple[EmbeddingBagCollectionSharder, ShardingPlan]:
-    """Where `shard` puts a ranker's tables, and what shards them so; see `recsys.sharding.plan.make_plan`."""
+def plan_tables(
+    ranker: Ranker,
+    config: Config,
+    ranks: Ranks,
+    ids_per_example: Mapping[str, float] | None = None,
+    machine: Machine | None = None,
+) -> tuple[EmbeddingBagCollectionSharder, Plan]:
+    """Where `shard` puts a ranker's tables, and what shards them so; see `recsys.sharding.plan.make_plan`.
+
+    Args:
+        ranker: not sharded yet.
+        config: the run.
+        ranks: this process among all, or one of those to plan for.
+        ids_per_example: mean number of ids of sparse features, where it is known; 1 is assumed of all others.
+        machine: what each machine has; None for what this one has.
+    """
     sharder = EmbeddingBagCollectionSharder(fused_params=_fused_params(config.optimizers.sparse, ranks.device))
-    return sharder, make_plan(ranker, sharder, config.tables, ranks, batch_size=config.data.batch_size)
+    lengths: dict[str, list[float]] = {name: [] for name in config.tables}
+    for feature, settings in config.features.sparse.items():
+        lengths[settings.table].append((ids_per_example or {}).get(feature, 1.0))
+    plan = make_plan(
+        ranker,
+        sharder,
+        config.tables,
+        ranks,
+        batch_size=config.data.batch_size,
+        beside=partial(Beside.of, config=config),
+        lengths=lengths,
+        machine=machine,
+    )
+    return sharder, plan
 
 
 def _fused_params(config: SparseOptimizerConfig, device: torch.device) -> dict[str, object]:

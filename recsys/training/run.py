@@ -19,6 +19,7 @@ from recsys import watch
 from recsys.checkpoint.layout import CONFIG, PLAN, PROGRESS, VOCABULARIES, CheckpointMeta, tidy
 from recsys.config import Config, ConfigError, StageConfig, WarmStartConfig, load_checkpoint_config
 from recsys.data.kinds import write_kinds
+from recsys.data.lengths import mean_lengths
 from recsys.data.loader import Loader
 from recsys.data.order import Epoch
 from recsys.data.parquet import ParquetShards
@@ -144,7 +145,8 @@ class Trainer:
         ranker = build_ranker(config, seed=derive_seed(config.seed, "dense arch"))
         self.dense_arch = ranker.dense_arch
         check_dense_optimizer(self.dense_arch, config.optimizers.dense)
-        self.sharded = shard(ranker, config, ranks, seed=derive_seed(config.seed, "tables"))
+        ids = mean_lengths(splits["train"])
+        self.sharded = shard(ranker, config, ranks, seed=derive_seed(config.seed, "tables"), ids_per_example=ids)
         self.progress = Progress(counts={split: Counter() for split in splits})
         self._rows = DomainRows(config, splits, ranks, monitor.say)
         check_start(config.optimizers.average, phase_lengths(config, lambda phase: self._order(phase, 0).num_steps))
