@@ -36,7 +36,7 @@ export VIRTUAL_ENV := $(VENV)
 export PATH := $(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup train test test-long test-faults lint format tensorboard doctor lock
+.PHONY: help setup train test test-long test-faults test-image lint format tensorboard doctor lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -78,6 +78,10 @@ test-long: $(READY) ## run the long tests: ARGS to pytest
 test-faults: $(READY) ## kill runs 200 times, and hold what they end with: ARGS to tests/faults
 	PYTHONPATH=.:tests python -m faults $(ARGS)
 
+# As root, with buildah and debootstrap: docs/operations.md says how long, and what it takes of the disk.
+test-image: $(READY) ## build the images without an engine, and use them
+	tests/cluster/image.sh
+
 lint: $(READY) ## check style and types
 	ruff check .
 	ruff format --check .
@@ -108,4 +112,9 @@ lock: ## solve requirements/*.txt again
 	"$$tmp/bin/uv" pip compile --quiet --universal --python-version 3.11 --no-annotate \
 		--custom-compile-command 'make lock' --excludes requirements/cpu.exclude \
 		-c requirements/cpu.txt -o requirements/serving.txt requirements/serving.in; \
-	sed -i "s/ ; python_full_version < '3.15' and sys_platform == 'linux'$$//" requirements/{cpu,cuda,serving}.txt
+	echo "solving requirements/dev.txt"; \
+	"$$tmp/bin/uv" pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header \
+		--excludes requirements/cpu.exclude -c requirements/cpu.txt -o "$$tmp/run.txt" pyproject.toml requirements/cpu.in; \
+	sed -i "s/ ; python_full_version < '3.15' and sys_platform == 'linux'$$//" requirements/{cpu,cuda,serving}.txt "$$tmp/run.txt"; \
+	{ echo '# The pins that development alone needs, which images leave out; by make lock.'; \
+		grep -v '^#' requirements/cpu.txt | grep -vxFf "$$tmp/run.txt"; } > requirements/dev.txt

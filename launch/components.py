@@ -12,7 +12,7 @@ def train(
     *overrides: str,
     config: str = "configs/default.yaml",
     j: str = "1x2",
-    image: str = "hilorec:latest",
+    image: Optional[str] = None,
     name: str = "",
     h: Optional[str] = None,
     cpu: int = 2,
@@ -31,7 +31,7 @@ def train(
         overrides: config overrides, path=value
         config: the config file, relative to the working directory or the image's
         j: [{min_nodes}:]{nodes}x{processes per node}; with gpus, one process for each
-        image: container image, where the scheduler uses one (docker/Dockerfile builds it)
+        image: container image, where the scheduler uses one: by default hilorec:cuda with gpus, else hilorec:cpu
         name: job name as {experiment}/{run}; defaults to hilorec/ and the config file's name
         h: a registered named resource (takes precedence over cpu, gpu, memMB)
         cpu: number of cpus per node
@@ -47,7 +47,7 @@ def train(
         config,
         *overrides,
         m="recsys.train",
-        image=image,
+        image=image or _image(gpu, h),
         name=name or f"hilorec/{Path(config).stem}",
         h=h,
         cpu=cpu,
@@ -59,3 +59,8 @@ def train(
         rdzv_port=rdzv_port,
         mounts=mounts,
     )
+
+
+def _image(gpu: int, h: Optional[str]) -> str:
+    """The image that docker/Dockerfile builds for such hosts, by the name that its first lines give it."""
+    return "hilorec:cuda" if specs.resource(gpu=gpu, h=h).gpu > 0 else "hilorec:cpu"

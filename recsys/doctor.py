@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -121,12 +122,27 @@ def check_devices() -> Check:
     return Check("devices", f"{cpus}; no GPU{unused if nvidia_driver() else ''}")
 
 
+def check_name() -> Check:
+    """This machine's own name resolves: it is where torchrun tells ranks to meet."""
+    host, full = socket.gethostname(), socket.getfqdn()
+    try:
+        addresses = sorted({str(info[4][0]) for info in socket.getaddrinfo(full, None)})
+    except OSError as error:
+        return Check(
+            "host name",
+            f"{full} does not resolve: {error.strerror or error}",
+            f"add it to /etc/hosts: 127.0.1.1 {host}; or, for ranks on one machine, export PET_LOCAL_ADDR=127.0.0.1 "
+            "(torchrun's --local-addr); without either they look for one another in silence, for minutes",
+        )
+    return Check("host name", f"{full} is {', '.join(addresses)}")
+
+
 def check_exchange() -> Check:
     """Two processes on this machine exchange data by an all-to-all over gloo, as the sharded tables do."""
     name = "all-to-all"
     remedy = (
-        "let processes of this machine connect to each other: its host name must resolve and the firewall "
-        "admit it; or name the network interface: export GLOO_SOCKET_IFNAME=lo"
+        "let processes of this machine connect to each other: the firewall must admit it; or name the network "
+        "interface: export GLOO_SOCKET_IFNAME=lo"
     )
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -199,6 +215,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     check_trio,
     check_operators,
     check_devices,
+    check_name,
     check_exchange,
     check_disk,
     check_shm,

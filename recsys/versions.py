@@ -4,6 +4,7 @@ torch, torchrec and fbgemm only work as a matching trio, yet their wheels do not
 torch version at all. `check_versions` says it, before an import fails with a message that hides the cause.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -71,10 +72,13 @@ def check_versions() -> None:
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with "-dirty" appended where files differ; None outside a checkout."""
+    """The commit of this code, with "-dirty" appended where files differ.
+
+    Outside a checkout what `HILOREC_COMMIT` says, as images do (docker/Dockerfile), else None.
+    """
     # A package installed inside some other project's checkout is not tracked there.
     if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None
+        return os.environ.get("HILOREC_COMMIT") or None
     return _git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
 
 

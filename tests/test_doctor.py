@@ -1,5 +1,6 @@
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -45,6 +46,15 @@ def test_too_little_room_fails(monkeypatch, check, least):
     assert check().ok
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=least - 1))
     assert not check().ok
+
+
+def test_a_name_that_does_not_resolve_fails(monkeypatch):
+    assert doctor.check_name().ok
+    monkeypatch.setattr(socket, "getfqdn", lambda: "host.invalid")
+    check = doctor.check_name()
+    assert not check.ok
+    assert "host.invalid does not resolve" in check.detail
+    assert "/etc/hosts" in check.remedy
 
 
 def test_exchange_reports_a_rank_that_fails(monkeypatch):

@@ -1,3 +1,4 @@
+import contextlib
 import re
 import tomllib
 from importlib import metadata
@@ -24,7 +25,7 @@ def pins(flavour: str) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("flavour", ["cpu", "cuda", "serving"])
+@pytest.mark.parametrize("flavour", ["cpu", "cuda", "dev", "serving"])
 def test_everything_is_pinned_and_nothing_names_a_host(flavour):
     assert all(re.fullmatch(r"==[\w.+]+", version) for version in pins(flavour).values())
     assert "://" not in (ROOT / f"requirements/{flavour}.txt").read_text()
@@ -54,6 +55,26 @@ def test_flavours_differ_only_in_cuda():
     cpu, cuda = pins("cpu"), pins("cuda")
     cpu.pop("fbgemm-gpu-cpu")
     assert cpu.items() <= cuda.items()
+
+
+@pytest.mark.parametrize("flavour", ["cpu", "cuda"])
+def test_images_leave_out_what_development_alone_needs(flavour):
+    """Images take the lines of the flavour that are none of dev.txt's."""
+
+    def lines(name):
+        return [it for it in (ROOT / f"requirements/{name}.txt").read_text().splitlines() if not it.startswith("#")]
+
+    assert set(lines("dev")) <= set(lines(flavour))
+    kept = pins(flavour).keys() - pins("dev").keys()
+    assert kept >= {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    assert kept >= pins("serving").keys()
+    development = {Requirement(line).name for line in PROJECT["optional-dependencies"]["dev"]}
+    assert {canonicalize_name(name) for name in development} & kept == {"setuptools"}, "torch needs it as well"
+    for name in kept:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # of the other flavour
+            for requirement in map(Requirement, metadata.requires(name) or []):
+                if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                    assert canonicalize_name(requirement.name) not in pins("dev"), f"{name} needs {requirement.name}"
 
 
 def test_serving_pins_are_some_of_the_others():

@@ -102,9 +102,12 @@ def test_commit_is_that_of_the_checkout(tmp_path, monkeypatch):
     source = tmp_path / "versions.py"
     source.write_text("a")
     monkeypatch.setattr(module, "__file__", str(source))
+    monkeypatch.setenv("HILOREC_COMMIT", "")
     assert git_commit() is None
     git("init")
     assert git_commit() is None, "not tracked here"
+    monkeypatch.setenv("HILOREC_COMMIT", "of the image")
+    assert git_commit() == "of the image"
     git("add", ".")
     git("commit", "-m", "a")
     commit = git("rev-parse", "HEAD")

@@ -181,6 +181,15 @@ def test_train_names_the_job_by_its_config():
     assert components.train(name="trial/7").name == "7"
 
 
+def test_images_are_those_that_the_docs_build():
+    def image(**arguments):
+        return components.train(**arguments).roles[0].image
+
+    assert image() == "hilorec:cpu"
+    assert image(gpu=2) == image(h="aws_p3.2xlarge") == "hilorec:cuda"
+    assert image(gpu=2, image="mine:1") == "mine:1"
+
+
 def test_stock_components_stay():
     ours = {"dist.ddp", "dist.spmd", "hilorec.train"}
     builtin = {"metrics.tensorboard", "serve.torchserve", *(f"utils.{n}" for n in ("echo", "python", "sh"))}
