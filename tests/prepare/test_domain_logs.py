@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from recsys.config import Config, load_config
+from recsys.config import Config, VocabularyIdsConfig, load_config
 from recsys.prepare import writing
 from recsys.prepare.tabular import convert_text, load_schema
 
@@ -50,7 +50,13 @@ def shipped(name: str, output: Path) -> tuple[Config, Config]:
         f"include: {output.name}/dataset.yaml\ndata: {{batch_size: 8}}\nmodel: {{tower: {{type: mlp}}}}\n"
         "stages: {joint: {trains: all, steps: 1, learning_rate: 1e-3, sparse_learning_rate: 1e-3}}\n"
     )
-    config, written = load_config(CONFIGS / f"{name}_domains.yaml"), load_config(path)
+    written = load_config(path)
+    files = [
+        f"features.sparse.{feature}.ids.file={settings.ids.file}"  # which is in another folder here
+        for feature, settings in written.features.sparse.items()
+        if isinstance(settings.ids, VocabularyIdsConfig)
+    ]
+    config = load_config(CONFIGS / f"{name}_domains.yaml", files)
     assert (config.features, config.data.domain, config.data.label) == (
         written.features,
         written.data.domain,
