@@ -20,8 +20,10 @@ ALLOWED: dict[str, set[str]] = {
     "recsys.config": {"recsys.errors", "recsys.files", "recsys.config"},
     "recsys.versions": set(),
     "recsys.lifetime": {"recsys.errors"},
-    "recsys.cli": {"recsys.errors", "recsys.config", "recsys.lifetime", "recsys.versions"},
-    "recsys.runtime": {"recsys.config", "recsys.lifetime"},
+    "recsys.watch": {"recsys.errors"},
+    "recsys.meeting": {"recsys.errors", "recsys.config"},
+    "recsys.cli": {"recsys.errors", "recsys.config", "recsys.lifetime", "recsys.versions", "recsys.watch"},
+    "recsys.runtime": {"recsys.config", "recsys.lifetime", "recsys.meeting", "recsys.watch"},
     "recsys.data": BASE | {"recsys.data"},
     "recsys.prepare": BASE | {"recsys.data", "recsys.terminal", "recsys.cli", "recsys.prepare"},
     "recsys.checkpoint": {"recsys.errors", "recsys.files", "recsys.config", "recsys.data", "recsys.checkpoint"},
@@ -36,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "recsys.training": BASE
     | {
         "recsys.versions",
+        "recsys.watch",
         "recsys.terminal",
         "recsys.data",
         "recsys.prepare.synthetic",
@@ -101,7 +104,7 @@ def test_every_module_that_is_imported_exists() -> None:
 
 
 def test_config_and_cli_start_without_torch() -> None:
-    light = {f"recsys.{name}" for name in ("config", "errors", "files", "versions", "cli", "lifetime")}
+    light = {f"recsys.{name}" for name in ("config", "errors", "files", "versions", "cli", "lifetime", "watch")}
     started = [name for name in RECSYS if within(name, light)]
     for module in ["recsys", "recsys.terminal", *started]:
         tree = ast.parse(RECSYS[module].read_text())
