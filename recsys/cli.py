@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -58,7 +59,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.add_argument("overrides", nargs="*", metavar="path.to.key=value", help=help_)
 
 
-def run_entry(body: Callable[[], int | None], *, checks_versions: bool = True) -> NoReturn:
+def run_entry(body: Callable[[], int | None], *, checks_versions: bool = True, prints_result: bool = True) -> NoReturn:
     """Run a command's body and end the process, with the exit code that the body returns, if any.
 
     What the user can put right ends as one `error:` line on one rank and exit code 2; a rank that fails because another
@@ -69,10 +70,14 @@ def run_entry(body: Callable[[], int | None], *, checks_versions: bool = True) -
     Args:
         body: the command.
         checks_versions: whether a mismatched installation ends the command; the doctor looks for itself.
+        prints_result: whether what it prints is what it is for; else it goes on when nobody takes that any more.
     """
     quiet_libraries()
+    _have_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter is no reason to fail
+        if not prints_result:
+            sys.stdout = _spared(sys.stdout)
     code = 0
     try:
         end_with_launcher()
@@ -97,6 +102,61 @@ def run_entry(body: Callable[[], int | None], *, checks_versions: bool = True) -
         # Tearing down a process group that other ranks have left can hang; the launcher ends them.
         os._exit(code)
     sys.exit(code)
+
+
+def _have_streams() -> None:
+    """Give a process that was started without stdout or stderr ones that take all and keep nothing.
+
+    Else the next file that is opened gets their number, and whatever libraries print.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # for as long as the process
+
+
+class _Spared(io.RawIOBase):
+    """A file that never fails: what its disk or its reader does not take is lost, with a warning."""
+
+    def __init__(self, number: int) -> None:
+        self._number, self._is_lost = number, False
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._number
+
+    def isatty(self) -> bool:
+        return os.isatty(self._number)
+
+    def write(self, data: Any) -> int:
+        while not self._is_lost:
+            try:
+                return os.write(self._number, data)
+            except BlockingIOError:
+                select.select([], [self._number], [])
+            except OSError as error:
+                self._is_lost = True
+                told = (
+                    f"warning: stdout takes no more ({error.strerror}); the run goes on, and its files have all figures"
+                )
+                with contextlib.suppress(OSError):
+                    print(told, file=sys.stderr, flush=True)
+        return len(data)
+
+
+def _spared(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    """The same stream, but that it never fails."""
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Spared(stream.fileno())),
+        encoding=stream.encoding,
+        errors="replace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
 
 
 def quiet_libraries() -> None:

@@ -48,7 +48,7 @@ class Ranks:
         """A group of all ranks for tensors on the host, whatever trains on the device; a collective call.
 
         Args:
-            timeout: seconds for which its calls wait; null: `timeout` of the ranks.
+            timeout: seconds for which its calls wait; None: `timeout` of the ranks.
         """
         group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout or self.timeout))
         return group

@@ -16,7 +16,7 @@ def main() -> None:
 
         train(config)
 
-    run_entry(body)
+    run_entry(body, prints_result=False)
 
 
 if __name__ == "__main__":

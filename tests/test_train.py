@@ -254,3 +254,20 @@ def test_more_ranks_than_rows_works(raw: dict[str, Any], tmp_path: Path) -> None
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["stages"]["joint"]["examples"] == 2
     assert np.isfinite(summary["test"]["log_loss"])
+
+
+@pytest.mark.parametrize("stdout", ["full", "closed pipe", "closed"])
+def test_a_run_goes_on_when_nobody_takes_what_it_prints(tmp_path: Path, raw: dict[str, Any], stdout: str) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
+    redirection = {"full": ">/dev/full", "closed pipe": "| true", "closed": ">&-"}[stdout]
+    command = f'{{ "$0" -m recsys.train --config "$1"; echo "ended with $?" >&2; }} {redirection}'
+    run = subprocess.run(
+        ["bash", "-c", command, sys.executable, str(tmp_path / "config.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert "ended with 0" in run.stderr and "Traceback" not in run.stderr
+    assert run.stderr.count("warning: stdout takes no more (") == (stdout != "closed")
+    assert (Path(raw["output_dir"]) / "summary.json").exists()
