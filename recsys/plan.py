@@ -160,8 +160,8 @@ def _positive(text: str) -> float:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not 0 < number < 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    if not 1e-6 <= number <= 1e9:  # beyond, what the planner makes of it is infinite or nothing
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1e-6 to 1e9")
     return number
 
 
