@@ -150,6 +150,8 @@ def test_what_moved_since_another_plan_is_told(config: Path, tmp_path: Path) -> 
         (("--ids", "tag=2"), "error: ids per example: 'tag' is no sparse feature; there are item, tags, user\n"),
         (("--ids", "tags"), "'tags' is not of the form feature=mean\n"),
         (("--ids", "tags=nan"), "'tags=nan' is not of the form feature=mean\n"),
+        (("--ids", "tags=1e308"), "'tags=1e308' is not of the form feature=mean\n"),
+        (("--nodes", "100000000"), "error: 100,000,000 ranks are more than the 16,384 that can be planned\n"),
         (("--nproc", "0"), "'0' is no number of at least 1\n"),
         ((f"model.tower.hidden=[{'65536,' * 64}]",), "error: model: its dense part takes "),
         (
