@@ -96,8 +96,12 @@ def run_entry(body: Callable[[], int | None], *, checks_versions: bool = True, p
     except Exception:
         code = 1
         _tell_failure()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # one that was closed at the start is None
+            stream.flush()
+    except (OSError, ValueError):
+        if not code:
+            raise
     if code and _process_group_is_up():
         # Tearing down a process group that other ranks have left can hang; the launcher ends them.
         os._exit(code)
@@ -238,7 +242,7 @@ def _is_ours_to_tell(*, caused_by_a_peer: bool) -> bool:
     if not _process_group_is_up():
         # What goes wrong this early goes wrong alike on every rank of a machine. A rank that is still there after the
         # wait is alone with its failure.
-        if int(os.environ.get("LOCAL_RANK", 0)):
+        if (os.environ.get("LOCAL_RANK") or "0") != "0":  # which may be no number, as the failure then says
             time.sleep(_PATIENCE_SECONDS)
         return True
     from torch import distributed as dist

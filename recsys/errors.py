@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -29,8 +30,13 @@ class Stopped(Exception):
 
 
 def report_failure(text: str) -> None:
-    """Print a failure, and leave it where torchrun and TorchX look for the cause that their own reports name."""
-    print(text, file=sys.stderr, flush=True)
+    """Print a failure, and leave it where torchrun and TorchX look for the cause that their own reports name.
+
+    Where nobody listens or a disk is full it goes untold: its process is to end nonetheless.
+    """
+    with suppress(OSError, ValueError):  # ValueError: of a stream that is closed
+        print(text, file=sys.stderr, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         cause = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
-        Path(path).write_text(json.dumps({"message": cause}), encoding="utf-8")
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": cause}), encoding="utf-8")

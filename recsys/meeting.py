@@ -17,8 +17,9 @@ from recsys.config import ConfigError
 from recsys.errors import UserError, report_failure
 
 _LOOK_SECONDS = 0.01  # between two looks for those that are to come
+_LOOK_SECONDS_A_RANK = 1e-4  # at least, so that thousands that wait leave the one store time to answer
 _SAY_SECONDS = 10.0  # between two lines on who is waited for
-_MOST_NAMED = 16
+_MOST_NAMED, _MOST_DIGITS = 16, 20
 
 
 class MeetingError(UserError):
@@ -48,7 +49,7 @@ class Place:
     is_kept: bool = False
 
     def __str__(self) -> str:
-        return f"{self.host}:{self.port}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def told_place() -> Place:
@@ -67,11 +68,11 @@ def told_place() -> Place:
             "torchx, which set all of them, or unset them for a process alone"
         )
     world_size = _number("WORLD_SIZE", 1, 1 << 20)
-    local_world_size = _number("LOCAL_WORLD_SIZE", 1, world_size) if "LOCAL_WORLD_SIZE" in os.environ else world_size
+    local_world_size = _number("LOCAL_WORLD_SIZE", 1, world_size) if os.environ.get("LOCAL_WORLD_SIZE") else world_size
     return Place(
         rank=_number("RANK", 0, world_size - 1),
         world_size=world_size,
-        local_rank=_number("LOCAL_RANK", 0, local_world_size - 1) if "LOCAL_RANK" in os.environ else 0,
+        local_rank=_number("LOCAL_RANK", 0, local_world_size - 1) if os.environ.get("LOCAL_RANK") else 0,
         local_world_size=local_world_size,
         host=os.environ["MASTER_ADDR"],
         port=_number("MASTER_PORT", 1, (1 << 16) - 1),
@@ -81,8 +82,11 @@ def told_place() -> Place:
 
 def _number(name: str, least: int, most: int) -> int:
     text = os.environ[name]
-    if not text.isdecimal() or not least <= int(text) <= most:
-        raise MeetingError(f"{name} is {text!r}, which is no number from {least} to {most}; torchrun and torchx set it")
+    # Python refuses to read numbers of thousands of digits.
+    if not text.isdecimal() or len(text) > _MOST_DIGITS or not least <= int(text) <= most:
+        raise MeetingError(
+            f"{name} is {text[:_MOST_DIGITS]!r}, which is no number from {least} to {most}; torchrun and torchx set it"
+        )
     return int(text)
 
 
@@ -148,8 +152,9 @@ def _unreachable(place: Place, *, resolve_only: bool) -> str:
             socket.getaddrinfo(place.host, place.port)
         else:
             socket.create_connection((place.host, place.port), timeout=5).close()
-    except socket.gaierror as error:
-        return f"the name {place.host!r} does not resolve ({error.strerror})"
+    except (socket.gaierror, UnicodeError) as error:  # UnicodeError: what no name of a host can be
+        why = error.strerror if isinstance(error, OSError) else "it is no name of a host"
+        return f"the name {place.host!r} does not resolve ({why})"
     except OSError as error:
         return f"nothing answers ({error.strerror or error})"
     return ""
@@ -193,7 +198,7 @@ def meet(store: dist.Store, place: Place, patience: Patience) -> dist.Store:
         if store.check(["hilorec/meeting"]) and (newest := store.get("hilorec/meeting").decode()) != meeting:
             meeting = newest
             store.set(f"hilorec/{meeting}/{place.rank}", me)
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(max(_LOOK_SECONDS, place.world_size * _LOOK_SECONDS_A_RANK))
     assert meeting is not None
     return dist.PrefixStore(meeting, store)
 
@@ -220,6 +225,23 @@ def _numbered(ranks: Iterable[int]) -> str:
 def _say(text: str) -> None:
     with suppress(OSError):  # nobody listens
         print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def telling_of_a_lost_store(place: Place) -> Iterator[None]:
+    """Have the end of the store while ranks meet told in a line: it ends with the first rank, where that keeps it.
+
+    Raises:
+        MeetingError: the store is gone.
+    """
+    try:
+        yield
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        told = " ".join(str(error).split())[:300]
+        raise MeetingError(
+            f"rank {place.rank} has lost the store at {place}, at which ranks meet ({told}); the first rank, or the "
+            "launcher there, tells why"
+        ) from None
 
 
 @contextmanager

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _GPU_GIB = 80.0
 _HOST_GIB_FOR_EACH_GPU = 128.0
+_MOST_RANKS = 1 << 14
 _MAX_PLAN_BYTES = 64 << 20
 
 
@@ -109,6 +110,8 @@ def _ranks(config: Config, arguments: argparse.Namespace) -> "Ranks":
         if device == "cpu":
             raise ConfigError("device: --gpus-per-node plans for GPUs, and device is cpu; set device=cuda")
         device, processes = "cuda", arguments.gpus_per_node
+    if arguments.nodes * processes > _MOST_RANKS:
+        raise UserError(f"{arguments.nodes * processes:,} ranks are more than the {_MOST_RANKS:,} that can be planned")
     device = device_type(device, processes)
     if arguments.hbm and device == "cpu":
         raise ConfigError("device: --hbm is the memory of GPUs, and the plan is for CPUs; say --gpus-per-node")
@@ -160,8 +163,8 @@ def _positive(text: str) -> float:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not 0 < number < 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    if not 1e-6 <= number <= 1e9:  # beyond, what the planner makes of it is infinite or nothing
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1e-6 to 1e9")
     return number
 
 
@@ -177,7 +180,7 @@ def _feature_and_mean(text: str) -> tuple[str, float]:
         number = float(mean)
     except ValueError:
         number = math.nan
-    if not 0 <= number < math.inf:
+    if not 0 <= number <= 1e9:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form feature=mean")
     return feature, number
 

@@ -3,8 +3,6 @@
 Or by `--checkpoint DIR [path.to.key=value ...]`.
 """
 
-import os
-
 from recsys.cli import ArgumentParser, run_entry
 
 
@@ -36,14 +34,14 @@ def main() -> None:
             return
         from recsys.config import ConfigError
         from recsys.runtime import keep_freed_memory, leave_a_core
-        from recsys.serving.predicting import predict, share_of_this_process
+        from recsys.serving.predicting import predict, processes_here, share_of_this_process
         from recsys.serving.scorer import Scorer
 
         if arguments.overrides:
             raise ConfigError(f"{arguments.overrides[0]}: an artefact's config stands as it is; give a --checkpoint")
         keep_freed_memory()
         share = share_of_this_process()
-        leave_a_core(int(os.environ.get("LOCAL_WORLD_SIZE", share[1])))
+        leave_a_core(processes_here())
         rows = predict(Scorer(arguments.artifact), *where, keep=keep, logit=logit, share=share)
         print(f"{rows:,} rows predicted")
 

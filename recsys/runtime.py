@@ -14,7 +14,16 @@ import torch.distributed as dist
 from recsys import watch
 from recsys.config import ConfigError
 from recsys.lifetime import end_with_launcher
-from recsys.meeting import Patience, Place, agree_on_device, ending_unless_done, meet, open_store, told_place
+from recsys.meeting import (
+    Patience,
+    Place,
+    agree_on_device,
+    ending_unless_done,
+    meet,
+    open_store,
+    telling_of_a_lost_store,
+    told_place,
+)
 
 DEFAULT_TIMEOUT = 300.0  # seconds
 
@@ -99,7 +108,8 @@ def _joined(place: Place, device: torch.device, backend: str, timeout: float) ->
         yield
         dist.destroy_process_group()
         return
-    with ending_unless_done(2 * timeout, f"rank {place.rank} waits for the store at {place}, which does not answer"):
+    told = f"rank {place.rank} waits for the store at {place}, which does not answer"
+    with ending_unless_done(2 * timeout, told), telling_of_a_lost_store(place):
         patience = Patience(timeout, says=place.local_rank == 0)
         store = meet(open_store(place, patience), place, patience)
         agree_on_device(store, device.type, place.rank)
@@ -121,6 +131,15 @@ def _joined(place: Place, device: torch.device, backend: str, timeout: float) ->
     watching.close()
     watch.current = None
     dist.destroy_process_group()
+
+
+def is_told_to_be_first() -> bool:
+    """Whether this process will be the first rank, before the ranks meet.
+
+    Raises:
+        MeetingError: the environment tells wrongly.
+    """
+    return told_place().rank == 0
 
 
 def set_precision() -> None:

@@ -9,6 +9,7 @@ anew. Imports no torch.
 
 import faulthandler
 import json
+import math
 import os
 import re
 import socket
@@ -36,7 +37,7 @@ _MISSED = 0.6
 
 _CLAIM, _VERDICT, _TOLD = "hilorec/error", "hilorec/verdict", "hilorec/told"
 _MOST_TOLD = 64
-_GRACE_SECONDS, _END_SECONDS = 5.0, 30.0
+_GRACE_SECONDS, _END_SECONDS, _LEAST_SECONDS = 5.0, 30.0, 1.0
 _T = TypeVar("_T")
 _PACKAGE = str(Path(__file__).parent)
 
@@ -102,6 +103,7 @@ class Watch:
         self._main, self._at = threading.get_ident(), ""
         self._mine = Beat(host=socket.gethostname(), pid=os.getpid())
         self._failed_at: float | None = None
+        self._stood_still, self._went_on = 0.0, -math.inf  # seconds for which this process was stopped, and until when
         self._ends = self._condemned = False
         self._answered = time.monotonic()
         self._heard: dict[int, tuple[Beat, float]] = {}  # and since when
@@ -168,12 +170,19 @@ class Watch:
                 self._answered = time.monotonic()
 
     def _look(self) -> None:
+        try:
+            self._look_on()
+        except Exception as error:  # as of a store that goes while it is asked: nobody else would end this process
+            self._end(self._lost_store(" ".join(str(error).split())))
+
+    def _look_on(self) -> None:
         before = time.monotonic()
         while not self._done.wait(self._interval / 2):
             now, limit = time.monotonic(), _MISSED * self._seconds
             if now - before > 4 * self._interval:  # this process was stopped, and has heard of nobody meanwhile
                 self._answered = now
                 self._heard = {}
+                self._stood_still, self._went_on = now - before, now
             before = now
             if self._failed_at is not None:  # it ends by itself, unless the store holds it up
                 if now - self._failed_at > self._seconds + _END_SECONDS:
@@ -214,14 +223,14 @@ class Watch:
 
     def _hear(self, ranks: list[int]) -> None:
         found = self._store.multi_get([f"beat/{rank}" for rank in ranks]) if ranks else []
-        now = time.monotonic()
+        now, heard = time.monotonic(), self._heard  # which another takes the place of where this process was stopped
         for rank, text in zip(ranks, found, strict=True):
-            beat, (last, since) = Beat(**json.loads(text)), self._heard.get(rank, (None, now))
-            self._heard[rank] = (beat, since if last is not None and last.number == beat.number else now)
+            beat, (last, since) = Beat(**json.loads(text)), heard.get(rank, (None, now))
+            heard[rank] = (beat, since if last is not None and last.number == beat.number else now)
 
     @contextmanager
     def _reaching_store(self) -> Iterator[None]:
-        if not self._store_lock.acquire(timeout=2 * self._interval):
+        if not self._store_lock.acquire(timeout=max(2 * self._interval, _LEAST_SECONDS)):
             raise TimeoutError("the store does not answer")
         try:
             yield
@@ -253,6 +262,11 @@ class Watch:
             told = (
                 f"{_named(there)} did not come within {self._seconds:g} s to what the others wait for "
                 "(rank_timeout_seconds has them wait for longer)"
+            )
+        elif not there and time.monotonic() - self._went_on < self._seconds + _END_SECONDS:
+            told = (
+                f"rank {self._rank} stood still for {self._stood_still:.0f} s, as all of a job that is suspended do, "
+                f"and ranks wait for {self._seconds:g} s at most ({_brief(cause)}; see rank_timeout_seconds)"
             )
         else:
             return None
@@ -289,12 +303,14 @@ class Watch:
         self._reached(lambda: self._store.set(_TOLD, ""))
 
     def _end(self, text: str | None) -> None:
-        if text is not None:
-            report_failure(text)
-            self.told()
-        with suppress(Exception):
-            sys.stdout.flush()
-        os._exit(1)
+        try:
+            if text is not None:
+                report_failure(text)
+                self.told()
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        finally:
+            os._exit(1)
 
 
 current: Watch | None = None

@@ -16,7 +16,7 @@ import yaml
 from tiny import tiny_config, write_tiny_log
 
 from recsys.config import ConfigError
-from recsys.meeting import Patience, Place, agree_on_device, meet
+from recsys.meeting import MeetingError, Patience, Place, agree_on_device, meet, open_store, told_place
 
 
 def test_ranks_on_other_kinds_of_devices_are_refused() -> None:
@@ -64,6 +64,33 @@ def test_ranks_meet_after_an_attempt_that_ended_half_way() -> None:
         assert second.result(30).check(["here"])
 
 
+def test_a_first_rank_that_ends_while_ranks_meet_is_no_traceback_of_another(config: Path) -> None:
+    place = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(started, config, "rank_timeout_seconds=8", RANK="0", **place)
+        code, errors, _ = started(config, "rank_timeout_seconds=60", RANK="1", **place)
+        assert first.result()[0] == 2
+    assert code == 2 and "Traceback" not in errors
+    assert f"error: rank 1 has lost the store at 127.0.0.1:{place['MASTER_PORT']}, at which ranks meet" in errors
+
+
+@pytest.mark.parametrize("host", ["a..b", ".b", "x" * 64, "\udcff"])
+def test_what_no_host_is_called_does_not_resolve(host: str) -> None:
+    with pytest.raises(MeetingError, match="does not resolve"):
+        open_store(Place(1, 2, host=host, port=1), Patience(-1, says=False))
+
+
+def test_variables_that_are_empty_are_as_those_that_are_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "7"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.setenv(name, "")
+    assert told_place() == Place(1, 2, 0, 2, "::1", 7) and str(told_place()) == "[::1]:7"
+    monkeypatch.setenv("RANK", "1" * 5000)
+    with pytest.raises(MeetingError, match="RANK is '1111"):
+        told_place()
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("meeting")
@@ -73,12 +100,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "config.yaml"
 
 
-def started(config: Path, **place: str) -> tuple[int, str, float]:
+def started(config: Path, *overrides: str, **place: str) -> tuple[int, str, float]:
     """Exit code and errors of a process that finds these variables, and how long it was about it."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     began = time.monotonic()
     run = subprocess.run(
-        [sys.executable, "-m", "recsys.train", "--config", str(config)],
+        [sys.executable, "-m", "recsys.train", "--config", str(config), *overrides],
         env={**environment, **place},
         capture_output=True,
         text=True,
@@ -99,6 +126,8 @@ def free_port() -> str:
         ({"RANK": "0"}, "there is RANK in the environment, but no WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
         ({"WORLD_SIZE": "2"}, "there is WORLD_SIZE in the environment, but no RANK, MASTER_ADDR, MASTER_PORT"),
         ({"MASTER_PORT": "first"}, "MASTER_PORT is 'first', which is no number from 1 to 65535"),
+        ({"LOCAL_RANK": "first"}, "LOCAL_RANK is 'first', which is no number from 0 to 1"),
+        ({"RANK": "first"}, "RANK is 'first', which is no number from 0 to 1"),
         ({"RANK": "2"}, "RANK is '2', which is no number from 0 to 1"),
         ({"MASTER_ADDR": "no.such.host.invalid"}, "the name 'no.such.host.invalid' does not resolve"),
         ({"MASTER_ADDR": "no.such.host.invalid", "RANK": "1"}, "the name 'no.such.host.invalid' does not resolve"),

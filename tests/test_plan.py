@@ -145,10 +145,13 @@ def test_what_moved_since_another_plan_is_told(config: Path, tmp_path: Path) -> 
     [
         (("--hbm", "80", "device=cpu"), "error: device: --hbm is the memory of GPUs, and the plan is for CPUs"),
         (("--gpus-per-node", "2", "device=cpu"), "error: device: --gpus-per-node plans for GPUs, and device is cpu"),
-        (("--ddr", "0"), "'0' is no number above 0\n"),
+        (("--intra-bw", "1e-300"), "'1e-300' is no number from 1e-6 to 1e9\n"),
+        (("--ddr", "0"), "'0' is no number from 1e-6 to 1e9\n"),
         (("--ids", "tag=2"), "error: ids per example: 'tag' is no sparse feature; there are item, tags, user\n"),
         (("--ids", "tags"), "'tags' is not of the form feature=mean\n"),
         (("--ids", "tags=nan"), "'tags=nan' is not of the form feature=mean\n"),
+        (("--ids", "tags=1e308"), "'tags=1e308' is not of the form feature=mean\n"),
+        (("--nodes", "100000000"), "error: 100,000,000 ranks are more than the 16,384 that can be planned\n"),
         (("--nproc", "0"), "'0' is no number of at least 1\n"),
         ((f"model.tower.hidden=[{'65536,' * 64}]",), "error: model: its dense part takes "),
         (

@@ -1,8 +1,12 @@
 """A rank that is gone, silent or late is named by one line of all ranks; one that fails by itself tells why."""
 
+import errno
+import io
 import os
 import re
 import signal
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +16,7 @@ import torch.distributed as dist
 
 from recsys import watch
 from recsys.cli import run_entry
+from recsys.errors import report_failure
 from recsys.runtime import process_group
 
 SECONDS = 4.0
@@ -76,3 +81,60 @@ def test_one_line_names_who_is_missing(tmp_path: Path, how: str, told: str) -> N
         for rank in range(3):
             assert re.search(rf"^  rank {rank} \(\S+, process \d+\): step {rank}7; ", errors, re.MULTILINE)
         assert re.findall(r"^rank (\d) .*; its stack:$", errors, re.MULTILINE).count("1") == (how == "late")
+
+
+class Going(dist.HashStore):
+    """A store that no longer answers the thread that finds out who is gone."""
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        if threading.current_thread().name == "watch of ranks":
+            raise dist.DistNetworkError("connection reset")
+        return super().multi_get(keys)
+
+
+def test_a_rank_ends_though_the_store_goes_while_it_is_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda _: ended.set())
+    store = Going()
+    first, _silent = (watch.Watch(store, rank, 2, local_rank=rank, seconds=1, place="here:1") for rank in range(2))
+    first.start()
+    assert ended.wait(30)
+    first.close()
+    assert capsys.readouterr().err.count("error: rank 0 has lost the store at here:1") == 1
+
+
+def test_a_job_that_was_suspended_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, now, away = dist.HashStore(), time.monotonic, 0.0
+    first, second = (watch.Watch(store, rank, 2, local_rank=rank, seconds=8, place="here:1") for rank in range(2))
+    second.fail(RuntimeError("Timed out"))
+    assert first.blame("Timed out waiting 8000ms") is None
+    first = watch.Watch(dist.HashStore(), 0, 1, local_rank=0, seconds=8, place="here:1")
+    monkeypatch.setattr(time, "monotonic", lambda: now() + away)
+    first.start()
+    time.sleep(1)
+    away = 100.0
+    time.sleep(1)
+    first.fail(RuntimeError("Timed out"))
+    told = first.blame("Timed out waiting 8000ms")
+    first.close()
+    assert told is not None and told.startswith(
+        "error: rank 0 stood still for 100 s, as all of a job that is suspended"
+    )
+
+
+def test_a_failure_that_cannot_be_told_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/dev/full")
+    closed = io.StringIO()
+    closed.close()
+    for stream in (closed, Full()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        report_failure("error: it fails")
+
+
+class Full(io.StringIO):
+    """A stream to a disk that is full."""
+
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -270,7 +270,19 @@ def share_of_this_process() -> tuple[int, int]:
     Raises:
         ConfigError: the environment does not say which.
     """
-    told = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not (all(text.isdecimal() for text in told) and int(told[0]) < int(told[1])):
+    told = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
+    if not (all(text.isdecimal() and len(text) < 10 for text in told) and int(told[0]) < int(told[1])):
         raise ConfigError(f"RANK={told[0]} and WORLD_SIZE={told[1]} are no process among others; unset both")
     return int(told[0]), int(told[1])
+
+
+def processes_here() -> int:
+    """How many processes share this machine: LOCAL_WORLD_SIZE, or WORLD_SIZE, or one.
+
+    Raises:
+        ConfigError: they tell no such number.
+    """
+    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or "1"
+    if not (told.isdecimal() and len(told) < 10 and int(told)):
+        raise ConfigError(f"LOCAL_WORLD_SIZE={told} is no number of processes; unset it")
+    return int(told)

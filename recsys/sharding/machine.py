@@ -14,6 +14,9 @@ RESERVED = 0.15
 """Share of all memory that is kept from tables: for the process, its batches, the dense arch and its activations."""
 
 
+_DIGITS = 20  # of more bytes than 64 bits count
+
+
 @dataclass(frozen=True)
 class Machine:
     """A machine of a run; those with less stand for all others.
@@ -69,10 +72,10 @@ def host_memory(root: Path = Path("/")) -> int:
 def _limits(root: Path) -> Iterator[int]:
     """Of this process's control group and of those above it, of either version; a container may not see its own."""
     try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
+        groups = (root / "proc/self/cgroup").read_text(errors="surrogateescape").splitlines()
     except OSError:
         return
-    for _, controllers, path in (line.split(":", 2) for line in groups):
+    for _, controllers, path in (line.split(":", 2) for line in groups if line.count(":") > 1):
         if controllers not in ("", "memory"):
             continue
         mount, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
@@ -83,5 +86,5 @@ def _limits(root: Path) -> Iterator[int]:
                 limit = (folder / name).read_text().strip()
             except OSError:
                 continue
-            if limit.isdecimal():  # and not "max"
+            if limit.isdecimal() and len(limit) < _DIGITS:  # and not "max"
                 yield int(limit)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -31,7 +30,7 @@ from recsys.model.cost import cost_report
 from recsys.model.experts import domain_adaptation
 from recsys.model.ranker import build_ranker
 from recsys.prepare.synthetic import write_embedded
-from recsys.runtime import Ranks, derive_seed, once_on_each_machine, process_group
+from recsys.runtime import Ranks, derive_seed, is_told_to_be_first, once_on_each_machine, process_group
 from recsys.sharding.plan import PLAN_TEXTS, plan_as_dict, plan_rows
 from recsys.sharding.shard import shard
 from recsys.terminal import markdown, table
@@ -74,6 +73,7 @@ def train(config: Config) -> dict[str, Any]:
     """Run all stages of a config on all ranks and return the summary; what is written is in `config.output_dir`.
 
     Raises:
+        MeetingError: the environment tells wrongly which rank this is, or the ranks do not come together.
         ConfigError: a setting that the device or the data cannot meet, there is no label, or the output directory
             cannot be used or is another run's.
         DataError: shards that cannot be trained on.
@@ -82,7 +82,7 @@ def train(config: Config) -> dict[str, Any]:
     if config.data.label is None:
         raise ConfigError("data.label: null is for evaluating with --predictions; name one, as training learns from it")
     # Before the ranks meet: who cannot have the directory need not read data first.
-    output = OutputDirectory(Path(config.output_dir), enabled=int(os.environ.get("RANK", 0)) == 0)
+    output = OutputDirectory(Path(config.output_dir), enabled=is_told_to_be_first())
     with output, process_group(config.device, config.rank_timeout_seconds) as ranks:
         once_on_each_machine(ranks, partial(write_embedded, config))
         splits = open_splits(config, config.data.splits, also=config.metrics.by)

@@ -18,7 +18,7 @@ from tiny import tiny_table
 from recsys.config import ConfigError
 from recsys.data.storage import DataError
 from recsys.serving import Scorer, predicting
-from recsys.serving.predicting import share_of_this_process
+from recsys.serving.predicting import processes_here, share_of_this_process
 from recsys.serving.scorer import RequestError
 
 
@@ -237,9 +237,21 @@ def test_an_output_of_no_name_is_refused(artifact: Path, tmp_path: Path, rows: d
     assert done.stderr == "error: --output names no folder\n"
 
 
-@pytest.mark.parametrize(("rank", "world_size"), [("a", "2"), ("5", "2"), ("0", "0")])
+@pytest.mark.parametrize(("rank", "world_size"), [("a", "2"), ("5", "2"), ("0", "0"), ("0", "9" * 5000)])
 def test_a_share_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, rank: str, world_size: str) -> None:
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world_size)
     with pytest.raises(ConfigError, match=f"RANK={rank} and WORLD_SIZE={world_size} are no process"):
         share_of_this_process()
+
+
+def test_variables_that_are_empty_are_as_those_that_are_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+    assert (share_of_this_process(), processes_here()) == ((0, 1), 1)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert processes_here() == 3
+    for wrong in ("0", "many"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", wrong)
+        with pytest.raises(ConfigError, match=f"LOCAL_WORLD_SIZE={wrong} is no number of processes"):
+            processes_here()

@@ -31,6 +31,8 @@ GIB = 1 << 30
         ("5:cpu:/x\n4:memory:/a\n0::/", {"memory/a/memory.limit_in_bytes": f"{2 * GIB}"}, 2),
         ("4:memory:/a", {"memory/a/memory.limit_in_bytes": "9223372036854771712"}, 64),
         (None, {"memory.max": f"{4 * GIB}"}, 64),
+        ("\nodd\n0::/\udcff", {"memory.max": f"{4 * GIB}"}, 4),  # a name that is no UTF-8
+        ("0::/", {"memory.max": "9" * 5000}, 64),
     ],
 )
 def test_host_memory_is_what_the_control_group_leaves_of_it(
@@ -39,7 +41,7 @@ def test_host_memory_is_what_the_control_group_leaves_of_it(
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text(f"MemTotal:  {64 << 20} kB\nMemFree: 1 kB\n")
     if groups is not None:
-        (tmp_path / "proc/self/cgroup").write_text(f"{groups}\n")
+        (tmp_path / "proc/self/cgroup").write_text(f"{groups}\n", errors="surrogateescape")
     for name, limit in limits.items():
         path = tmp_path / "sys/fs/cgroup" / name
         path.parent.mkdir(parents=True, exist_ok=True)
