@@ -199,14 +199,16 @@ class Watch:
                 self._end(None)
 
     def _condemn(self) -> None:
-        """Tell who is gone, unless another rank does; ends this process."""
-        mine = str(self._rank)
+        """Make sure who is gone, and tell it, unless another rank does; ends this process if one is."""
+        text, mine = self._found(f"not heard of for {_MISSED * self._seconds:.0f} s"), str(self._rank)
+        if text is None:
+            self._heard = {}  # all are there again
+            return
         claim = self._reached(lambda: self._store.compare_set(_CLAIM, "", mine))
         self._dump()
         if claim == mine.encode():
             self._reached(lambda: self._store.set(_VERDICT, mine))
-            text = self._found(f"not heard of for {_MISSED * self._seconds:.0f} s")
-            self._end(text or "error: a rank was silent for long, and is there again")
+            self._end(text)
         self.await_told()
         self._end(None)
 

@@ -105,6 +105,26 @@ def test_a_rank_ends_though_the_store_goes_while_it_is_asked(
     assert capsys.readouterr().err.count("error: rank 0 has lost the store at here:1") == 1
 
 
+def test_a_rank_that_is_there_again_is_let_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda code: ended.set())
+    store = dist.HashStore()
+    first, second = (watch.Watch(store, rank, 2, local_rank=rank, seconds=4, place="here:1") for rank in range(2))
+    asked, found = threading.Event(), first._found
+
+    def slowly(cause: str) -> str | None:
+        asked.set()
+        return found(cause)
+
+    monkeypatch.setattr(first, "_found", slowly)
+    first.start()
+    assert asked.wait(30)
+    second.start()  # it was silent for long, and beats
+    assert not ended.wait(4)
+    first.close()
+    second.close()
+
+
 def test_a_job_that_was_suspended_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     store, now, away = dist.HashStore(), time.monotonic, 0.0
     first, second = (watch.Watch(store, rank, 2, local_rank=rank, seconds=8, place="here:1") for rank in range(2))
