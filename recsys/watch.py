@@ -139,7 +139,8 @@ class Watch:
     @property
     def is_condemned(self) -> bool:
         """Whether the run ends because a rank is gone."""
-        return bool(self._reached(lambda: self._store.check([_VERDICT])))
+        # The store may have gone since, with the launcher of a rank that has told.
+        return self._condemned or bool(self._reached(lambda: self._store.check([_VERDICT])))
 
     def blame(self, cause: str) -> str | None:
         """Which ranks are to blame for a failure of this one, if any; takes a few beats to make sure.
