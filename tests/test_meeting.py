@@ -18,6 +18,9 @@ from tiny import tiny_config, write_tiny_log
 from recsys.config import ConfigError
 from recsys.meeting import MeetingError, Patience, Place, agree_on_device, meet, open_store, told_place
 
+WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "7"}
+"""What torchrun tells the first of two ranks."""
+
 
 def test_ranks_on_other_kinds_of_devices_are_refused() -> None:
     store = dist.HashStore()
@@ -64,6 +67,7 @@ def test_ranks_meet_after_an_attempt_that_ended_half_way() -> None:
         assert second.result(30).check(["here"])
 
 
+@pytest.mark.slow
 def test_a_first_rank_that_ends_while_ranks_meet_is_no_traceback_of_another(config: Path) -> None:
     place = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     with ThreadPoolExecutor(1) as threads:
@@ -125,10 +129,25 @@ def free_port() -> str:
     [
         ({"RANK": "0"}, "there is RANK in the environment, but no WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
         ({"WORLD_SIZE": "2"}, "there is WORLD_SIZE in the environment, but no RANK, MASTER_ADDR, MASTER_PORT"),
-        ({"MASTER_PORT": "first"}, "MASTER_PORT is 'first', which is no number from 1 to 65535"),
-        ({"LOCAL_RANK": "first"}, "LOCAL_RANK is 'first', which is no number from 0 to 1"),
+        ({**WHOLE, "MASTER_PORT": "first"}, "MASTER_PORT is 'first', which is no number from 1 to 65535"),
+        ({**WHOLE, "LOCAL_RANK": "first"}, "LOCAL_RANK is 'first', which is no number from 0 to 1"),
+        ({**WHOLE, "RANK": "2"}, "RANK is '2', which is no number from 0 to 1"),
+    ],
+)
+def test_an_environment_that_tells_no_place_is_refused(
+    monkeypatch: pytest.MonkeyPatch, place: dict[str, str], told: str
+) -> None:
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(MeetingError, match=told):
+        told_place()
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
         ({"RANK": "first"}, "RANK is 'first', which is no number from 0 to 1"),
-        ({"RANK": "2"}, "RANK is '2', which is no number from 0 to 1"),
+        ({"LOCAL_RANK": "first"}, "LOCAL_RANK is 'first', which is no number from 0 to 1"),
         ({"MASTER_ADDR": "no.such.host.invalid"}, "the name 'no.such.host.invalid' does not resolve"),
         ({"MASTER_ADDR": "no.such.host.invalid", "RANK": "1"}, "the name 'no.such.host.invalid' does not resolve"),
         ({}, "rank 1 of 2 did not come to 127.0.0.1:"),
@@ -136,8 +155,7 @@ def free_port() -> str:
     ],
 )
 def test_a_process_whose_peers_are_not_there_ends_with_a_line(config: Path, place: dict[str, str], told: str) -> None:
-    whole = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    code, errors, seconds = started(config, **(place if "but no" in told else {**whole, **place}))
+    code, errors, seconds = started(config, **{**WHOLE, "MASTER_PORT": free_port(), **place})
     assert code == 2 and errors.count("error: ") == 1 and told in errors
     assert seconds < 60  # and not torch's 30 minutes
 
@@ -151,6 +169,7 @@ def test_a_port_that_another_program_has_is_told(config: Path) -> None:
     assert code == 2 and f"error: port {port} of this machine, at which ranks are to meet, is taken" in errors
 
 
+@pytest.mark.slow
 def test_who_is_waited_for_is_said(config: Path, tmp_path: Path) -> None:
     raw = {**yaml.safe_load(config.read_text()), "rank_timeout_seconds": 14, "output_dir": str(tmp_path / "out")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))

@@ -256,7 +256,10 @@ def test_more_ranks_than_rows_works(raw: dict[str, Any], tmp_path: Path) -> None
     assert np.isfinite(summary["test"]["log_loss"])
 
 
-@pytest.mark.parametrize("stdout", ["full", "closed pipe", "closed"])
+@pytest.mark.parametrize(
+    "stdout",
+    ["full", pytest.param("closed pipe", marks=pytest.mark.slow), pytest.param("closed", marks=pytest.mark.slow)],
+)
 def test_a_run_goes_on_when_nobody_takes_what_it_prints(tmp_path: Path, raw: dict[str, Any], stdout: str) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
     redirection = {"full": ">/dev/full", "closed pipe": "| true", "closed": ">&-"}[stdout]

@@ -57,10 +57,16 @@ COMES_TO = {
 @pytest.mark.parametrize(
     ("how", "told"),
     [
-        ("silent", r"error: rank 1 \(\S+, process \d+\) is gone or cut off \((not heard of for 2 s|Timed out .*)\)"),
-        ("killed", r"error: rank 1 \(\S+, process \d+\) is gone or cut off \(.*onnection"),
+        pytest.param(
+            "silent",
+            r"error: rank 1 \(\S+, process \d+\) is gone or cut off \((not heard of for 2 s|Timed out .*)\)",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "killed", r"error: rank 1 \(\S+, process \d+\) is gone or cut off \(.*onnection", marks=pytest.mark.slow
+        ),
         ("late", r"error: rank 1 \(\S+, process \d+\) did not come within 4 s to what the others wait for"),
-        ("wrong", "RuntimeError: the store of socks is empty"),
+        pytest.param("wrong", "RuntimeError: the store of socks is empty", marks=pytest.mark.slow),
     ],
 )
 def test_one_line_names_who_is_missing(tmp_path: Path, how: str, told: str) -> None:
