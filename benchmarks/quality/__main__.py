@@ -43,6 +43,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
     parser.add_argument("--only", nargs="+", metavar="CASE", help="train these cases alone; the report has all")
     parser.add_argument("--report-only", action="store_true", help="train nothing, report what is there")
+    parser.add_argument(
+        "--landed",
+        type=Path,
+        metavar="REPORT.jsonl",
+        help="an earlier report of this grid, whose figures stand for runs that are not here",
+    )
     parser.add_argument("--keep-checkpoints", action="store_true", help="of runs that end well; else they are removed")
     parser.add_argument("--note", help="what a reader of the figures must know, such as what else the machine did")
     parser.add_argument("--runs", type=Path, default="outputs/quality", help="where the runs go (default: %(default)s)")
@@ -59,7 +65,7 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     cases = cases_of(grid, arguments.runs / grid.name)
     if unknown := set(arguments.only or ()) - set(grid.cases):
         raise UserError(f"--only {min(unknown)}: no such case; there are {', '.join(grid.cases)}")
-    figures = Figures(grid, cases)
+    figures = Figures(grid, cases, arguments.landed)
     runs = [] if arguments.report_only else in_turns([c for c in cases if c.section in (arguments.only or grid.cases)])
     todo = [run for run in runs if run.seed not in figures.of[run.case]]
     there = len(runs) - len(todo)

@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from benchmarks.quality.grid import Case, GridConfig, RivalsConfig, Run, TableConfig
 from benchmarks.quality.intervals import Difference, difference
-from benchmarks.quality.stages import StageEnd, stage_ends, stage_rows
+from benchmarks.quality.stages import StageEnd, landed_ends, stage_ends, stage_rows
 from benchmarks.report import Line, read, shown_path
 from recsys.config import validate
 from recsys.terminal import Rows
@@ -38,21 +38,49 @@ class _Rivals(BaseModel):
     run: list[_RivalRun] = []
 
 
+class _About(BaseModel):
+    device: str
+
+
+class _LandedCase(BaseModel):
+    case: str
+    description: str
+
+
+class _LandedRun(BaseModel):
+    case: str
+    seed: int
+    figures: dict[str, float | None]
+    commit: str | None = None  # neither is told of rivals
+    stages: dict[str, dict[str, Any]] = {}
+    domains: dict[str, dict[str, float | None]] = Field({}, alias="domains after stages")
+
+
+class _Landed(BaseModel):
+    """What a report of these tables says, by kind of line."""
+
+    about: list[_About]
+    case: list[_LandedCase] = []
+    run: list[_LandedRun] = []
+
+
 class Figures:
     """The figures of a grid's runs, as far as these are complete.
 
     Args:
         grid: what is compared.
         cases: its cases.
+        landed: a report of the same grid (`.jsonl`), whose figures stand for runs that are not here, where config and
+            overrides of their case are the same. What the config file said then is told by the run's commit alone.
 
     Raises:
-        ConfigError: a file of rivals is there but not in the form that `RivalsConfig` gives.
+        ConfigError: a file of rivals is there but not in the form that `RivalsConfig` gives, or `landed` is no report.
 
     Attributes:
         of: by case and seed, a run's figures by name; None where one is undefined, as an AUC of one class.
     """
 
-    def __init__(self, grid: GridConfig, cases: Sequence[Case]) -> None:
+    def __init__(self, grid: GridConfig, cases: Sequence[Case], landed: Path | None = None) -> None:
         self.grid, self.cases = grid, cases
         self.of: dict[str, dict[int, Mapping[str, float | None]]] = {case.name: {} for case in cases}
         self._summaries: dict[Run, dict[str, Any]] = {}
@@ -63,6 +91,8 @@ class Figures:
                 self.take(run)
             if case.rivals is not None and (rival := _rival(case.rivals)):
                 self._rivals[case.name], self.of[case.name] = rival
+        if landed is not None:
+            self._take_landed(landed)
 
     def take(self, run: Run) -> bool:
         """Add a run's figures if it is complete under its settings; whether it is."""
@@ -76,6 +106,22 @@ class Figures:
         self._summaries[run] = summary
         self._ends[run] = stage_ends(summary, run.directory / "evaluations.jsonl")
         return True
+
+    def _take_landed(self, path: Path) -> None:
+        told = validate(_Landed, read(path), source=str(path))
+        described = {case.case: case.description for case in told.case}
+        runs = {(run.case, run.seed): run for run in told.run}
+        for case in self.cases:
+            if case.rivals is not None or described.get(case.name) != self._description(case).removeprefix("- "):
+                continue
+            for run in case.runs:
+                there = runs.get((run.case, run.seed))
+                if there is None or run.seed in self.of[run.case]:
+                    continue
+                self.of[run.case][run.seed] = there.figures
+                about = {"commit": there.commit, "device": told.about[0].device, "reference": None}
+                self._summaries[run] = {**about, "stages": there.stages}
+                self._ends[run] = landed_ends(there.stages, there.domains)
 
     def told(self, key: str) -> list[str]:
         """What the runs' summaries say under a key, each answer once."""

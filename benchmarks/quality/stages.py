@@ -39,7 +39,18 @@ def stage_ends(summary: Mapping[str, Any], evaluations: Path) -> list[StageEnd]:
     # The state that a stage ends with may be one of an earlier line, also where it keeps the one that it began with.
     of_wauc = {line["over_domains"]["wauc"]: line["domains"] for line in lines if line.get("domains")}
     ends = [(name, stage["over_domains"]["wauc"]) for name, stage in stages.items()]
-    return [StageEnd(name, wauc, of_wauc[wauc]) for name, wauc in ends if wauc in of_wauc]
+    return [_end(name, wauc, of_wauc[wauc]) for name, wauc in ends if wauc in of_wauc and wauc is not None]
+
+
+def landed_ends(
+    stages: Mapping[str, Mapping[str, Any]], domains: Mapping[str, Mapping[str, float | None]]
+) -> list[StageEnd]:
+    """Of a run's stages, as a report's line tells them under `stages` and `domains after stages`."""
+    return [_end(name, stages[name]["over_domains"]["wauc"], aucs) for name, aucs in domains.items()]
+
+
+def _end(stage: str, wauc: float, domains: Mapping[str, float | None]) -> StageEnd:
+    return StageEnd(stage, wauc, {name: auc for name, auc in domains.items() if auc is not None})
 
 
 def stage_rows(runs: Mapping[str, Sequence[Sequence[StageEnd]]]) -> Rows:

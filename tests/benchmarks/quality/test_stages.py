@@ -7,18 +7,23 @@ import pytest
 from grids import leave, write_grid
 
 from benchmarks.quality.figures import Figures
-from benchmarks.quality.grid import cases_of
+from benchmarks.quality.grid import Case, GridConfig, cases_of
+from recsys.config import ConfigError
 
-STAGES = {  # of two domains, the WAUC of each state
-    "backbone": [(0.60, {"a": 0.6, "b": 0.6}), (0.70, {"a": 0.72, "b": 0.64})],
-    "experts": [(0.69, {"a": 0.7, "b": 0.66}), (0.73, {"a": 0.75, "b": 0.63})],
-    "gate": [(0.71, {"a": 0.73, "b": 0.63})],  # worse than what it began with
+STAGES = {  # of two domains, and one of one class, the WAUC of each state
+    "backbone": [(0.60, {"a": 0.6, "b": 0.6, "one": None}), (0.70, {"a": 0.72, "b": 0.64, "one": None})],
+    "experts": [(0.69, {"a": 0.7, "b": 0.66, "one": None}), (0.73, {"a": 0.75, "b": 0.63, "one": None})],
+    "gate": [(0.71, {"a": 0.73, "b": 0.63, "one": None})],  # worse than what it began with
 }
 BEST = {"backbone": 0.70, "experts": 0.73, "gate": 0.73}
 
 
 @pytest.fixture
 def page(folder: Path) -> Figures:
+    return Figures(*left(folder))
+
+
+def left(folder: Path) -> tuple[GridConfig, list[Case]]:
     grid = write_grid(folder, {"moe": {}, "joint": {}})
     moe, joint = cases_of(grid, Path("runs"))
     for number, run in enumerate(moe.runs):
@@ -35,7 +40,7 @@ def page(folder: Path) -> Figures:
         lines.insert(2, {"source": "experts", "auc": 0.9, "over_domains": {"wauc": 0.9}})  # a phase's, of one domain
         (run.directory / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     leave(joint.runs[0], auc=0.7)
-    return Figures(grid, [moe, joint])
+    return grid, [moe, joint]
 
 
 def test_each_stage_tells_what_it_changed_and_for_which_domains(page: Figures) -> None:
@@ -55,3 +60,26 @@ def test_programs_are_told_each_domains_auc_after_each_stage(page: Figures) -> N
         "gate": {"a": 0.75, "b": 0.63},
     }
     assert "domains after stages" not in runs["joint", 17]
+
+
+def test_a_report_stands_for_runs_that_are_elsewhere_but_for_none_of_other_settings(folder: Path) -> None:
+    grid, cases = left(folder)
+    page = Figures(grid, cases)
+    about = {"kind": "about", "device": "cpu"}
+    landed = folder / "landed.jsonl"
+    landed.write_text("".join(json.dumps(line) + "\n" for line in [about, *page.lines({})]))
+    here = Figures(grid, cases_of(grid, Path("elsewhere")), landed)
+    assert here.of == page.of
+    without_reference = [part for part in page.parts({}) if not str(part).startswith("Reference column")]
+    assert here.parts({}) == without_reference  # which a report tells on its page alone
+    assert list(here.lines({})) == list(page.lines({}))
+    assert here.told("commit") == ["abc"]
+    other = write_grid(folder, {"moe": {"overrides": ["stages.backbone.epochs=2"]}, "joint": {}})
+    here = Figures(other, cases_of(other, Path("elsewhere")), landed)
+    assert {case: sorted(runs) for case, runs in here.of.items()} == {"moe": [], "joint": [17]}
+    leave(cases_of(other, Path("elsewhere"))[1].runs[0], auc=0.8)  # what is here comes first
+    here = Figures(other, cases_of(other, Path("elsewhere")), landed)
+    assert here.of["joint"][17]["test AUC"] == 0.8
+    landed.write_text('{"kind": "case"}\n')
+    with pytest.raises(ConfigError, match=r"landed.jsonl:\n  about: missing.*\n  case.0.case: missing"):
+        Figures(grid, cases, landed)
