@@ -25,7 +25,9 @@ class Trio(NamedTuple):
     fbgemm: str
 
 
-SUPPORTED = (Trio("2.13.0", "1.8.0", "1.8.0"), Trio("2.11.0", "1.6.1", "1.6.0"))
+SUPPORTED = (Trio("2.13.0", "1.8.0", "1.8.0"), Trio("2.14.1", "1.9.2", "1.9.0"), Trio("2.11.0", "1.6.1", "1.6.0"))
+"""The first is what requirements/ pins."""
+
 FBGEMM = ("fbgemm-gpu", "fbgemm-gpu-cpu")
 
 _REPORTED = ("hilorec", "torch", "torchrec", *FBGEMM, "torchx", "pyarrow", "numpy", "pydantic", "tensorboard")

@@ -54,6 +54,10 @@ def test_patch_releases_pass(installed):
             "pip install torch==2.11.0 && pip install --no-deps torchrec==1.6.1 fbgemm-gpu-cpu==1.6.0",
         ),
         (
+            {"torch": "2.14.0", "torchrec": "1.8.0", "fbgemm-gpu-cpu": "1.8.0"},
+            "pip install torch==2.14.1 && pip install --no-deps torchrec==1.9.2 fbgemm-gpu-cpu==1.9.0",
+        ),
+        (
             {"torch": "2.15.0", "torchrec": "1.8.0", "fbgemm-gpu": "1.8.0"},
             "pip install torch==2.13.0 && pip install --no-deps torchrec==1.8.0 fbgemm-gpu==1.8.0",
         ),
