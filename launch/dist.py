@@ -58,7 +58,8 @@ def ddp(
     torchrun gives its processes 300 s to end after a signal, unless TORCH_ELASTIC_SHUTDOWN_TIMEOUT says otherwise, here
     or in the environment; up to 2.11, torch knows only 30 s. Processes that fail are started again as often as
     max_retries says, before the scheduler starts the job again; PET_MAX_RESTARTS says otherwise. On this machine, they
-    end when the torchx that launched them does.
+    end when the torchx that launched them does. A HiloRec run that asks for gpus and finds none ends, unless its device
+    is cpu.
 
     Args:
         script_args: the script, unless --script or -m names it, then its arguments
@@ -82,18 +83,17 @@ def ddp(
     """
     script, m, rest = _target(list(script_args), script, m)
     env = {name: literal(value) for name, value in (env or {}).items()}
-    on_this_machine = {}
-    if "OMP_NUM_THREADS" not in env:
-        with _refusing():
-            env["OMP_NUM_THREADS"] = _threads(j, int(specs.resource(cpu=cpu, h=h).cpu))
-        here = cpu == _STOCK_CPU and h is None and _threads(j, len(os.sched_getaffinity(0)))
-        on_this_machine["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or here or env["OMP_NUM_THREADS"]
+    on_this_machine = set_threads(env, j, cpu, h)
+    with refusing():
+        gpus = specs.resource(gpu=gpu, h=h).gpu
+    if gpus > 0:
+        env["HILOREC_GPUS"] = str(gpus)  # recsys/runtime.py holds a run to it
     timeout = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
     env.setdefault(timeout, os.environ.get(timeout) or _SHUTDOWN_SECONDS)
     if max_retries:
         env.setdefault("PET_MAX_RESTARTS", os.environ.get("PET_MAX_RESTARTS") or str(max_retries))
-    env["HILOREC_LAUNCHER_PID"] = str(os.getpid())  # recsys/lifetime.py reads it where processes are torchx's own
-    with _refusing():
+    on_this_machine["HILOREC_LAUNCHER_PID"] = str(os.getpid())  # recsys/lifetime.py ends ranks with torchx
+    with refusing():
         app = dist.ddp(
             *map(literal, rest),
             script=script,
@@ -174,7 +174,7 @@ def _target(args: List[str], script: Optional[str], m: Optional[str]) -> tuple[O
 
 
 @contextlib.contextmanager
-def _refusing() -> Iterator[None]:
+def refusing() -> Iterator[None]:
     """What TorchX refuses by a traceback (-j, -h, --mounts), as the one exception that it reports as a message."""
     try:
         yield
@@ -182,10 +182,26 @@ def _refusing() -> Iterator[None]:
         raise finder.ComponentValidationException(str(error.args[0] if error.args else error)) from error
 
 
-def _threads(j: str, cpus: int) -> str:
-    """Threads per process, so that torchrun need not fall back to one and warn."""
-    _, _, processes, _ = dist.parse_nnodes(j)
-    return str(max(1, cpus // processes))
+def set_threads(env: Dict[str, str], j: str, cpu: int, h: Optional[str]) -> Dict[str, str]:
+    """Share the CPUs of a node among its processes, so that torchrun need not fall back to one thread and warn.
+
+    Args:
+        env: gets OMP_NUM_THREADS, unless it has it.
+        j: nodes and processes per node.
+        cpu: number of CPUs per node.
+        h: a named resource, which takes precedence over `cpu`.
+
+    Returns:
+        What holds instead where processes are this machine's own.
+    """
+    if "OMP_NUM_THREADS" in env:
+        return {}
+    with refusing():
+        _, _, processes, _ = dist.parse_nnodes(j)
+        cpus = int(specs.resource(cpu=cpu, h=h).cpu)
+    env["OMP_NUM_THREADS"] = str(max(1, cpus // processes))
+    here = len(os.sched_getaffinity(0)) if cpu == _STOCK_CPU and h is None else cpus
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, here // processes))}
 
 
 def _free_port() -> int:

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from recsys.config import ConfigError
-from recsys.runtime import leave_a_core, process_group
+from recsys.runtime import ASKED_GPUS, leave_a_core, process_group
 
 FAULTS = """
 import resource, sys
 import numpy as np
-from recsys.runtime import keep_freed_memory
+from recsys.runtime import ASKED_GPUS, keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()
@@ -58,6 +58,16 @@ def test_fewer_gpus_than_processes_are_refused_and_no_cpu_steps_in(
 def test_without_gpus_auto_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with process_group("auto") as ranks:
+        assert ranks.device.type == "cpu"
+
+
+def test_a_job_that_asks_for_gpus_and_has_none_does_not_train_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv(ASKED_GPUS, "8")
+    message = "device: the job asks for 8 GPUs on each machine, and torch finds none on .*; .*set device=cpu"
+    with pytest.raises(ConfigError, match=message), process_group("auto"):
+        pass
+    with process_group("cpu") as ranks:
         assert ranks.device.type == "cpu"
 
 

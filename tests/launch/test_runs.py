@@ -1,6 +1,7 @@
 """Real runs of a small script by the command line, on this machine."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import os, sys
 print("RAN", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], sys.argv[1:])
@@ -21,6 +23,7 @@ def project(tmp_path):
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "train.py").write_text(SCRIPT)
+    shutil.copy(ROOT / "recsys" / "agent.py", package)
     return tmp_path
 
 
