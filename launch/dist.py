@@ -18,7 +18,7 @@ from torchx import specs
 from torchx.components import dist, structured_arg
 from torchx.specs import finder
 
-from launch.schedulers import Role, literal
+from launch.schedulers import Role, literal, literal_to_ranks
 
 _STOCK_CPU = 2
 _SHUTDOWN_SECONDS = "300"
@@ -53,7 +53,7 @@ def ddp(
     OMP_NUM_THREADS, unless set by env, shares the CPUs of a node that cpu or h ask for among its processes. With
     local_cwd it is this machine's OMP_NUM_THREADS, or else shares this machine's CPUs if neither cpu nor h was given.
 
-    A $ in an argument is a $, but for TorchX's macros ${app_id} and ${replica_id}.
+    A $ in an argument is a $, but for the macros ${app_id} and ${replica_id} of TorchX, and ${local_rank} of torchrun.
 
     torchrun gives its processes 300 s to end after a signal, unless TORCH_ELASTIC_SHUTDOWN_TIMEOUT says otherwise, here
     or in the environment; up to 2.11, torch knows only 30 s. Processes that fail are started again as often as
@@ -95,7 +95,7 @@ def ddp(
     on_this_machine["HILOREC_LAUNCHER_PID"] = str(os.getpid())  # recsys/lifetime.py ends ranks with torchx
     with refusing():
         app = dist.ddp(
-            *map(literal, rest),
+            *map(literal_to_ranks, rest),
             script=script,
             m=m,
             image=image,

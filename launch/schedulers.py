@@ -17,6 +17,7 @@ _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _SHUTDOWN_SECONDS = 30  # beside those that torchrun waits
 
 _DOLLAR = re.compile(r"\$(?!\{(?:app_id|replica_id|img_root)\})")
+_DOLLAR_TO_RANKS = re.compile(r"\$(?!\{(?:app_id|replica_id|img_root|local_rank)\})")
 _UNSAFE = re.compile(r"[,;'\"\\\s]")  # in srun's --export, which takes a comma for the end of a value
 
 
@@ -26,6 +27,11 @@ def literal(text: str) -> str:
     TorchX substitutes in all arguments and in the values of the environment, so that `$$` would become `$`.
     """
     return _DOLLAR.sub("$$", text)
+
+
+def literal_to_ranks(text: str) -> str:
+    """The same of a rank's argument, in which torchrun then substitutes its own macro `${local_rank}`."""
+    return _DOLLAR_TO_RANKS.sub("$$$$", text)
 
 
 @dataclass

@@ -214,8 +214,11 @@ def kubernetes_expands(text: str, variables: dict[str, str]) -> str:
 
 
 WITNESS = """
-import json, os, sys
-json.dump([sys.argv[1:], dict(os.environ)], open(os.environ["FILE"], "w"))
+import json, os, string, sys
+words = sys.argv[1:]
+if sys.argv[0].endswith("torchrun") or words[1] == "recsys.agent":
+    words = [string.Template(word).safe_substitute(local_rank="0") for word in words]  # as torchrun does for a rank
+json.dump([words, dict(os.environ)], open(os.environ["FILE"], "w"))
 """
 
 # As srun reads its command line: variables end at commas.
@@ -333,8 +336,8 @@ def test_arguments_of_components_arrive_as_they_are(scheduler, tmp_path):
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_macros_of_torchx_stay(scheduler, tmp_path):
-    arguments, _ = started(scheduler, components.train("output_dir=out/${app_id}"), tmp_path)
-    assert re.fullmatch("output_dir=out/(77|default-[a-z0-9]+)", arguments[-1])
+    arguments, _ = started(scheduler, components.train("output_dir=out/${app_id}/${local_rank}"), tmp_path)
+    assert re.fullmatch("output_dir=out/(77|default-[a-z0-9]+)/0", arguments[-1])
 
 
 @pytest.mark.parametrize("name", ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "PET_MAX_RESTARTS"])

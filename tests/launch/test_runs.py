@@ -43,10 +43,10 @@ def torchx(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_script_by_its_bare_path(project):
-    run = torchx(project, "dist.ddp", "-j", "1x2", "recsys/train.py", "--config", "x.yaml", "a.b=1", "two words")
+    run = torchx(project, "dist.ddp", "-j", "1x2", "recsys/train.py", "--config", "x.yaml", "a.b=1", "it's $$ $HOME")
     assert run.returncode == 0, run.stderr
     for rank in range(2):
-        assert f"RAN {rank} of 2 ['--config', 'x.yaml', 'a.b=1', 'two words']" in run.stdout
+        assert f"RAN {rank} of 2 ['--config', 'x.yaml', 'a.b=1', \"it's $$ $HOME\"]" in run.stdout
     assert "OMP_NUM_THREADS" not in run.stdout
 
 
