@@ -19,6 +19,7 @@ from recsys.meeting import (
     Patience,
     Place,
     agree_on_device,
+    check_interfaces,
     ending_unless_done,
     meet,
     open_store,
@@ -80,7 +81,7 @@ def process_group(device: str, timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ran
     Raises:
         ConfigError: there are fewer GPUs than processes that are to compute on them, none though the job asks for some,
             or this machine has GPUs and another of the run has none.
-        MeetingError: the ranks do not come together.
+        MeetingError: the ranks do not come together, or are to meet at a network interface that is not there.
         OrphanError: the torchx that launched this run has ended already.
     """
     end_with_launcher()
@@ -96,6 +97,7 @@ def process_group(device: str, timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ran
             f"device: the job asks for {asked} GPUs on each machine, and torch finds none on {socket.gethostname()}; "
             "python -m recsys.doctor tells what is there, or set device=cpu"
         )
+    check_interfaces()
     use_cuda = device_type(device, place.local_world_size) == "cuda"
     chosen = torch.device("cuda", place.local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from recsys.config import ConfigError
+from recsys.meeting import MeetingError
 from recsys.runtime import ASKED_GPUS, leave_a_core, process_group
 
 FAULTS = """
 import resource, sys
 import numpy as np
-from recsys.runtime import ASKED_GPUS, keep_freed_memory
+from recsys.runtime import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()
@@ -69,6 +70,16 @@ def test_a_job_that_asks_for_gpus_and_has_none_does_not_train_on_the_cpu(monkeyp
         pass
     with process_group("cpu") as ranks:
         assert ranks.device.type == "cpu"
+
+
+def test_a_network_interface_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,ib7")
+    told = r"GLOO_SOCKET_IFNAME: .* has no network interface ib7, but .*\blo\b.*; TorchX sets it"
+    with pytest.raises(MeetingError, match=told), process_group("cpu"):
+        pass
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    with process_group("cpu"):
+        pass
 
 
 @pytest.mark.parametrize(
