@@ -179,7 +179,9 @@ def refusing() -> Iterator[None]:
     try:
         yield
     except (KeyError, ValueError) as error:
-        raise finder.ComponentValidationException(str(error.args[0] if error.args else error)) from error
+        told = str(error.args[0] if error.args else error)
+        told = f"--mounts: a mount has no {told}" if told in ("src", "dst") else told
+        raise finder.ComponentValidationException(told) from error
 
 
 def set_threads(env: Dict[str, str], j: str, cpu: int, h: Optional[str]) -> Dict[str, str]:

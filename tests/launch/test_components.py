@@ -290,6 +290,7 @@ def test_two_jobs_hardly_meet_at_one_port(monkeypatch):
         (["-h", "no.such"], "no.such"),
         (["--mounts", "src=/data"], "type must be specified"),
         (["--mounts", "type=bind,from=/data"], "unknown mount option from"),
+        (["--mounts", "type=bind,src=/data"], "--mounts: a mount has no dst"),
     ],
 )
 def test_what_torchx_refuses_is_a_message(line, told):
@@ -521,6 +522,15 @@ def test_defaults_of_the_project_are_what_torchx_knows(monkeypatch):
             load(section, io.StringIO(text), found)
             assert found == dict(parser[section])
             assert set(found) <= {name for name, _ in runner.scheduler_run_opts(section)}
+
+
+def test_torchx_takes_the_projects_defaults_by_itself(tmp_path):
+    """No queue is given, and no workspace: torchx would ask a docker daemon for an image of all that lies here."""
+    env = {**os.environ, "HOME": str(tmp_path), "DOCKER_HOST": "tcp://127.0.0.1:1"}
+    command = [sys.executable, "-m", "torchx.cli.main", "run", "-s", "kubernetes", "--dryrun", "hilorec.train"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "\n  queue: default\n" in done.stdout and "image: hilorec:cpu\n" in done.stdout
 
 
 def test_launching_imports_no_torch():
