@@ -1,4 +1,4 @@
-"""What is submitted to Kubernetes and AWS Batch, held against their own schemas: those of their Python clients.
+"""What is submitted to Kubernetes, AWS Batch and docker, held against their own schemas: those of their Python clients.
 
 What Volcano's job definition and its admission webhook ask for is written down here, from volcano-sh/volcano:
 config/crd/volcano/bases/batch.volcano.sh_jobs.yaml and pkg/webhooks/admission/jobs/validate.
@@ -9,6 +9,7 @@ from typing import Any
 
 import botocore.session
 import botocore.validate
+import docker.models.containers
 import kubernetes.client
 import pytest
 from torchx.runner import get_runner
@@ -226,3 +227,17 @@ def test_aws_batch_takes_what_is_submitted(app: str) -> None:
     assert 1 <= request.job_def["retryStrategy"]["attempts"] <= 10
     broken = botocore.validate.ParamValidator().validate({**request.job_def, "retryStrategy": {"tries": 1}}, shape)
     assert broken.has_errors()
+
+
+@pytest.mark.parametrize("app", APPS)
+def test_docker_takes_what_is_submitted(app: str) -> None:
+    request = submitted(APPS[app](), "local_docker")
+    for container in request.containers:
+        # As its client makes a request of it, and refuses what it does not know.
+        given = {**container.kwargs, "image": container.image, "command": container.command, "version": "1.44"}
+        body = docker.models.containers._create_container_args(given)
+        assert body["hostname"] == body["name"]
+        assert re.fullmatch(r"[A-Za-z0-9][\w.-]+", body["name"], re.ASCII) and len(body["name"]) < 64
+        assert body["host_config"]["ShmSize"] == body["host_config"]["Memory"] > 0
+        with pytest.raises(TypeError):
+            docker.models.containers._create_container_args({**given, "gpus": 1})
