@@ -261,6 +261,21 @@ def ending_unless_done(seconds: float, told: str) -> Iterator[None]:
         limit.cancel()
 
 
+def check_interfaces() -> None:
+    """Hold the interfaces that gloo is told to use against those of this machine.
+
+    Raises:
+        MeetingError: one is not there, of which gloo would tell by a traceback.
+    """
+    here = [name for _, name in socket.if_nameindex()]
+    for name in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        if name not in here:
+            raise MeetingError(
+                f"GLOO_SOCKET_IFNAME: {socket.gethostname()} has no network interface {name}, but {', '.join(here)}; "
+                "TorchX sets it by --interface"
+            )
+
+
 def agree_on_device(store: dist.Store, device_type: str, rank: int) -> None:
     """Refuse to compute on another kind of device than the first rank that came by; ranks of both would never meet.
 

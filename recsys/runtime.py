@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +19,7 @@ from recsys.meeting import (
     Patience,
     Place,
     agree_on_device,
+    check_interfaces,
     ending_unless_done,
     meet,
     open_store,
@@ -26,6 +28,9 @@ from recsys.meeting import (
 )
 
 DEFAULT_TIMEOUT = 300.0  # seconds
+
+ASKED_GPUS = "HILOREC_GPUS"
+"""Environment variable in which `launch` leaves how many GPUs a job asks for; `launch/dist.py` names it too."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,9 @@ def process_group(device: str, timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ran
         timeout: seconds that a rank may be silent, and that others are waited for.
 
     Raises:
-        ConfigError: there are fewer GPUs than processes that are to compute on them, or this machine has GPUs and
-            another of the run has none.
-        MeetingError: the ranks do not come together.
+        ConfigError: there are fewer GPUs than processes that are to compute on them, none though the job asks for some,
+            or this machine has GPUs and another of the run has none.
+        MeetingError: the ranks do not come together, or are to meet at a network interface that is not there.
         OrphanError: the torchx that launched this run has ended already.
     """
     end_with_launcher()
@@ -87,6 +92,12 @@ def process_group(device: str, timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ran
             f"device: {device} needs a GPU for each of this machine's {place.local_world_size} processes, and it has "
             f"{gpus}; start fewer processes or set device=cpu"
         )
+    if device == "auto" and not gpus and (asked := os.environ.get(ASKED_GPUS)):
+        raise ConfigError(
+            f"device: the job asks for {asked} GPUs on each machine, and torch finds none on {socket.gethostname()}; "
+            "python -m recsys.doctor tells what is there, or set device=cpu"
+        )
+    check_interfaces()
     use_cuda = device_type(device, place.local_world_size) == "cuda"
     chosen = torch.device("cuda", place.local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from recsys.config import ConfigError
-from recsys.runtime import leave_a_core, process_group
+from recsys.meeting import MeetingError
+from recsys.runtime import ASKED_GPUS, leave_a_core, process_group
 
 FAULTS = """
 import resource, sys
@@ -59,6 +60,26 @@ def test_without_gpus_auto_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with process_group("auto") as ranks:
         assert ranks.device.type == "cpu"
+
+
+def test_a_job_that_asks_for_gpus_and_has_none_does_not_train_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv(ASKED_GPUS, "8")
+    message = "device: the job asks for 8 GPUs on each machine, and torch finds none on .*; .*set device=cpu"
+    with pytest.raises(ConfigError, match=message), process_group("auto"):
+        pass
+    with process_group("cpu") as ranks:
+        assert ranks.device.type == "cpu"
+
+
+def test_a_network_interface_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,ib7")
+    told = r"GLOO_SOCKET_IFNAME: .* has no network interface ib7, but .*\blo\b.*; TorchX sets it"
+    with pytest.raises(MeetingError, match=told), process_group("cpu"):
+        pass
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    with process_group("cpu"):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Real runs of a small script by the command line, on this machine."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import os, sys
 print("RAN", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], sys.argv[1:])
@@ -21,6 +23,7 @@ def project(tmp_path):
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "train.py").write_text(SCRIPT)
+    shutil.copy(ROOT / "recsys" / "agent.py", package)
     return tmp_path
 
 
@@ -40,10 +43,10 @@ def torchx(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_script_by_its_bare_path(project):
-    run = torchx(project, "dist.ddp", "-j", "1x2", "recsys/train.py", "--config", "x.yaml", "a.b=1", "two words")
+    run = torchx(project, "dist.ddp", "-j", "1x2", "recsys/train.py", "--config", "x.yaml", "a.b=1", "it's $$ $HOME")
     assert run.returncode == 0, run.stderr
     for rank in range(2):
-        assert f"RAN {rank} of 2 ['--config', 'x.yaml', 'a.b=1', 'two words']" in run.stdout
+        assert f"RAN {rank} of 2 ['--config', 'x.yaml', 'a.b=1', \"it's $$ $HOME\"]" in run.stdout
     assert "OMP_NUM_THREADS" not in run.stdout
 
 
@@ -54,11 +57,11 @@ def test_script_and_module_by_name(project, target):
     assert "RAN 0 of 1 ['a=1']" in run.stdout
 
 
-def test_two_nodes_on_one_machine_meet(project):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    run = torchx(project, "hilorec.train", "-j", "2x2", "--rdzv_port", port, "--config", "x.yaml", "a=1")
+def test_two_nodes_on_one_machine_meet_though_the_usual_port_is_taken(project):
+    with socket.socket() as other:
+        other.bind(("", 29500))
+        other.listen()
+        run = torchx(project, "hilorec.train", "-j", "2x2", "--config", "x.yaml", "a=1")
     assert run.returncode == 0, run.stderr
     for rank in range(4):
         assert f"RAN {rank} of 4 ['--config', 'x.yaml', 'a=1']" in run.stdout

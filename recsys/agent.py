@@ -1,0 +1,47 @@
+"""torchrun, but that schedulers learn how a run ended: `python -m recsys.agent` and torchrun's arguments.
+
+torchrun ends with 1 whatever its ranks end with, after a traceback of its own, and starts again even ranks that will
+end alike. This one ends with the exit code of the rank that failed first, and does not start again what ended with 2:
+what a person has to put right. Those who wait for others in vain, or cannot have the output directory, end so too.
+"""
+
+import sys
+
+from torch.distributed import run
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher import api
+
+USER_ERROR = 2
+"""Exit code of what ends in one `error:` line (`recsys.cli.run_entry`); `launch/schedulers.py` has it too."""
+
+
+class _Agent(LocalElasticAgent):
+    """torchrun's agent, which has no restarts left once a rank ended with what a person has to put right."""
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result: RunResult = super()._monitor_workers(worker_group)
+        if any(failure.exitcode == USER_ERROR for failure in result.failures.values()):
+            self._remaining_restarts = 0
+        return result
+
+
+def main() -> None:
+    """Launch ranks as torchrun does, and end as they do."""
+    api.LocalElasticAgent = _Agent  # type: ignore[misc]
+    try:
+        run.main()
+    except ChildFailedError as error:
+        print(error, file=sys.stderr, flush=True)
+        codes = [failure.exitcode for failure in error.failures.values()]
+        code = USER_ERROR if USER_ERROR in codes else error.get_first_failure()[1].exitcode
+        sys.exit(code if code > 0 else 128 - code)  # a signal's number is negative here
+    except SignalException as error:
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(128 + error.sigval)
+
+
+if __name__ == "__main__":
+    main()

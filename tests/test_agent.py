@@ -1,0 +1,59 @@
+"""Real launches by `recsys.agent`, whose ends are those of their ranks."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+RANK = """
+import os, sys, time
+from pathlib import Path
+
+with Path(sys.argv[1], os.environ["RANK"]).open("a") as begun:
+    begun.write("x")
+if os.environ["RANK"] == "1" and sys.argv[2] == "killed":
+    os.kill(os.getpid(), 9)
+if os.environ["RANK"] == "1" and sys.argv[2] != "sleeps":
+    sys.exit(int(sys.argv[2]))
+time.sleep(600 if sys.argv[2] != "0" else 0)
+"""
+
+
+def command(folder: Path, end: str) -> list[str]:
+    (folder / "rank.py").write_text(RANK)
+    options = ["--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.1"]
+    return [sys.executable, "-m", "recsys.agent", *options, str(folder / "rank.py"), str(folder), end]
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "runs"),
+    [
+        ("2", 2, 1),
+        ("3", 3, 2),
+        pytest.param("0", 0, 1, marks=pytest.mark.slow),
+        pytest.param("killed", 137, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_it_ends_as_the_rank_that_failed_and_starts_again_what_may_help(
+    tmp_path: Path, end: str, code: int, runs: int
+) -> None:
+    done = subprocess.run(command(tmp_path, end), capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "1").read_text() == "x" * runs
+    assert "Traceback" not in done.stderr
+    assert ("Root Cause" in done.stderr) == (code != 0)
+
+
+@pytest.mark.slow
+def test_a_signal_is_its_end_too(tmp_path: Path) -> None:
+    with subprocess.Popen(command(tmp_path, "sleeps"), stderr=subprocess.PIPE, text=True) as agent:
+        until = time.monotonic() + 60
+        while not (tmp_path / "1").exists() and time.monotonic() < until:
+            time.sleep(0.1)
+        agent.send_signal(signal.SIGTERM)
+        _, told = agent.communicate(timeout=60)
+    assert agent.returncode == 143, told
+    assert "Traceback" not in told
