@@ -2,7 +2,7 @@
 
 torchrun ends with 1 whatever its ranks end with, after a traceback of its own, and starts again even ranks that will
 end alike. This one ends with the exit code of the rank that failed first, and does not start again what ended with 2:
-what a person has to put right. Those who wait for others in vain, or cannot have the output directory, end so too.
+what a person has to put right. What may go well another time ends with 75 (`recsys.errors.TEMPORARY`).
 """
 
 import sys

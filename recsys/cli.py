@@ -62,10 +62,11 @@ class ArgumentParser(argparse.ArgumentParser):
 def run_entry(body: Callable[[], int | None], *, checks_versions: bool = True, prints_result: bool = True) -> NoReturn:
     """Run a command's body and end the process, with the exit code that the body returns, if any.
 
-    What the user can put right ends as one `error:` line on one rank and exit code 2; a rank that fails because another
-    did stays silent and exits with 1; any other failure shows its traceback. `Stopped` ends as one line of the first
-    rank and the exit code that it holds. The body imports what needs torch itself, so that a mismatched installation is
-    explained before its import fails. A rank does not outlive its launcher.
+    What the user can put right ends as one `error:` line on one rank and exit code 2, or 75 where it may go well when
+    tried again; a rank that fails because another did stays silent and exits with 1; any other failure shows its
+    traceback. `Stopped` ends as one line of the first rank and the exit code that it holds. The body imports what needs
+    torch itself, so that a mismatched installation is explained before its import fails. A rank does not outlive its
+    launcher.
 
     Args:
         body: the command.
@@ -88,7 +89,7 @@ def run_entry(body: Callable[[], int | None], *, checks_versions: bool = True, p
         code = stop.exit_code
         _tell_once(str(stop))
     except (UserError, VersionError) as error:
-        code = 2
+        code = error.exit_code if isinstance(error, UserError) else UserError.exit_code
         if _is_ours_to_tell(caused_by_a_peer=False):
             report_failure(f"error: {error}")
     except KeyboardInterrupt:

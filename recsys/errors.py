@@ -7,10 +7,20 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
+
+TEMPORARY = os.EX_TEMPFAIL
+"""Exit code 75 of what may go well when it is tried again, as sysexits.h has it."""
 
 
 class UserError(ValueError):
-    """Something that the user can put right; the message names the thing and the way out, and is all that is shown."""
+    """Something that the user can put right; the message names the thing and the way out, and is all that is shown.
+
+    Attributes:
+        exit_code: 2, or `TEMPORARY` where nothing needs to be put right before it is tried again.
+    """
+
+    exit_code: ClassVar[int] = 2
 
 
 class Stopped(Exception):

@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from recsys.config import ConfigError
-from recsys.errors import UserError, report_failure
+from recsys.errors import TEMPORARY, UserError, report_failure
 
 _LOOK_SECONDS = 0.01  # between two looks for those that are to come
 _LOOK_SECONDS_A_RANK = 1e-4  # at least, so that thousands that wait leave the one store time to answer
@@ -23,7 +23,13 @@ _MOST_NAMED, _MOST_DIGITS = 16, 20
 
 
 class MeetingError(UserError):
-    """The ranks of a run do not come together: one that was told of wrongly, or did not come in time."""
+    """The ranks of a run do not come together: they were told wrongly of one another."""
+
+
+class AbsentError(MeetingError):
+    """A rank did not come in time, or left, or somebody else has the port: another time they may meet."""
+
+    exit_code = TEMPORARY
 
 
 @dataclass(frozen=True)
@@ -120,12 +126,12 @@ def open_store(place: Place, patience: Patience) -> dist.Store:
     """Open the store at which the ranks meet, or a connection to it.
 
     Raises:
-        MeetingError: the port is taken, or nothing answers there in time.
+        AbsentError: the port is taken, or nothing answers there in time.
     """
     hosts, timeout = place.rank == 0 and not place.is_kept, timedelta(seconds=patience.seconds)
     while reason := _unreachable(place, resolve_only=hosts):
         if patience.is_over:
-            raise MeetingError(
+            raise AbsentError(
                 f"no store at {place} within {patience.seconds:g} s: {reason}; is MASTER_ADDR the first rank's "
                 "machine, and is that rank started?"
             )
@@ -139,10 +145,10 @@ def open_store(place: Place, patience: Patience) -> dist.Store:
     except dist.DistError as error:
         told = " ".join(str(error).split())
         if "EADDRINUSE" in told or "address already in use" in told.lower():
-            raise MeetingError(
+            raise AbsentError(
                 f"port {place.port} of this machine, at which ranks are to meet, is taken; set MASTER_PORT to another"
             ) from None
-        raise MeetingError(f"no store at {place}: {told[:300]}") from None
+        raise AbsentError(f"no store at {place}: {told[:300]}") from None
 
 
 def _unreachable(place: Place, *, resolve_only: bool) -> str:
@@ -174,7 +180,7 @@ def meet(store: dist.Store, place: Place, patience: Patience) -> dist.Store:
         patience: how long others are waited for.
 
     Raises:
-        MeetingError: a rank does not come in time.
+        AbsentError: a rank does not come in time.
     """
     me = uuid.uuid4().hex
     if place.rank == 0:
@@ -183,7 +189,7 @@ def meet(store: dist.Store, place: Place, patience: Patience) -> dist.Store:
         for rank, key in list(missing.items()):
             while not store.check([key]):
                 if patience.is_over:
-                    raise MeetingError(_absent(store, missing, place, patience.seconds))
+                    raise AbsentError(_absent(store, missing, place, patience.seconds))
                 if patience.is_to_say:
                     _say(f"waiting for {_numbered(_left(store, missing))} of {place.world_size} at {place}")
                 time.sleep(_LOOK_SECONDS)
@@ -192,7 +198,7 @@ def meet(store: dist.Store, place: Place, patience: Patience) -> dist.Store:
     meeting = None
     while not store.check([f"hilorec/welcome/{me}"]):
         if patience.is_over:
-            raise MeetingError(f"rank {place.rank} waited {patience.seconds:g} s at {place} for rank 0 in vain")
+            raise AbsentError(f"rank {place.rank} waited {patience.seconds:g} s at {place} for rank 0 in vain")
         if patience.is_to_say:
             _say(f"waiting for rank 0 at {place}")
         if store.check(["hilorec/meeting"]) and (newest := store.get("hilorec/meeting").decode()) != meeting:
@@ -232,13 +238,13 @@ def telling_of_a_lost_store(place: Place) -> Iterator[None]:
     """Have the end of the store while ranks meet told in a line: it ends with the first rank, where that keeps it.
 
     Raises:
-        MeetingError: the store is gone.
+        AbsentError: the store is gone.
     """
     try:
         yield
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         told = " ".join(str(error).split())[:300]
-        raise MeetingError(
+        raise AbsentError(
             f"rank {place.rank} has lost the store at {place}, at which ranks meet ({told}); the first rank, or the "
             "launcher there, tells why"
         ) from None

@@ -25,7 +25,7 @@ from typing import Any, Literal, Self
 from torch.distributed.checkpoint.api import CheckpointException
 
 from recsys.config import ConfigError
-from recsys.errors import UserError
+from recsys.errors import TEMPORARY, UserError
 
 State = Literal["fresh", "unfinished", "finished"]
 
@@ -56,6 +56,12 @@ _REMEDIES = {
 
 _OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENODEV, errno.ENXIO}
 """Errors that only a disk raises, whatever file they name."""
+
+
+class InUseError(ConfigError):
+    """Another run has the directory: another time it may be free."""
+
+    exit_code = TEMPORARY
 
 
 class OutputError(UserError):
@@ -338,7 +344,8 @@ def _acquire(path: Path, real: Path, patience: float) -> int:
     """Lock a directory, made if it is not there; gives the descriptor of the lock's file.
 
     Raises:
-        ConfigError: it cannot be made or written to, has no locks, or is locked until the patience ends.
+        ConfigError: it cannot be made or written to, or has no locks.
+        InUseError: it is locked until the patience ends.
     """
     file, holder = real / LOCK, "that is just taking it or leaving it"
     until = time.monotonic() + patience
@@ -356,7 +363,7 @@ def _acquire(path: Path, real: Path, patience: float) -> int:
                 return descriptor
             holder = _holder(descriptor)
         if time.monotonic() >= until:
-            raise ConfigError(
+            raise InUseError(
                 f"output_dir: {path} is in use by another run ({holder}); wait for it to end, end it, or {_ELSEWHERE}"
             )
         time.sleep(_POLL_SECONDS)

@@ -22,6 +22,7 @@ from tiny import tiny_config, write_tiny_config, write_tiny_log
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
 from recsys.config import ConfigError, load_config
+from recsys.errors import TEMPORARY
 from recsys.training import output
 from recsys.training.output import LOCK, MARKER, WRITTEN, OutputDirectory, OutputError, naming_disk
 
@@ -948,7 +949,7 @@ def test_of_two_runs_at_once_one_trains_and_one_is_told(config: Path, tmp_path: 
     try:
         training(first)
         both = run_module(2, "recsys.train", "--config", str(config), SHORT)
-        assert both[0].code == 2 and both[1].stderr == ""
+        assert both[0].code == TEMPORARY and both[1].stderr == ""
         assert both[0].stderr.startswith(f"error: output_dir: {tmp_path}/out is in use by another run (process ")
         assert f"(process {first.pid} on " in both[0].stderr and both[0].stderr.count("\n") == 1
         assert first.poll() is None and marker(tmp_path / "out")["pid"] == first.pid
