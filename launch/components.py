@@ -21,7 +21,7 @@ def train(
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
     mounts: Optional[List[str]] = None,
-    rdzv_port: int = 29500,
+    rdzv_port: int = 0,
 ) -> specs.AppDef:
     """Train by one config file on nodes x processes.
 
@@ -40,7 +40,7 @@ def train(
         env: environment variables for the run (ENV1=v1,ENV2=v2)
         max_retries: how often torchrun may start the processes again, and the scheduler, if it retries, the job
         mounts: mounts for the container (type=<bind/volume>,src=/host,dst=/job[,readonly])
-        rdzv_port: port on the first node at which several nodes meet
+        rdzv_port: port on the first node at which several nodes meet; 0: drawn for the job
     """
     return dist.ddp(
         "--config",

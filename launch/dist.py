@@ -5,7 +5,12 @@
 Everything else, `--script` and `-m` included, is TorchX's own.
 """
 
+import contextlib
+import dataclasses
 import os
+import random
+import socket
+from collections.abc import Iterator
 from typing import Dict, List, Optional
 
 import torchx
@@ -13,8 +18,12 @@ from torchx import specs
 from torchx.components import dist, structured_arg
 from torchx.specs import finder
 
+from launch.schedulers import Role, literal
+
 _STOCK_CPU = 2
 _SHUTDOWN_SECONDS = "300"
+_STOCK_PORT = 29500
+_PORTS = range(20_000, 30_000)  # none that Linux gives to outgoing connections, nor Kubernetes to node ports
 
 
 def ddp(
@@ -30,7 +39,7 @@ def ddp(
     j: str = "1x2",
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
-    rdzv_port: int = 29500,
+    rdzv_port: int = 0,
     rdzv_backend: str = "c10d",
     mounts: Optional[List[str]] = None,
     debug: bool = False,
@@ -41,8 +50,10 @@ def ddp(
     Give the script as the first argument after the options (dist.ddp -j 1x4 recsys/train.py --config x.yaml),
     or by --script, or a module by -m.
 
-    OMP_NUM_THREADS, unless set here or in the environment, shares the CPUs of a node among its processes:
-    those asked for by cpu or h, or this machine's when neither was given.
+    OMP_NUM_THREADS, unless set by env, shares the CPUs of a node that cpu or h ask for among its processes. With
+    local_cwd it is this machine's OMP_NUM_THREADS, or else shares this machine's CPUs if neither cpu nor h was given.
+
+    A $ in an argument is a $, but for TorchX's macros ${app_id} and ${replica_id}.
 
     torchrun gives its processes 300 s to end after a signal, unless TORCH_ELASTIC_SHUTDOWN_TIMEOUT says otherwise, here
     or in the environment; up to 2.11, torch knows only 30 s. Processes that fail are started again as often as
@@ -62,39 +73,49 @@ def ddp(
         j: [{min_nodes}:]{nodes}x{processes per node}; with gpus, processes must not exceed gpus
         env: environment variables for the run (ENV1=v1,ENV2=v2)
         max_retries: how often torchrun may start the processes again, and the scheduler, if it retries, the job
-        rdzv_port: port on the first node at which several nodes meet; a single node picks a free port
+        rdzv_port: port on the first node at which several nodes meet; 0: one of 20000 to 29999 that is free here, drawn
+            anew for each job, so that two jobs that share a node do not meet. A single node picks a free port
         rdzv_backend: rendezvous backend, with several nodes
         mounts: mounts for the container (type=<bind/volume>,src=/host,dst=/job[,readonly])
         debug: run with PyTorch's and NCCL's debug flags
         tee: streams shown as well as kept in files; 0: none, 1: stdout, 2: stderr, 3: both
     """
     script, m, rest = _target(list(script_args), script, m)
-    env = dict(env or {})
-    env.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS") or _threads(j, cpu, h))
+    env = {name: literal(value) for name, value in (env or {}).items()}
+    on_this_machine = {}
+    if "OMP_NUM_THREADS" not in env:
+        with _refusing():
+            env["OMP_NUM_THREADS"] = _threads(j, int(specs.resource(cpu=cpu, h=h).cpu))
+        here = cpu == _STOCK_CPU and h is None and _threads(j, len(os.sched_getaffinity(0)))
+        on_this_machine["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or here or env["OMP_NUM_THREADS"]
     timeout = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
     env.setdefault(timeout, os.environ.get(timeout) or _SHUTDOWN_SECONDS)
     if max_retries:
         env.setdefault("PET_MAX_RESTARTS", os.environ.get("PET_MAX_RESTARTS") or str(max_retries))
     env["HILOREC_LAUNCHER_PID"] = str(os.getpid())  # recsys/lifetime.py reads it where processes are torchx's own
-    return dist.ddp(
-        *rest,
-        script=script,
-        m=m,
-        image=image,
-        name=name,
-        h=h,
-        cpu=cpu,
-        gpu=gpu,
-        memMB=memMB,
-        j=j,
-        env=env,
-        max_retries=max_retries,
-        rdzv_port=rdzv_port,
-        rdzv_backend=rdzv_backend,
-        mounts=mounts,
-        debug=debug,
-        tee=tee,
-    )
+    with _refusing():
+        app = dist.ddp(
+            *map(literal, rest),
+            script=script,
+            m=m,
+            image=image,
+            name=name,
+            h=h,
+            cpu=cpu,
+            gpu=gpu,
+            memMB=memMB,
+            j=j,
+            env=env,
+            max_retries=max_retries,
+            rdzv_port=rdzv_port or (_free_port() if dist.parse_nnodes(j)[1] > 1 else _STOCK_PORT),
+            rdzv_backend=rdzv_backend,
+            mounts=mounts,
+            debug=debug,
+            tee=tee,
+        )
+    (role,) = app.roles
+    shallow = {part.name: getattr(role, part.name) for part in dataclasses.fields(role)}
+    return dataclasses.replace(app, roles=[Role(**shallow, on_this_machine=on_this_machine)])
 
 
 def spmd(
@@ -152,13 +173,28 @@ def _target(args: List[str], script: Optional[str], m: Optional[str]) -> tuple[O
     return script, m, args
 
 
-def _threads(j: str, cpu: int, h: Optional[str]) -> str:
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """What TorchX refuses by a traceback (-j, -h, --mounts), as the one exception that it reports as a message."""
+    try:
+        yield
+    except (KeyError, ValueError) as error:
+        raise finder.ComponentValidationException(str(error.args[0] if error.args else error)) from error
+
+
+def _threads(j: str, cpus: int) -> str:
     """Threads per process, so that torchrun need not fall back to one and warn."""
-    if h is not None:
-        cpus = int(specs.resource(h=h).cpu)
-    elif cpu != _STOCK_CPU:
-        cpus = cpu
-    else:
-        cpus = len(os.sched_getaffinity(0))
     _, _, processes, _ = dist.parse_nnodes(j)
     return str(max(1, cpus // processes))
+
+
+def _free_port() -> int:
+    """A port that nothing listens at on this machine, and that hardly another job draws."""
+    for port in random.sample(_PORTS, 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise finder.ComponentValidationException("no free port of 100 between 20000 and 29999; set --rdzv_port")
