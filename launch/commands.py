@@ -23,12 +23,14 @@ class _Command:
         Args:
             args: its arguments
         """
-        threading.excepthook = _told_by_main
+        others, threading.excepthook = threading.excepthook, _told_by_main
         try:
             super().run(args)  # type: ignore[misc]
         except slurm.Refused as error:
             print(f"error: slurm: {error}", file=sys.stderr)
             sys.exit(2)
+        finally:
+            threading.excepthook = others
 
 
 class Cancel(_Command, cmd_cancel.CmdCancel):

@@ -23,6 +23,7 @@ _STATES = {
     **slurm_scheduler.SLURM_STATES,
     "COMPLETING": AppState.RUNNING,
     "CONFIGURING": AppState.PENDING,
+    "EXPEDITING": AppState.PENDING,
     "LAUNCH_FAILED": AppState.FAILED,
     "POWER_UP_NODE": AppState.PENDING,
     "RECONFIG_FAIL": AppState.FAILED,
@@ -33,6 +34,7 @@ _STATES = {
     "SPECIAL_EXIT": AppState.PENDING,
     "STAGE_OUT": AppState.RUNNING,
     "STOPPED": AppState.PENDING,
+    "UPDATE_DB": AppState.RUNNING,
 }
 _FIRST = [AppState.RUNNING, AppState.PENDING, AppState.UNKNOWN, AppState.FAILED, AppState.CANCELLED, AppState.SUCCEEDED]
 """Which state of a part is that of a job: it goes on as long as a part does, and failed if one did."""
@@ -72,6 +74,14 @@ class SlurmScheduler(slurm_scheduler.SlurmScheduler):
     Raises:
         Refused: by any method, where Slurm or its commands are not there, or refuse or do not know what is asked.
     """
+
+    def _submit_dryrun(
+        self, app: specs.AppDef, cfg: slurm_scheduler.SlurmOpts
+    ) -> specs.AppDryRunInfo[slurm_scheduler.SlurmBatchRequest]:
+        info = super()._submit_dryrun(app, cfg)
+        for replica in info.request.replicas.values():
+            replica.srun_opts["open-mode"] = "append"  # a job that is requeued would empty its files
+        return info
 
     def schedule(self, dryrun_info: specs.AppDryRunInfo[slurm_scheduler.SlurmBatchRequest]) -> str:
         """Submit a job.

@@ -58,13 +58,14 @@ configure() {
 		echo "10.78.0.254 head"
 		for ((node = 0; node < nodes; node++)); do echo "10.78.0.$((node + 1)) node$node"; done
 	} >"$cluster/hosts"
-	# Nodes say that they have more CPUs and memory than this machine, so that two jobs fit on each.
+	# Nodes say that they have more CPUs and memory than this machine, so that two jobs fit on each. A requeued job starts
+	# once the credentials of the first start have expired: after 120 s, if they are not told to do so earlier.
 	cat >"$cluster/etc/slurm.conf" <<-END
 		ClusterName=hilorec
 		SlurmctldHost=head
 		SlurmUser=root
 		AuthType=auth/munge
-		AuthInfo=socket=$cluster/munge/socket
+		AuthInfo=socket=$cluster/munge/socket,cred_expire=20
 		StateSaveLocation=$cluster/state
 		SlurmdSpoolDir=$cluster/spool/%n
 		SlurmctldLogFile=$cluster/log/slurmctld.log
