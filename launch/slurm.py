@@ -75,14 +75,6 @@ class SlurmScheduler(slurm_scheduler.SlurmScheduler):
         Refused: by any method, where Slurm or its commands are not there, or refuse or do not know what is asked.
     """
 
-    def _submit_dryrun(
-        self, app: specs.AppDef, cfg: slurm_scheduler.SlurmOpts
-    ) -> specs.AppDryRunInfo[slurm_scheduler.SlurmBatchRequest]:
-        info = super()._submit_dryrun(app, cfg)
-        for replica in info.request.replicas.values():
-            replica.srun_opts["open-mode"] = "append"  # a job that is requeued would empty its files
-        return info
-
     def schedule(self, dryrun_info: specs.AppDryRunInfo[slurm_scheduler.SlurmBatchRequest]) -> str:
         """Submit a job.
 
@@ -91,8 +83,13 @@ class SlurmScheduler(slurm_scheduler.SlurmScheduler):
         """
         request = dryrun_info.request
         place = [f"--chdir={request.job_dir}"] if request.job_dir else []
-        # sbatch prints `number` or, in a federation, `number;cluster`.
-        return _asked([*request.cmd, *place], "the job is refused", request.materialize()).strip().partition(";")[0]
+        told = _asked([*request.cmd, *place], "the job is refused", request.materialize())
+        first = next(iter(request.replicas.values()))
+        partition = first.sbatch_opts.get("partition") or os.environ.get("SBATCH_PARTITION")
+        if 0 < (nodes := _nodes(partition)) < len(request.replicas):
+            # sbatch takes the parts of a heterogeneous job one by one, and none of them is too much.
+            logger.warning("a job of %d nodes waits: its partition has %d", len(request.replicas), nodes)
+        return told.strip().partition(";")[0]  # of `number` or, in a federation, `number;cluster`
 
     def describe(self, app_id: str) -> api.DescribeAppResponse:
         """Tell a job's state, and that of each of its nodes.
@@ -203,6 +200,14 @@ def _parts(job: str) -> List[_Part]:
     if not parts:
         raise Refused(f"there is no job {job}")
     return [part for part in parts if part.job == job]
+
+
+def _nodes(partition: Optional[str]) -> int:
+    """How many nodes a partition has, or that which is taken where none is named; 0 where there is no such."""
+    lines = [line.split("\t") for line in _asked(["sinfo", "--noheader", "--format=%P\t%D"]).splitlines()]
+    return sum(
+        int(nodes) for name, nodes in lines if (name.rstrip("*") == partition if partition else name[-1:] == "*")
+    )
 
 
 def _queue(*which: str) -> List[_Part]:

@@ -2,6 +2,8 @@
 # A Slurm of several nodes on one machine, for the tests of `make test-cluster` and to try things by hand:
 #   slurm.sh up [NODES]            the host `head` (slurmctld, slurmdbd, munge, mariadb) and node0, node1, ...; 2 by default
 #   slurm.sh at HOST COMMAND...    run a command on one of them, as by ssh: slurm.sh at head sinfo
+#   slurm.sh crash HOST            kill all that runs on it, as if it had lost its power
+#   slurm.sh boot HOST             start a node's slurmd again
 #   slurm.sh down                  end it, also what is left of one that crashed, and delete its folder
 # As root, on Debian or Ubuntu with slurm-wlm, slurmdbd, munge, mariadb-server and iproute2.
 #   CLUSTER     the folder with all of its files; /var/tmp/hilorec-slurm by default. Each folder is a cluster of its own
@@ -182,9 +184,14 @@ case "${1:-}" in
 up) up "${@:2}" ;;
 at)
 	(($# > 2)) || fail "usage: slurm.sh at HOST COMMAND..."
-	[[ -e "/run/netns/$prefix-$2" ]] || fail "$cluster has no host $2: slurm.sh up"
+	[[ -e "/run/netns/$prefix-$2" ]] || fail "$cluster has no host $2; slurm.sh up makes it"
 	enter "${@:2}"
 	;;
+crash)
+	# shellcheck disable=SC2046
+	kill -KILL $(ip netns pids "$prefix-${2:?usage: slurm.sh crash HOST}")
+	;;
+boot) daemon "slurmd-${2:?usage: slurm.sh boot HOST}" "$2" slurmd -D -N "$2" ;;
 down) down ;;
-*) fail "usage: slurm.sh up [NODES] | at HOST COMMAND... | down" ;;
+*) fail "usage: slurm.sh up [NODES] | at HOST COMMAND... | crash HOST | boot HOST | down" ;;
 esac

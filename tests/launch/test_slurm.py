@@ -20,6 +20,7 @@ from launch import commands, slurm
 ROOT = Path(__file__).parents[2]
 COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["torchx.cli.cmds"]
 NO_ACCOUNTS = "echo Slurm accounting storage is disabled >&2; exit 1"
+NODES = "printf 'gpu\\t8\\ntrain*\\t2\\n'"
 UNKNOWN = "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1"
 WITHOUT = f"squeue no longer knows job 7, and there is no accounting (sacct says {NO_ACCOUNTS[5:-12].strip()})"
 
@@ -70,18 +71,31 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return line.removeprefix("error: slurm: ")
 
 
-def test_a_job_is_submitted_once_with_what_it_appends_to(say: Callable[..., None], capsys, tmp_path: Path) -> None:
-    say(sbatch="cat > script; echo '7;federation'", squeue=jobs("7|PENDING|Resources||/w|echo-0"))
+def test_a_job_is_submitted_as_torchx_writes_it(say: Callable[..., None], capsys, tmp_path: Path) -> None:
+    say(sinfo=NODES, sbatch="cat > script; echo '7;federation'", squeue=jobs("7|PENDING|Resources||/w|echo-0"))
     assert run("run", "-s", "slurm", "utils.echo", "--msg", "two words") == 0
     assert capsys.readouterr().out.strip() == "slurm://torchx/7"
     script = (tmp_path / "script").read_text()
-    assert script.startswith("#!/bin/bash\n") and "--open-mode=append" in script and "'two words'" in script
+    assert script.startswith("#!/bin/bash\n") and "'two words'" in script
 
 
 def test_a_job_directory_is_where_the_job_runs(say: Callable[..., None], tmp_path: Path) -> None:
-    say(sbatch='echo "$@" > arguments; echo 7', squeue=jobs("7|PENDING|None||/w|echo-0"))
+    say(sinfo=NODES, sbatch='echo "$@" > arguments; echo 7', squeue=jobs("7|PENDING|None||/w|echo-0"))
     assert run("run", "-s", "slurm", "-cfg", "job_dir=/tmp/there", "--workspace", "", "utils.echo") == 0
     assert (tmp_path / "arguments").read_text() == "--parsable --chdir=/tmp/there\n"
+
+
+@pytest.mark.parametrize(("nodes", "cfg", "waits"), [
+    (2, "time=1", False), (3, "time=1", True), (3, "partition=gpu", False), (9, "partition=gpu", True),
+    (3, "partition=of_another_cluster", False),
+])  # fmt: skip
+def test_a_job_of_more_nodes_than_there_are_is_told_to_wait(
+    say: Callable[..., None], caplog, nodes: int, cfg: str, waits: bool
+) -> None:
+    say(sinfo=NODES, sbatch="echo 7", squeue=jobs("7+0|PENDING|None||/w|echo-0"))
+    assert run("run", "-s", "slurm", "-cfg", cfg, "utils.echo", "--num_replicas", str(nodes)) == 0
+    told = f"a job of {nodes} nodes waits: its partition has "
+    assert (told in caplog.text) == waits
 
 
 def test_what_sbatch_refuses_is_one_line(say: Callable[..., None], capsys) -> None:
