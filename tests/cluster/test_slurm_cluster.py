@@ -37,18 +37,18 @@ class Cluster:
     def script(self, *arguments: str, **more: str) -> None:
         subprocess.run([SLURM, *arguments], env={**self.env, **more}, check=True)
 
-    def ask(self, *command: str, at: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    def ask(self, *command: str, at: Path = ROOT, **more: str) -> subprocess.CompletedProcess[str]:
         """Run a command on the head."""
-        done = [SLURM, "at", "head", *command]
-        return subprocess.run(done, env=self.env, cwd=at, capture_output=True, text=True, timeout=300)
+        there, env = [SLURM, "at", "head", *command], {**self.env, **more}
+        return subprocess.run(there, env=env, cwd=at, capture_output=True, text=True, timeout=300)
 
-    def told(self, *command: str, at: Path = ROOT) -> str:
-        done = self.ask(*command, at=at)
+    def told(self, *command: str, at: Path = ROOT, **more: str) -> str:
+        done = self.ask(*command, at=at, **more)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
-    def submit(self, at: Path, *arguments: str) -> "Job":
-        handle = self.told("torchx", "run", "-s", "slurm", *arguments, at=at).strip()
+    def submit(self, at: Path, *arguments: str, **more: str) -> "Job":
+        handle = self.told("torchx", "run", "-s", "slurm", *arguments, at=at, **more).strip()
         assert re.fullmatch(r"slurm://torchx/\d+", handle)
         return Job(self, handle, at)
 
@@ -193,6 +193,21 @@ def test_a_signal_saves_and_requeue_goes_on_to_the_same_bits(
     assert job.state() == "SUCCEEDED"
     assert f"[0]:Resumed from {output}/checkpoints/step-{step}: joint" in job.log()
     check_same(place / output, alone, tmp_path)
+
+
+def test_a_job_goes_on_beyond_its_limit_of_time(
+    cluster: Cluster, place: Path, tmp_path: Path, note: Callable[[str], None]
+) -> None:
+    """Told of its end a minute before, by sbatch's own variable, it saves and is requeued by its script."""
+    cfg = ["-cfg", "time=3"]
+    more = train("limited", "--max_retries", "1", "stages.joint.steps=100000")
+    job = cluster.submit(place, *cfg, *more, SBATCH_SIGNAL="TERM@60")
+    stopped = r"stopped by SIGTERM at step (\d+); run the same command to go on"
+    seconds = await_(lambda: re.search(stopped, job.all()) is not None, 200, job.all)
+    note(f"SBATCH_SIGNAL=TERM@60 with a limit of 3 min: saved after {seconds:.0f} s")
+    (step,) = re.findall(stopped, job.all())
+    await_(lambda: f"Resumed from limited/checkpoints/step-{step}: joint" in job.log(), 200, job.all)
+    job.signal()
 
 
 def test_a_config_that_is_wrong_fails_with_one_line(cluster: Cluster, place: Path) -> None:
