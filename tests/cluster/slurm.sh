@@ -7,13 +7,15 @@
 #   slurm.sh down                  end it, also what is left of one that crashed, and delete its folder
 # As root, on Debian or Ubuntu with slurm-wlm, slurmdbd, munge, mariadb-server and iproute2.
 #   CLUSTER     the folder with all of its files; /var/tmp/hilorec-slurm by default. Each folder is a cluster of its own
+#   BF_INTERVAL seconds between the scheduler's looks at heterogeneous jobs; 2, where Slurm takes 30
 #   ACCOUNTING  "no" leaves out slurmdbd and mariadb, so that sacct knows nothing
 #
-# Hosts are network namespaces with host names, /etc/hosts and /etc/slurm of their own, joined by a switch. Whatever runs in them is the
-# cluster's, and nothing else: addresses and ports are theirs alone, and a Slurm of this machine is neither seen nor touched.
+# Hosts are network namespaces with host names, /etc/hosts and /etc/slurm of their own, joined by a switch. Whatever runs
+# in them is the cluster's, and nothing else: addresses and ports are theirs alone, and a Slurm of this machine is
+# neither seen nor touched.
 set -euo pipefail
 
-cluster=${CLUSTER:-/var/tmp/hilorec-slurm}
+cluster=$(realpath -m "${CLUSTER:-/var/tmp/hilorec-slurm}")
 prefix=hrs$(cksum <<<"$cluster" | cut -d' ' -f1)
 tools="slurmctld slurmd slurmdbd sacctmgr munged mariadbd mariadb-install-db ip unshare"
 
@@ -130,7 +132,6 @@ up() {
 	fi
 	[[ ! -e "$cluster" || -e "$cluster/of-hilorec" ]] || fail "$cluster is there, and no cluster of this script: set CLUSTER"
 	down
-	trap 'status=$?; ((status == 0)) || { cp -r "$cluster/log" "$cluster.log" 2>/dev/null || true; }' EXIT
 	configure "$nodes"
 	for ((node = 0; node < nodes; node++)); do hosts+=("node$node"); done
 	connect "${hosts[@]}"
@@ -179,7 +180,6 @@ for tool in $tools; do
 	command -v "$tool" >/dev/null ||
 		fail "$tool is not installed; on Debian and Ubuntu: apt install slurm-wlm slurmdbd munge mariadb-server iproute2 util-linux"
 done
-[[ "$cluster" == /* ]] || fail "CLUSTER is \"$cluster\"; it must be a full path"
 case "${1:-}" in
 up) up "${@:2}" ;;
 at)
