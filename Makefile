@@ -78,7 +78,7 @@ test-long: $(READY) ## run the long tests: ARGS to pytest
 test-faults: $(READY) ## kill runs 200 times, and hold what they end with: ARGS to tests/faults
 	PYTHONPATH=.:tests python -m faults $(ARGS)
 
-# As root, with what tests/cluster/slurm.sh names; about ten minutes.
+# As root, with what tests/cluster/slurm.sh names; half an hour on two busy cores.
 test-cluster: $(READY) ## run the tests on a real Slurm, which it brings up: ARGS to pytest
 	tests/cluster/slurm.sh up
 	trap 'tests/cluster/slurm.sh down' EXIT; pytest -m cluster $(ARGS)
