@@ -23,18 +23,18 @@ fail() { echo "error: $*" >&2 && exit 1; }
 say() { printf '[%4ds] %s\n' "$SECONDS" "$*"; }
 spaces() { ip netns list | cut -d' ' -f1 | grep "^$prefix-" || true; }
 
-# enter HOST COMMAND...: becomes that command on the host.
+# enter HOST COMMAND...: becomes that command on the host, in a session of its own if `session` is setsid.
 enter() {
 	local host=$1
 	shift
-	exec ip netns exec "$prefix-$host" unshare --uts --mount sh -ec '
+	exec ${session:-} ip netns exec "$prefix-$host" unshare --uts --mount sh -ec '
 		hostname "$1"; mount --bind "$2/hosts" /etc/hosts; mount --bind "$2/etc" /etc/slurm; shift 2; exec "$@"
 	' sh "$host" "$cluster" "$@"
 }
 
-# daemon NAME HOST COMMAND...
+# daemon NAME HOST COMMAND...: started so that Ctrl-C in its terminal does not end it.
 daemon() {
-	local name=$1
+	local name=$1 session=setsid
 	shift
 	(enter "$@") >"$cluster/log/$name.out" 2>&1 </dev/null &
 	disown
