@@ -98,8 +98,8 @@ class Job:
 @pytest.fixture(scope="module")
 def cluster() -> Cluster:
     cluster = Cluster()
-    if cluster.ask("sinfo").returncode:
-        pytest.skip("no cluster is up: tests/cluster/slurm.sh up, or make test-cluster")
+    if cluster.ask("sinfo", "--noheader", "--Node", "--format=%N").stdout.split() != ["node0", "node1"]:
+        pytest.skip("no cluster of two nodes is up: tests/cluster/slurm.sh up, or make test-cluster")
     return cluster
 
 
