@@ -36,7 +36,7 @@ export VIRTUAL_ENV := $(VENV)
 export PATH := $(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup train test test-long test-faults test-image lint format tensorboard doctor lock
+.PHONY: help setup train test test-long test-faults test-cluster test-image lint format tensorboard doctor lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -70,13 +70,18 @@ train: $(READY) ## train: NPROC processes, ARGS to recsys/train.py
 	torchx run -s local_cwd dist.ddp -j 1x$(NPROC) recsys/train.py $(ARGS)
 
 test: $(READY) ## run the tests, all but the long ones: ARGS to pytest
-	pytest -m "not slow" $(ARGS)
+	pytest -m "not slow and not cluster" $(ARGS)
 
 test-long: $(READY) ## run the long tests: ARGS to pytest
 	pytest -m slow $(ARGS)
 
 test-faults: $(READY) ## kill runs 200 times, and hold what they end with: ARGS to tests/faults
 	PYTHONPATH=.:tests python -m faults $(ARGS)
+
+# As root, with what tests/cluster/slurm.sh names; half an hour on two busy cores.
+test-cluster: $(READY) ## run the tests on a real Slurm, which it brings up: ARGS to pytest
+	tests/cluster/slurm.sh up
+	trap 'tests/cluster/slurm.sh down' EXIT; pytest -m cluster $(ARGS)
 
 # As root, with buildah and debootstrap: docs/operations.md says how long, and what it takes of the disk.
 test-image: $(READY) ## build the images without an engine, and use them

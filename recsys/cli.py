@@ -241,9 +241,9 @@ def _is_ours_to_tell(*, caused_by_a_peer: bool) -> bool:
             broke, which that rank is then about to report itself.
     """
     if not _process_group_is_up():
-        # What goes wrong this early goes wrong alike on every rank of a machine. A rank that is still there after the
-        # wait is alone with its failure.
-        if (os.environ.get("LOCAL_RANK") or "0") != "0":  # which may be no number, as the failure then says
+        # What goes wrong this early goes wrong alike on every rank. A rank that is still there after the wait is alone
+        # with its failure, or on another machine than the first and not ended with it.
+        if (os.environ.get("RANK") or "0") != "0":  # which may be no number, as the failure then says
             time.sleep(_PATIENCE_SECONDS)
         return True
     from torch import distributed as dist

@@ -4,12 +4,14 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from ranks import run_module
 from tiny import write_tiny_config, write_tiny_log
 
+from recsys import cli
 from recsys.cli import ArgumentParser
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +86,7 @@ def test_a_terminal_of_ascii_alone_shows_what_it_can() -> None:
 
 BROKEN = """
 import sys
+import time
 import recsys.prepare.__main__ as entry
 def broken(options): raise {error}
 entry._synthetic = broken
@@ -137,6 +140,20 @@ def body():
 if __name__ == "__main__":
     run_entry(body)
 """
+
+
+@pytest.mark.parametrize(
+    ("rank", "waited"), [("0", []), ("1", [cli._PATIENCE_SECONDS]), ("", []), ("first", [cli._PATIENCE_SECONDS])]
+)
+def test_before_ranks_have_met_the_first_of_all_machines_tells_first(
+    monkeypatch: pytest.MonkeyPatch, rank: str, waited: list[float]
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert cli._is_ours_to_tell(caused_by_a_peer=False)
+    assert slept == waited
 
 
 def test_the_first_rank_alone_tells_of_the_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
