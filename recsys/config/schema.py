@@ -10,7 +10,7 @@ import os
 import re
 import zoneinfo
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypedDict, Union
 
 import yaml
 from pydantic import (
@@ -620,7 +620,7 @@ class DenseOptimizerConfig(Section):
     """AdamW for everything replicated but the tables, or Muon for its hidden matrices beside AdamW for the rest.
 
     Both have `weight_decay`, which is decoupled; `eps` and `betas` are AdamW's. `max_grad_norm` is the largest L2 norm
-    of all gradients together, over which they are scaled down to it.
+    of all gradients together, over which they are scaled down to it. `fused` has AdamW take its step in one kernel.
     """
 
     type: Literal["adamw", "muon"] = "adamw"
@@ -628,6 +628,7 @@ class DenseOptimizerConfig(Section):
     max_grad_norm: PositiveFloat | None = None
     eps: PositiveFloat = 1e-8
     betas: tuple[Probability, Probability] = (0.9, 0.999)
+    fused: bool = False
     muon: MuonConfig = MuonConfig()
 
     @model_validator(mode="after")
@@ -742,19 +743,42 @@ class StageConfig(Section):
         return self
 
 
+class ComputeConfig(Section):
+    """How training steps compute the dense arch; evaluation and serving are as they are, in float32.
+
+    `compile` has `torch.compile` make one graph of it, for each phase anew, by which batches of `data.batch_size` rows
+    go. `autocast` has towers multiply in
+    `bfloat16`, parameters, heads, routing and losses staying float32. `tf32` has GPUs round the operands of float32
+    products to TF32.
+    """
+
+    compile: bool = False
+    autocast: Literal["bfloat16"] | None = None
+    tf32: bool = False
+
+
+class MetricLimits(TypedDict):
+    """Of a metric's memory, as `recsys.training.metrics` takes them."""
+
+    exact_examples: int
+    num_bins: int
+
+
 class MetricsConfig(Section):
     """AUC is exact up to `exact_examples` (over all ranks), beyond that binned with a bound on its error reported.
 
-    `by` names columns of the valid and test files whose values' rows have figures of their own.
+    With `train_auc` `binned` that of the log's windows always is. `by` names columns of the valid and test files whose
+    values' rows have figures of their own.
     """
 
     exact_examples: Count = 1 << 22
     num_bins: Annotated[int, Field(ge=2, le=2**26)] = 1 << 16
+    train_auc: Literal["exact", "binned"] = "exact"
     by: tuple[Text, ...] = ()
 
     @property
-    def limits(self) -> dict[str, int]:
-        """Of a metric's memory, as `recsys.training.metrics` takes them."""
+    def limits(self) -> MetricLimits:
+        """Of a metric's memory."""
         return {"exact_examples": self.exact_examples, "num_bins": self.num_bins}
 
     @field_validator("by")
@@ -827,6 +851,7 @@ class Config(Section):
     features: FeaturesConfig
     model: ModelConfig
     optimizers: OptimizersConfig = OptimizersConfig()
+    compute: ComputeConfig = ComputeConfig()
     stages: Annotated[dict[Name, StageConfig], Field(min_length=1)]
     metrics: MetricsConfig = MetricsConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -892,6 +917,15 @@ class Config(Section):
                     "once, which must be below 1; lower one of them"
                     + (", or coupled_every" if sparse.weight_decay_mode == "coupled" else "")
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _batches_are_of_one_size_where_compiled(self) -> Self:
+        if self.compute.compile and self.data.label_null == "skip":
+            raise ValueError(
+                "compute.compile: a graph is of batches of one size, and data.label_null skip leaves each as many rows "
+                "as have a label; set one of them to its default"
+            )
         return self
 
     @model_validator(mode="after")
