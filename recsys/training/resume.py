@@ -29,7 +29,7 @@ _HARMLESS = (
     *_FREE,
     "name",
     *(f"data.{key}" for key in ("train", "valid", "test", "reference", "batch_size", "eval_batch_size")),
-    *(f"tables.*.{key}" for key in ("sharding", "compute_kernel", "min_partition", "init*", "max_norm")),
+    *(f"tables.*.{key}" for key in ("sharding", "compute_kernel", "min_partition", "init*", "max_norm", "data_type")),
     *(
         f"optimizers.*.{key}"
         for key in ("weight_decay*", "coupled_every", "max_*", "eps", "betas", "momentum", "fused")

@@ -209,7 +209,8 @@ def test_towers_multiply_in_bfloat16_in_training_alone(tmp_path: Path, experts: 
 
 def test_a_run_with_all_that_a_cpu_has_is_close_to_a_plain_one(log: Path, tmp_path: Path) -> None:
     keys = ("compute.autocast=bfloat16", "optimizers.dense.fused=true", "metrics.train_auc=binned")
-    summary = train(log, tmp_path / "out", *keys)
+    tables = ("tables.user.data_type=fp16", "compute.qcomms={forward_precision: fp16}")
+    summary = train(log, tmp_path / "out", *keys, *tables)
     assert summary["steps"] == 107
     assert summary["test"]["log_loss"] == pytest.approx(0.65, abs=0.02)
     assert summary["test"]["auc_error"] == 0.0  # that of evaluations is exact
