@@ -36,7 +36,7 @@ export VIRTUAL_ENV := $(VENV)
 export PATH := $(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup train test test-long test-faults test-image lint format tensorboard doctor lock
+.PHONY: help setup train test test-long test-faults test-image test-gpu lint format tensorboard doctor lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -77,6 +77,10 @@ test-long: $(READY) ## run the long tests: ARGS to pytest
 
 test-faults: $(READY) ## kill runs 200 times, and hold what they end with: ARGS to tests/faults
 	PYTHONPATH=.:tests python -m faults $(ARGS)
+
+# On one GPU, in ten minutes at most; docs/gpu.md says what each part is.
+test-gpu: $(READY) ## run all that needs a GPU, tests and benchmarks, and write their pages: ARGS to benchmarks.gpu
+	python -m benchmarks.gpu $(ARGS)
 
 # As root, with buildah and debootstrap: docs/operations.md says how long, and what it takes of the disk.
 test-image: $(READY) ## build the images without an engine, and use them
