@@ -36,7 +36,7 @@ export VIRTUAL_ENV := $(VENV)
 export PATH := $(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup train test test-long test-faults test-cluster test-image lint format tensorboard doctor lock
+.PHONY: help setup train test test-long test-faults test-cluster test-gpu test-image lint format tensorboard doctor lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -82,6 +82,10 @@ test-faults: $(READY) ## kill runs 200 times, and hold what they end with: ARGS 
 test-cluster: $(READY) ## run the tests on a real Slurm, which it brings up: ARGS to pytest
 	tests/cluster/slurm.sh up
 	trap 'tests/cluster/slurm.sh down' EXIT; pytest -m cluster $(ARGS)
+
+# On one GPU, in ten minutes at most; docs/gpu.md says what each part is.
+test-gpu: $(READY) ## run all that needs a GPU, tests and benchmarks, and write their pages: ARGS to benchmarks.gpu
+	python -m benchmarks.gpu $(ARGS)
 
 # As root, with buildah and debootstrap: docs/operations.md says how long, and what it takes of the disk.
 test-image: $(READY) ## build the images without an engine, and use them

@@ -47,6 +47,7 @@ from recsys.prepare.synthetic import write_embedded
 from recsys.runtime import Ranks, once_on_each_machine, process_group
 from recsys.sharding.shard import ShardedRanker, shard
 from recsys.training.averages import Averages
+from recsys.training.compute import begin_computing
 from recsys.training.metrics import BinaryMetrics
 from recsys.training.optimizers import PhaseOptimizers, begin_phase
 from recsys.training.progress import Progress
@@ -75,6 +76,18 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "coupled decay": ("optimizers.sparse={weight_decay: 1e-6, weight_decay_mode: coupled}",),
 }
 """What is tried on the dense tower, by name; batch norm only where the config has one tower."""
+
+ON_GPU: dict[str, tuple[str, ...]] = {
+    "fused AdamW": ("optimizers.dense.fused=true",),
+    "bfloat16": ("compute.autocast=bfloat16",),
+    "TF32": ("compute.tf32=true",),
+    "compiled": ("compute.compile=true",),
+    "compiled, bfloat16, fused AdamW": (
+        "compute={compile: true, autocast: bfloat16}",
+        "optimizers.dense.fused=true",
+    ),
+}
+"""The same, tried on GPUs alone."""
 REPLACED = "replaced tower"
 """The case of `model.replaces`."""
 
@@ -156,6 +169,7 @@ def _cases(config: Config, dense: Callable[..., Config], ranks: Ranks) -> list[C
 
     plain, with_experts = dense(), case("HiLoMoE", config)
     options = OPTIONS if plain.model.tower else {name: of for name, of in OPTIONS.items() if name != "batch norm"}
+    options = options | (ON_GPU if ranks.device.type == "cuda" else {})
     cases = [
         case("dense tower", plain),
         *(case(name, dense(*overrides)) for name, overrides in options.items()),
@@ -227,6 +241,7 @@ class _Stream:
 def _turn(case: Case, stream: _Stream, ranks: Ranks, steps: int) -> dict[str, float]:
     """Measure a case: seconds per step, whole and in parts, over all ranks; a collective call."""
     sharded = case.sharded
+    begin_computing(case.config.compute, ranks.device)
     stage = begin_phase(sharded, case.dense_arch, case.config, case.stage, num_steps=WARM_UP + steps)
     sharded.ranker.train()
     progress = Progress()
@@ -363,7 +378,11 @@ def _report(
         return median(a[figure] / b[figure] for a, b in zip(turns[name], turns[other], strict=True))
 
     ratios = {
-        **{f"step with {name} / dense step": ratio(name, "dense tower", "step") for name in OPTIONS if name in turns},
+        **{
+            f"step with {name} / dense step": ratio(name, "dense tower", "step")
+            for name in turns
+            if name in OPTIONS | ON_GPU
+        },
         "HiLoMoE step / dense step": ratio("HiLoMoE, joint", "dense tower", "step"),
         "experts stage / joint stage": ratio("HiLoMoE, experts", "HiLoMoE, joint", "step"),
         "backbone stage / joint stage": ratio("HiLoMoE, backbone", "HiLoMoE, joint", "step"),

@@ -153,9 +153,20 @@ def is_told_to_be_first() -> bool:
     return told_place().rank == 0
 
 
-def set_precision() -> None:
-    """Compute in float32 throughout: matrix products of float32 are not rounded to fewer bits on the way."""
-    torch.set_float32_matmul_precision("highest")
+def set_precision(*, tf32: bool = False) -> None:
+    """Compute in float32 throughout: matrix products of float32 are not rounded on the way, or by GPUs to TF32."""
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute in float32 throughout within the block, whatever steps are computed in."""
+    before = torch.get_float32_matmul_precision()
+    set_precision()
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def once_on_each_machine(ranks: Ranks, action: Callable[[], object]) -> None:

@@ -10,7 +10,7 @@ import os
 import re
 import zoneinfo
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypedDict, Union
 
 import yaml
 from pydantic import (
@@ -59,6 +59,7 @@ WHOLE_ROWS = ("table_wise", "row_wise", "table_row_wise")
 """Sharding types that keep the columns of a row together, on one rank."""
 Salt = Seed
 ComputeKernel = Literal["dense", "fused", "fused_uvm", "fused_uvm_caching"]
+DataType = Literal["fp32", "fp16", "bf16"]
 
 
 MAX_NUM_EMBEDDINGS = 2**40
@@ -84,7 +85,8 @@ class TableConfig(Section):
     `embedding_dim` must divide by 4 (fbgemm's kernels read vectors of four floats). `sharding` and `compute_kernel`
     restrict the planner, null leaves it free; `min_partition` is the least width of a column-wise shard. `init` is how
     weights are drawn at the beginning. `max_norm` is the largest L2 norm with which training looks a row up; a row of a
-    larger one is scaled down to it, as torch's `nn.Embedding` does, for which all its columns lie together.
+    larger one is scaled down to it, as torch's `nn.Embedding` does, for which all its columns lie together. `data_type`
+    is what weights are stored in; their optimizer's state, pooling and gradients are float32.
     """
 
     num_embeddings: Annotated[int, Field(gt=0, le=MAX_NUM_EMBEDDINGS)]
@@ -95,6 +97,7 @@ class TableConfig(Section):
     compute_kernel: ComputeKernel | None = None
     min_partition: Annotated[int, Field(gt=0, le=2**16, multiple_of=4)] | None = None
     max_norm: PositiveFloat | None = None
+    data_type: DataType = "fp32"
 
     @property
     def data_parallel(self) -> bool:
@@ -107,6 +110,11 @@ class TableConfig(Section):
             raise ValueError(
                 "sharding mixes data_parallel with sharded types, which have different optimizers; "
                 "write [data_parallel] alone or leave it out"
+            )
+        if self.data_parallel and self.data_type != "fp32":
+            raise ValueError(
+                f"data_type {self.data_type} is for tables with a fused optimizer, and sharding is [data_parallel]; "
+                "set it to fp32, or change sharding"
             )
         if (self.compute_kernel == "dense") != self.data_parallel and self.compute_kernel is not None:
             raise ValueError("compute_kernel dense goes with sharding [data_parallel], and only with it")
@@ -121,6 +129,8 @@ class TableConfig(Section):
                 f"max_norm needs whole rows and a fused optimizer, which sharding {', '.join(lacking)} does not have; "
                 f"take {', '.join(WHOLE_ROWS)}, or leave max_norm out"
             )
+        if self.data_type != "fp32":
+            raise ValueError(f"max_norm does not go with data_type {self.data_type}; leave one of them out")
         if self.compute_kernel == "fused_uvm_caching":
             raise ValueError("max_norm does not go with compute_kernel fused_uvm_caching; take fused or fused_uvm")
         return self
@@ -620,7 +630,7 @@ class DenseOptimizerConfig(Section):
     """AdamW for everything replicated but the tables, or Muon for its hidden matrices beside AdamW for the rest.
 
     Both have `weight_decay`, which is decoupled; `eps` and `betas` are AdamW's. `max_grad_norm` is the largest L2 norm
-    of all gradients together, over which they are scaled down to it.
+    of all gradients together, over which they are scaled down to it. `fused` has AdamW take its step in one kernel.
     """
 
     type: Literal["adamw", "muon"] = "adamw"
@@ -628,6 +638,7 @@ class DenseOptimizerConfig(Section):
     max_grad_norm: PositiveFloat | None = None
     eps: PositiveFloat = 1e-8
     betas: tuple[Probability, Probability] = (0.9, 0.999)
+    fused: bool = False
     muon: MuonConfig = MuonConfig()
 
     @model_validator(mode="after")
@@ -742,19 +753,63 @@ class StageConfig(Section):
         return self
 
 
+class QCommsConfig(Section):
+    """Formats in which ranks send one another pooled embeddings (`forward`) and their gradients (`backward`).
+
+    `backward_loss_scale` is what gradients are multiplied by on the way, for those too small for fp16.
+    """
+
+    forward_precision: DataType = "fp32"
+    backward_precision: DataType = "fp32"
+    backward_loss_scale: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _scales_what_needs_it(self) -> Self:
+        if self.backward_loss_scale is not None and self.backward_precision != "fp16":
+            raise ValueError(
+                "backward_loss_scale is for backward_precision fp16, and it is "
+                f"{self.backward_precision}; leave one of them out"
+            )
+        return self
+
+
+class ComputeConfig(Section):
+    """How training steps compute the dense arch and send embeddings; evaluation and serving compute in float32.
+
+    `compile` has `torch.compile` make one graph of it, for each phase anew, by which batches of `data.batch_size` rows
+    go. `autocast` has towers multiply in
+    `bfloat16`, parameters, heads, routing and losses staying float32. `tf32` has GPUs round the operands of float32
+    products to TF32. `qcomms` is what sharded tables send pooled embeddings and gradients in, null being float32.
+    """
+
+    compile: bool = False
+    autocast: Literal["bfloat16"] | None = None
+    tf32: bool = False
+    qcomms: QCommsConfig | None = None
+
+
+class MetricLimits(TypedDict):
+    """Of a metric's memory, as `recsys.training.metrics` takes them."""
+
+    exact_examples: int
+    num_bins: int
+
+
 class MetricsConfig(Section):
     """AUC is exact up to `exact_examples` (over all ranks), beyond that binned with a bound on its error reported.
 
-    `by` names columns of the valid and test files whose values' rows have figures of their own.
+    With `train_auc` `binned` that of the log's windows always is. `by` names columns of the valid and test files whose
+    values' rows have figures of their own.
     """
 
     exact_examples: Count = 1 << 22
     num_bins: Annotated[int, Field(ge=2, le=2**26)] = 1 << 16
+    train_auc: Literal["exact", "binned"] = "exact"
     by: tuple[Text, ...] = ()
 
     @property
-    def limits(self) -> dict[str, int]:
-        """Of a metric's memory, as `recsys.training.metrics` takes them."""
+    def limits(self) -> MetricLimits:
+        """Of a metric's memory."""
         return {"exact_examples": self.exact_examples, "num_bins": self.num_bins}
 
     @field_validator("by")
@@ -827,6 +882,7 @@ class Config(Section):
     features: FeaturesConfig
     model: ModelConfig
     optimizers: OptimizersConfig = OptimizersConfig()
+    compute: ComputeConfig = ComputeConfig()
     stages: Annotated[dict[Name, StageConfig], Field(min_length=1)]
     metrics: MetricsConfig = MetricsConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -892,6 +948,28 @@ class Config(Section):
                     "once, which must be below 1; lower one of them"
                     + (", or coupled_every" if sparse.weight_decay_mode == "coupled" else "")
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_that_change_are_float32(self) -> Self:
+        average = self.optimizers.average
+        swept = "optimizers.average.tables sweep" if average and average.tables == "sweep" else None
+        if changes := self.optimizers.changes_rows or swept:
+            for name, table in self.tables.items():
+                if table.data_type != "fp32":
+                    raise ValueError(
+                        f"tables.{name}.data_type: {table.data_type} would lose what {changes} adds at a step; set it "
+                        "to fp32, or leave that out"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _batches_are_of_one_size_where_compiled(self) -> Self:
+        if self.compute.compile and self.data.label_null == "skip":
+            raise ValueError(
+                "compute.compile: a graph is of batches of one size, and data.label_null skip leaves each as many rows "
+                "as have a label; set one of them to its default"
+            )
         return self
 
     @model_validator(mode="after")

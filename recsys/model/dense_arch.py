@@ -86,11 +86,13 @@ class DenseArch(nn.Module):
 
     Attributes:
         domain_adaptation: of the linears that adapt to domains, None where none does.
+        autocast: what towers multiply in, in training only, parameters and heads being float32; None for float32, too.
     """
 
     tower: Tower
     head: nn.Linear
     domain_adaptation: DomainAdaptation | None
+    autocast: torch.dtype | None
 
     def __init__(
         self,
@@ -101,7 +103,7 @@ class DenseArch(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding_dropout = embedding_dropout
-        self.domain_adaptation = None
+        self.domain_adaptation, self.autocast = None, None
         self.dense_projection = nn.Linear(num_dense_features, dense_dim) if num_dense_features else None
         self._has_paths = len(towers) > 1
         if self._has_paths:
@@ -152,11 +154,22 @@ class DenseArch(nn.Module):
     def _logits(self, x: Tensor) -> Tensor:
         """Of each tower, (P, B), from what all read, (B, W)."""
         if not self._has_paths:
-            alone: Tensor = self.head(self.tower(x))
+            alone: Tensor = self.head(self._through(self.tower, x))
             return alone.t()
         # A view for each path: if one of them copies a request's context into all rows, the others need not.
-        each = [head(path(x[:, :])).squeeze(-1) for path, head in zip(self.paths, self.heads, strict=True)]
+        each = [
+            head(self._through(path, x[:, :])).squeeze(-1) for path, head in zip(self.paths, self.heads, strict=True)
+        ]
         return torch.stack(each)
+
+    def _through(self, tower: nn.Module, x: Tensor) -> Tensor:
+        """What a tower makes of (B, W), in the precision of x."""
+        if self.autocast is None or not self.training:
+            out: Tensor = tower(x)
+            return out
+        with torch.autocast(x.device.type, self.autocast):
+            out = tower(x)
+        return out.to(x.dtype)
 
 
 def logit_of_mean(logits: Tensor) -> Tensor:

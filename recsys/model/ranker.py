@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
+from torchrec.modules.embedding_configs import DataType
 
 from recsys.config import Config, ConfigError, ModelConfig
 from recsys.data.batch import Batch
@@ -146,6 +147,7 @@ def build_ranker(config: Config, *, seed: int, device: torch.device | None = Non
             embedding_dim=table.embedding_dim,
             feature_names=[feature for feature, f in config.features.sparse.items() if f.table == name],
             pooling=PoolingType.SUM,
+            data_type=DataType[table.data_type.upper()],
         )
         for name, table in config.tables.items()
     ]

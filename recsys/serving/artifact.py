@@ -264,7 +264,7 @@ def _held(directory: Path) -> list[str]:
 def _stored_blocks(saved: PendingRows, name: str, precision: Precision) -> Iterator[Tensor]:
     for rows in blocks(saved.reader.shape(name)[0]):
         try:
-            yield stored(saved.read(name, rows), precision)
+            yield stored(saved.read(name, rows).float(), precision)
         except OverflowError as error:
             raise ArtifactError(f"{name} has {error}; keep the tables in a higher precision") from None
 

@@ -31,9 +31,10 @@ class Beside:
     """What is beside a table's weights, of which TorchRec's estimate knows nothing where optimizers are fused.
 
     Attributes:
-        kept: optimizer state and averages as multiples of the weights.
+        kept: optimizer state and averages as multiples of the weights, were they float32.
         row_bytes: more of these for each row of a shard, however wide it is.
         gradients: as multiples of the weights.
+        itemsize: bytes of a weight.
         is_copied: whether host memory holds weights and what is kept of them once more, while a checkpoint is written.
     """
 
@@ -41,6 +42,7 @@ class Beside:
     row_bytes: int
     gradients: int
     is_copied: bool
+    itemsize: int = torch.float32.itemsize
 
     @classmethod
     def of(cls, table: TableConfig, config: Config) -> "Beside":
@@ -52,14 +54,15 @@ class Beside:
         if not table.data_parallel:
             keeps_steps = optimizers.changes_rows or any(one.max_norm is not None for one in config.tables.values())
             row_bytes = _ROW_BYTES * ((optimizer == "rowwise_adagrad") + bool(keeps_steps))
-        return cls(_STATE[optimizer] + averaged, row_bytes, int(table.data_parallel), config.checkpoints.asynchronous)
+        kept, gradients = _STATE[optimizer] + averaged, int(table.data_parallel)
+        return cls(kept, row_bytes, gradients, config.checkpoints.asynchronous, itemsize(table))
 
     def add_to(self, option: ShardingOption, device: str) -> None:
         """Add it to the estimate of each shard."""
         for shard in option.shards:
             rows, columns = shard.size
-            weights = rows * columns * torch.float32.itemsize
-            kept = self.kept * weights + self.row_bytes * rows
+            weights = rows * columns * self.itemsize
+            kept = self.kept * rows * columns * torch.float32.itemsize + self.row_bytes * rows
             more = Storage(hbm=0, ddr=weights + kept if self.is_copied else 0)
             here = kept + self.gradients * weights
             if device == "cpu" or option.compute_kernel in ON_HOST:
@@ -67,6 +70,11 @@ class Beside:
             else:
                 more.hbm += here
             shard.storage = more if shard.storage is None else shard.storage + more
+
+
+def itemsize(table: TableConfig) -> int:
+    """Bytes of a weight of a table."""
+    return {"fp32": 4, "fp16": 2, "bf16": 2}[table.data_type]
 
 
 def by_table(options: Iterable[ShardingOption]) -> dict[str, list[ShardingOption]]:

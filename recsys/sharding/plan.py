@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -19,7 +18,7 @@ from recsys.config import WHOLE_ROWS, ConfigError, TableConfig
 from recsys.model.names import table_key, table_name
 from recsys.runtime import Ranks
 from recsys.sharding.machine import Machine, this_machine
-from recsys.sharding.memory import ON_HOST, Beside, Options, by_table, memory_by_rank, why_nothing_fits
+from recsys.sharding.memory import ON_HOST, Beside, Options, by_table, itemsize, memory_by_rank, why_nothing_fits
 
 _CPU_SHARDING = ("table_wise", "column_wise")
 _GPU_SHARDING = (*_CPU_SHARDING, "row_wise", "table_row_wise", "table_column_wise")
@@ -152,13 +151,16 @@ def _check_constraints(tables: Mapping[str, TableConfig], *, on_cpu: bool) -> No
             raise ConfigError(
                 f"tables.{name}.compute_kernel: {table.compute_kernel} needs GPUs; on a CPU there are dense and fused"
             )
+        if table.data_type == "bf16":
+            raise ConfigError(f"tables.{name}.data_type: bf16 needs GPUs; on a CPU fbgemm has fp32 and fp16")
 
 
 def possible_on_cpu(table: TableConfig) -> TableConfig:
-    """A table without those of its constraints that only GPUs can meet."""
+    """A table without what only GPUs can do: in float32 where it was in bfloat16, which is exact."""
     sharding = tuple(kind for kind in table.sharding or () if kind in _ON_CPU)
     kernel = None if table.compute_kernel in ON_HOST else table.compute_kernel
-    return table.model_copy(update={"sharding": sharding or None, "compute_kernel": kernel})
+    data_type = "fp32" if table.data_type == "bf16" else table.data_type
+    return table.model_copy(update={"sharding": sharding or None, "compute_kernel": kernel, "data_type": data_type})
 
 
 class _Enumerator(EmbeddingEnumerator):
@@ -239,7 +241,7 @@ def plan_rows(plan: ShardingPlan, tables: Mapping[str, TableConfig]) -> list[dic
         sharding: ParameterSharding = shardings[table_key(name)]
         shards = getattr(sharding.sharding_spec, "shards", None)
         replicas = 1 if shards else len(sharding.ranks or [])
-        mebibytes = table.num_embeddings * table.embedding_dim * torch.float32.itemsize * replicas / 2**20
+        mebibytes = table.num_embeddings * table.embedding_dim * itemsize(table) * replicas / 2**20
         rows.append(
             {
                 "table": name,

@@ -26,11 +26,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbeddingBag
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, get_qcomm_codecs_registry
+from torchrec.distributed.fbgemm_qcomm_codec import QCommsConfig as TorchRecQCommsConfig
 from torchrec.distributed.shard import shard as torchrec_shard
-from torchrec.distributed.types import ShardingEnv, ShardingPlan
+from torchrec.distributed.types import QuantizedCommCodecs, ShardingEnv, ShardingPlan
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
-from recsys.config import Config, ConfigError, DataParallelOptimizerConfig, SparseOptimizerConfig, TableConfig
+from recsys.config import (
+    Config,
+    ConfigError,
+    DataParallelOptimizerConfig,
+    QCommsConfig,
+    SparseOptimizerConfig,
+    TableConfig,
+)
 from recsys.model.names import table_key, table_name
 from recsys.model.ranker import Ranker
 from recsys.runtime import Ranks
@@ -112,23 +121,21 @@ def shard(
     return sharded
 
 
-def shard_to_read(ranker: Ranker, config: Config, ranks: Ranks) -> ShardedRanker:
-    """Place a ranker whose weights are loaded and no longer trained; a collective call.
+def to_read(config: Config, device: torch.device) -> Config:
+    """The config of a ranker whose weights are loaded and no longer trained, as far as `shard` reads it.
 
-    Its tables keep no state of an optimizer. On a CPU, what their constraints have that only GPUs can do is left out:
-    where a model was trained is nothing that it says.
-
-    Raises:
-        ConfigError: tables that do not fit.
+    Its tables keep no state of an optimizer, and send embeddings as they are. On a CPU, what the tables have that only
+    GPUs can do is left out: where a model was trained is nothing that it says.
     """
     sgd = SparseOptimizerConfig(type="sgd")
     optimizers = config.optimizers.model_copy(update={"sparse": sgd, "average": None})
     tables = config.tables
-    if ranks.device.type == "cpu":
+    if device.type == "cpu":
         tables = {name: possible_on_cpu(table) for name, table in tables.items()}
     checkpoints = config.checkpoints.model_copy(update={"asynchronous": False})
-    update = {"tables": tables, "optimizers": optimizers, "checkpoints": checkpoints}
-    return shard(ranker, config.model_copy(update=update), ranks, seed=0)
+    compute = config.compute.model_copy(update={"qcomms": None})
+    update = {"tables": tables, "optimizers": optimizers, "checkpoints": checkpoints, "compute": compute}
+    return config.model_copy(update=update)
 
 
 def _rows(ranker: Ranker, config: Config, plan: ShardingPlan, device: torch.device) -> Rows:
@@ -249,7 +256,10 @@ def plan_tables(
         ids_per_example: mean number of ids of sparse features, where it is known; 1 is assumed of all others.
         machine: what each machine has; None for what this one has.
     """
-    sharder = EmbeddingBagCollectionSharder(fused_params=_fused_params(config.optimizers.sparse, ranks.device))
+    sharder = EmbeddingBagCollectionSharder(
+        fused_params=_fused_params(config.optimizers.sparse, ranks.device),
+        qcomm_codecs_registry=_codecs(config.compute.qcomms, ranks.device),
+    )
     lengths: dict[str, list[float]] = {name: [] for name in config.tables}
     for feature, settings in config.features.sparse.items():
         lengths[settings.table].append((ids_per_example or {}).get(feature, 1.0))
@@ -290,6 +300,22 @@ def _fused_params(config: SparseOptimizerConfig, device: torch.device) -> dict[s
     if config.type == "adam":
         params["beta1"], params["beta2"] = config.betas
     return params
+
+
+def _codecs(config: QCommsConfig | None, device: torch.device) -> dict[str, QuantizedCommCodecs] | None:
+    """What makes of pooled embeddings and their gradients what ranks send; None where they go as they are."""
+    if config is None:
+        return None
+    if device.type == "cpu" and "bf16" in (config.forward_precision, config.backward_precision):
+        # TorchRec would take fp16 in its place, with a warning.
+        raise ConfigError("compute.qcomms: gloo sends no bf16, and this run is on a CPU; take fp16 or fp32")
+    settings = TorchRecQCommsConfig(
+        CommType(config.forward_precision),
+        CommType(config.backward_precision),
+        backward_loss_scale=config.backward_loss_scale,
+    )
+    codecs: dict[str, QuantizedCommCodecs] | None = get_qcomm_codecs_registry(settings, device=device)
+    return codecs
 
 
 def _data_parallel_optimizer(

@@ -44,8 +44,9 @@ from recsys.sharding.shard import (
     forget_cached_rows,
     local_parts,
     set_steps_counted,
-    shard_to_read,
+    shard,
     steps_counted,
+    to_read,
 )
 from recsys.training import reshard
 
@@ -381,9 +382,10 @@ def load_ranker(directory: Path, config: Config, ranks: Ranks) -> Ranker:
         CheckpointError: as `load_model`.
         ConfigError: the model does not fit these ranks.
     """
+    config = to_read(config, ranks.device)
     ranker = build_ranker(config, seed=0)
     dense_arch = ranker.dense_arch
-    load_model(directory, shard_to_read(ranker, config, ranks), dense_arch)
+    load_model(directory, shard(ranker, config, ranks, seed=0), dense_arch)
     return ranker
 
 

@@ -38,7 +38,12 @@ def build_dense_optimizer(
     optimizers = []
     if by_adamw:
         adamw = torch.optim.AdamW(
-            _groups(by_adamw, up), lr=0.0, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+            _groups(by_adamw, up),
+            lr=0.0,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=settings.fused or None,  # None leaves torch's own choice, False would take it away
         )
         optimizers.append(KeyedOptimizerWrapper(by_adamw, lambda _: adamw))
     if by_muon:

@@ -19,7 +19,7 @@ from recsys.data.parquet import ParquetShards
 from recsys.data.splits import eval_order, open_loader, open_splits
 from recsys.model.ranker import Ranker, RankerOutput
 from recsys.prepare.synthetic import require_embedded
-from recsys.runtime import Ranks, once_on_each_machine, process_group
+from recsys.runtime import Ranks, full_precision, once_on_each_machine, process_group
 from recsys.terminal import console, say, table
 from recsys.training.by_column import ByColumns, GroupFigures, check_columns, told_by_column
 from recsys.training.by_domain import domain_line, domain_rows
@@ -123,6 +123,7 @@ def evaluate_checkpoint(
         return results
 
 
+@full_precision()
 @torch.no_grad()
 def evaluate(
     ranker: Ranker,

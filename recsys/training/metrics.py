@@ -129,11 +129,14 @@ class BinaryMetrics:
     Args:
         exact_examples: limit of the exact AUC; each rank keeps at most this many scores and labels (8 bytes each).
         num_bins: bins beyond it.
+        exact: False has the AUC always be that of the bins: these are summed over ranks, and no score leaves the rank,
+            nor its device, where examples are kept until figures are asked for.
     """
 
-    def __init__(self, *, exact_examples: int = 1 << 22, num_bins: int = 1 << 16) -> None:
+    def __init__(self, *, exact_examples: int = 1 << 22, num_bins: int = 1 << 16, exact: bool = True) -> None:
         self._exact_examples = exact_examples
         self._num_bins = num_bins
+        self._exact = exact
         self.reset()
 
     def reset(self) -> None:
@@ -187,7 +190,7 @@ class BinaryMetrics:
         return _figures(positives, predicted, loss, int(examples), auc, error)
 
     def _auc(self, examples: int) -> tuple[float | None, float]:
-        return self._exact_auc() if examples <= self._exact_examples else self._binned_auc()
+        return self._exact_auc() if self._exact and examples <= self._exact_examples else self._binned_auc()
 
     def _exact_auc(self) -> tuple[float | None, float]:
         """Every score goes to rank 0, which tells the result."""
@@ -203,16 +206,17 @@ class BinaryMetrics:
     def _binned_auc(self) -> tuple[float | None, float]:
         self._bin_kept()
         assert self._bins is not None
-        bins = self._bins.cpu()
-        dist.all_reduce(bins)
-        negatives, positives = bins.numpy()
+        bins = self._bins.clone()
+        dist.all_reduce(bins)  # integers, whose sum is the same on any device, in any order
+        negatives, positives = bins.cpu().numpy()
         return _auc(negatives, positives)
 
     def _bin_kept(self) -> None:
         if self._bins is None:
             device = self._kept[0][0].device if self._kept else None
             self._bins = torch.zeros(2 * self._num_bins, dtype=torch.int64, device=device).view(2, -1)
-        for logits, labels in self._kept:
+        if self._kept:
+            logits, labels = (torch.cat(of) for of in zip(*self._kept, strict=True))
             index = _bin(logits, self._num_bins) + labels.long() * self._num_bins
             self._bins.view(-1).scatter_add_(0, index, torch.ones_like(index))
         self._kept = []

@@ -302,6 +302,8 @@ class Monitor:
             value = getattr(metrics, figure)
             if value is not None:
                 self._writer.add_scalar(f"{split}/{figure}", value, step)
+        if metrics.auc_error:
+            self._writer.add_scalar(f"{split}/auc_error", metrics.auc_error, step)
 
 
 def _drop_evaluations(path: Path, first_step: int) -> None:

@@ -14,6 +14,7 @@ from recsys.config import Config, ConfigError, MoEMLoRAConfig, StageConfig
 from recsys.model.experts import DOMAIN_EXPERTS, GATE, domain_adaptation, expert_layers, parameter_groups
 from recsys.sharding.rows import Rows
 from recsys.sharding.shard import ShardedRanker
+from recsys.training.compute import as_computed
 from recsys.training.dense_optimizer import UP_PROJECTIONS, build_dense_optimizer
 from recsys.training.schedules import schedule_factor
 
@@ -182,10 +183,11 @@ def begin_phase(
             parameter.grad = None
     ranker.embeddings_frozen = TABLES not in phase.trains
     ranker.loss_weights = settings.loss_weights
-    ranker.dense_arch = DistributedDataParallel(dense_arch, gradient_as_bucket_view=True)
+    computed = as_computed(dense_arch, config.compute, config.data.batch_size)
+    ranker.dense_arch = DistributedDataParallel(computed, gradient_as_bucket_view=True)
     # They are statistics that all ranks work out alike. As an argument, torch 2.13 warns of it; 2.11 has no other.
     ranker.dense_arch.broadcast_buffers = False
-    _settle_buckets(ranker.dense_arch, config, settings)
+    _settle_buckets(ranker.dense_arch, config, settings, pools_with_graph=not ranker.embeddings_frozen)
     return _optimizers(sharded, dense_arch, config, settings, num_steps)
 
 
@@ -203,7 +205,9 @@ def settle_gate(dense_arch: nn.Module, phase: Phase) -> None:
         adaptation.gated.fill_(False)
 
 
-def _settle_buckets(dense_arch: DistributedDataParallel, config: Config, stage: StageConfig) -> None:
+def _settle_buckets(
+    dense_arch: DistributedDataParallel, config: Config, stage: StageConfig, *, pools_with_graph: bool
+) -> None:
     """Have DDP order its buckets now, as it does after its first backward.
 
     The order decides in which order gradients are summed over three ranks or more. A run that is resumed has a new DDP,
@@ -212,8 +216,11 @@ def _settle_buckets(dense_arch: DistributedDataParallel, config: Config, stage: 
     device = next(dense_arch.parameters()).device
     width = sum(config.embedding_dims.values())
     buffers = [(buffer, buffer.clone()) for buffer in dense_arch.buffers()]  # which zeros must not move
-    inputs = (torch.zeros(2, width, device=device), torch.zeros(2, len(config.features.dense), device=device))
-    domain = torch.zeros(2, dtype=torch.int64, device=device)
+    # As a step's, where they are compiled: here they are compiled for it.
+    rows = config.data.batch_size if config.compute.compile else 2
+    pooled = torch.zeros(rows, width, device=device, requires_grad=config.compute.compile and pools_with_graph)
+    inputs = (pooled, torch.zeros(rows, len(config.features.dense), device=device))
+    domain = torch.zeros(rows if config.data.domain else 0, dtype=torch.int64, device=device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # of which dropout draws
         logits, losses, paths, _ = dense_arch(*inputs, domain, stage.loss_weights)
         ((logits if paths is None else paths).sum() + sum(losses.values())).backward()

@@ -19,6 +19,7 @@ _FREE = (
     "logging.*",
     "checkpoints.*",
     "metrics.by",
+    "metrics.train_auc",
     "data.reader_threads",
     "data.prefetch_batches",
 )
@@ -28,9 +29,13 @@ _HARMLESS = (
     *_FREE,
     "name",
     *(f"data.{key}" for key in ("train", "valid", "test", "reference", "batch_size", "eval_batch_size")),
-    *(f"tables.*.{key}" for key in ("sharding", "compute_kernel", "min_partition", "init*", "max_norm")),
-    *(f"optimizers.*.{key}" for key in ("weight_decay*", "coupled_every", "max_*", "eps", "betas", "momentum")),
+    *(f"tables.*.{key}" for key in ("sharding", "compute_kernel", "min_partition", "init*", "max_norm", "data_type")),
+    *(
+        f"optimizers.*.{key}"
+        for key in ("weight_decay*", "coupled_every", "max_*", "eps", "betas", "momentum", "fused")
+    ),
     "optimizers.average*",
+    "compute.*",
     *(f"stages.*.{key}" for key in ("epochs", "steps", "*learning_rate", "schedule*", "warmup_steps", "*_weight")),
     *(f"stages.*.{key}" for key in ("patience", "plateau*", "monitor")),
     "metrics.*",

@@ -50,6 +50,7 @@ from recsys.training.checkpoint import (
     together,
     verified,
 )
+from recsys.training.compute import begin_computing
 from recsys.training.counts import by_kind, in_words
 from recsys.training.dense_optimizer import check_dense_optimizer
 from recsys.training.domain_rows import DomainRows
@@ -84,6 +85,7 @@ def train(config: Config) -> dict[str, Any]:
     # Before the ranks meet: who cannot have the directory need not read data first.
     output = OutputDirectory(Path(config.output_dir), enabled=is_told_to_be_first())
     with output, process_group(config.device, config.rank_timeout_seconds) as ranks:
+        begin_computing(config.compute, ranks.device)
         once_on_each_machine(ranks, partial(write_embedded, config))
         splits = open_splits(config, config.data.splits, also=config.metrics.by)
         check_labels(config, splits, ranks)

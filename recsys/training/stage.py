@@ -275,7 +275,7 @@ class PhaseTrainer:
     def _new_figures(self) -> EpochFigures:
         domain = self._config.data.domain
         routing = RoutingStatistics(self._dense_arch, num_domains=len(domain.labels) if domain else 0)
-        return EpochFigures(Window(BinaryMetrics(**self._config.metrics.limits), 0.0), routing)
+        return EpochFigures(Window(self._window_metrics(), 0.0), routing)
 
     def _step(self, batches: _Taken, examples: int, figures: EpochFigures) -> None:
         """One optimizer step, forward and backward, on the next batch."""
@@ -315,7 +315,11 @@ class PhaseTrainer:
         return every_steps is not None and self._progress.phase_steps % every_steps == 0
 
     def _window(self, loader: Loader) -> Window:
-        return Window(BinaryMetrics(**self._config.metrics.limits), loader.wait_seconds)
+        return Window(self._window_metrics(), loader.wait_seconds)
+
+    def _window_metrics(self) -> BinaryMetrics:
+        metrics = self._config.metrics
+        return BinaryMetrics(**metrics.limits, exact=metrics.train_auc == "exact")
 
     def _log(self, figures: EpochFigures, loader: Loader, rates: dict[str, float]) -> None:
         window, progress = figures.window, self._progress

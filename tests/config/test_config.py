@@ -54,7 +54,7 @@ def load_text(tmp_path: Path, text: str | bytes) -> Config:
         ("features.sparse.user.tabel=user", "features.sparse.user.tabel", "did you mean 'table'"),
         ("optimizers.dense.weight_decai=0.1", "optimizers.dense.weight_decai", "did you mean 'weight_decay'"),
         ("data.zzz=1", "data.zzz", "data takes batch_size, "),
-        ("zzz=1", "zzz", "the top level takes checkpoints, data, device, "),
+        ("zzz=1", "zzz", "the top level takes checkpoints, compute, data, "),
         (
             "model.tower.num_heads=2",
             "model.tower.num_heads",

@@ -86,6 +86,32 @@ def test_a_gpu_and_a_cpu_agree(tmp_path: Path) -> None:
     assert found["cuda"]["log_loss"] == pytest.approx(found["cpu"]["log_loss"], abs=1e-3)
 
 
+FASTER = {
+    "compiled": ["compute.compile=true"],
+    "bfloat16": ["compute.autocast=bfloat16"],
+    "TF32": ["compute.tf32=true"],
+    "fused AdamW": ["optimizers.dense.fused=true"],
+    "fp16 tables": ["tables.user.data_type=fp16", "tables.item.data_type=fp16"],
+    "bf16 tables": ["tables.user.data_type=bf16", "tables.item.data_type=bf16"],
+    "quantised all-to-all": ["compute.qcomms={forward_precision: bf16, backward_precision: bf16}"],
+    "binned AUC": ["metrics.train_auc=binned"],
+}
+"""The keys that are there for GPUs."""
+
+
+@pytest.mark.parametrize("keys", [*FASTER, "all"])
+def test_a_run_by_the_keys_for_gpus_is_close_to_a_plain_one_and_read_on_a_cpu(tmp_path: Path, keys: str) -> None:
+    write_tiny_log(tmp_path)
+    found = {}
+    every = [key for name, of in FASTER.items() if name != "fp16 tables" for key in of]
+    for name, more in (("plain", []), ("other", every if keys == "all" else FASTER[keys])):
+        config = write_tiny_config(tmp_path / f"{name}.yaml", tmp_path, tmp_path / name)
+        found[name] = train(config, tmp_path / name, "device=cuda", *more)
+    assert found["other"]["test"]["log_loss"] == pytest.approx(found["plain"]["test"]["log_loss"], abs=0.02)
+    on_cpu = figures(found["other"]["checkpoint"], "test", "device=cpu")
+    assert on_cpu["log_loss"] == pytest.approx(found["other"]["test"]["log_loss"], abs=1e-2)
+
+
 @pytest.mark.parametrize("kernel", ["fused", "fused_uvm_caching"])
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path: Path, kernel: str) -> None:
     write_tiny_log(tmp_path)
@@ -145,7 +171,7 @@ def test_a_step_waits_for_the_device_only_where_ids_are_sent(
     write_tiny_log(tmp_path)
     stage = "{trains: all, steps: 60, learning_rate: 1e-3, sparse_learning_rate: 0.02, balance_weight: 0.01}"
     overrides = ["device=cuda", f"stages={{joint: {stage}}}", "logging.every_steps=1000"]
-    overrides.append(f"optimizers.average={{tables: {tables}}}")
+    overrides += [f"optimizers.average={{tables: {tables}}}", "metrics.train_auc=binned"]
     config = load_config(write_tiny_config(tmp_path / "tiny.yaml", tmp_path, tmp_path / "out"), overrides)
     step, waits, watched = PhaseTrainer._step, [], []
 

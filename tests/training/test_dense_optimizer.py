@@ -184,3 +184,35 @@ def test_it_is_refused_before_an_earlier_run_is_moved_aside(tmp_path: Path) -> N
     (done,) = run_module(1, "recsys.train", "--config", str(path), *given)
     assert done.code == 2 and "error: optimizers.dense.type is muon" in done.stderr
     assert not (tmp_path / "out").exists()  # as what is refused before a run begins leaves it
+
+
+def test_a_fused_step_is_the_plain_one_and_goes_on_from_its_state(tmp_path: Path) -> None:
+    arch = arch_of(config_of(tmp_path, {}))
+    archs = {False: arch, True: deepcopy(arch)}
+    optimizers = {
+        fused: build_dense_optimizer(of, DenseOptimizerConfig(fused=fused, weight_decay=0.1), apart=True)
+        for fused, of in archs.items()
+    }
+
+    def take_steps(numbers: range) -> None:
+        for fused, of in archs.items():
+            for number in numbers:
+                generator = torch.Generator().manual_seed(number)
+                for parameter in of.parameters():
+                    parameter.grad = torch.randn(parameter.shape, generator=generator)
+                for group in optimizers[fused].param_groups:
+                    group["lr"] = 0.01 / (1 + number)
+                optimizers[fused].step()
+
+    take_steps(range(4))
+    states = {fused: dense_optimizer_state(of) for fused, of in optimizers.items()}
+    assert states[True].keys() == states[False].keys()
+    for name, value in states[False].items():
+        torch.testing.assert_close(states[True][name], value, rtol=1e-5, atol=1e-6)
+        held = value.clone()
+        value.copy_(states[True][name])  # as a checkpoint is loaded
+        states[True][name].copy_(held)
+    take_steps(range(4, 8))
+    for one, other in zip(archs[False].parameters(), archs[True].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        assert not one.equal(torch.zeros_like(one))

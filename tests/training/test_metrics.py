@@ -306,3 +306,28 @@ def test_weighted_figures_are_those_of_as_many_copies(examples: list[tuple[float
 def test_weighted_figures_of_what_is_not_finite_are_refused() -> None:
     with pytest.raises(DivergedError):
         weighted_metrics(np.array([0.0, np.nan]), np.array([True, False]), np.ones(2))
+
+
+def binned_windows(ranks: Ranks) -> list[Metrics]:
+    """The figures of two windows after one another, and of the second where a run was resumed within it."""
+    found = []
+    for rows in (401, 300):
+        logits, labels = (tensor[:rows][ranks.rank :: ranks.world_size] for tensor in click_log(401))
+        metrics = BinaryMetrics(exact=False, num_bins=4096)
+        metrics.update(logits[:50], labels[:50])
+        again = BinaryMetrics(exact=False, num_bins=4096)
+        again.load_state(metrics.state())
+        again.update(logits[50:], labels[50:])
+        found.append(again.compute())
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_windows_are_binned_whatever_their_size_within_the_bound_that_they_tell(world_size: int) -> None:
+    for figures in run_ranks(world_size, binned_windows):
+        for rows, found in zip((401, 300), figures, strict=True):
+            logits, labels = (tensor[:rows] for tensor in click_log(401))
+            exact = exact_auc(logits, labels)
+            assert found.auc is not None and exact is not None and found.examples == rows
+            assert 0 < found.auc_error < 1e-3
+            assert abs(found.auc - exact) <= found.auc_error + 1e-12

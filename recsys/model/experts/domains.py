@@ -275,9 +275,9 @@ class DomainAdaptation(nn.Module):
             self._call.rows = None
 
     def _is_grouped(self, device: torch.device) -> bool:
-        # On a GPU the product by groups is one kernel in bfloat16 alone, and waits for the groups' sizes else.
-        # The flag itself, for under torch.compile `is_exporting()` of torch 2.11 is true as well.
-        is_at_hand = device.type == "cpu" and not torch.compiler._is_exporting_flag
+        # On a GPU the product by groups is one kernel in bfloat16 alone, and waits for the groups' sizes else; so do
+        # torch.compile and torch.export know it alone.
+        is_at_hand = device.type == "cpu" and not torch.compiler.is_compiling()
         return self.grouped and self.is_of_one and is_at_hand
 
 
@@ -488,6 +488,9 @@ ADAPTED: dict[type[nn.Linear], type[DomainLinear]] = {nn.Linear: DomainLinear}
 
 def multiply_by_groups(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Vectors (N, I) up to each of ends (E,) times the matrix of their group, of (E, O, I), giving (N, O)."""
+    if torch.is_autocast_enabled(x.device.type):  # which does not know the product
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weights = x.to(dtype), weights.to(dtype)
     # The kernel and its backward pass ask for rows of sixteen bytes, and zeros fill them up.
     unit = 16 // x.element_size()
     outputs, inputs = (-size % unit for size in weights.shape[1:])
