@@ -50,7 +50,7 @@ class _LandedCase(BaseModel):
 class _LandedRun(BaseModel):
     case: str
     seed: int
-    figures: dict[str, float | None]
+    figures: dict[str, int | float | None]
     commit: str | None = None  # neither is told of rivals
     stages: dict[str, dict[str, Any]] = {}
     domains: dict[str, dict[str, float | None]] = Field({}, alias="domains after stages")
