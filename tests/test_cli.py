@@ -46,7 +46,7 @@ def test_the_order_of_overrides_is_kept() -> None:
     assert parser.parse_args(["a=1", "--config", "c.yaml", "a=2"]).overrides == ["a=1", "a=2"]
 
 
-@pytest.mark.parametrize("entry", ["recsys.plan", "recsys.prepare validate"])
+@pytest.mark.parametrize("entry", [pytest.param("recsys.plan", marks=pytest.mark.slow), "recsys.prepare validate"])
 def test_entries_take_overrides_before_their_options(tmp_path: Path, entry: str) -> None:
     write_tiny_log(tmp_path)
     config = write_tiny_config(tmp_path / "tiny.yaml", tmp_path, tmp_path / "out")

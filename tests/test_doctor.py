@@ -57,6 +57,7 @@ def test_a_name_that_does_not_resolve_fails(monkeypatch):
     assert "/etc/hosts" in check.remedy
 
 
+@pytest.mark.slow
 def test_exchange_reports_a_rank_that_fails(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
     check = doctor.check_exchange()

@@ -148,11 +148,19 @@ def test_an_environment_that_tells_no_place_is_refused(
     ("place", "told"),
     [
         ({"RANK": "first"}, "RANK is 'first', which is no number from 0 to 1"),
-        ({"LOCAL_RANK": "first"}, "LOCAL_RANK is 'first', which is no number from 0 to 1"),
-        ({"MASTER_ADDR": "no.such.host.invalid"}, "the name 'no.such.host.invalid' does not resolve"),
-        ({"MASTER_ADDR": "no.such.host.invalid", "RANK": "1"}, "the name 'no.such.host.invalid' does not resolve"),
-        ({}, "rank 1 of 2 did not come to 127.0.0.1:"),
         ({"RANK": "1"}, "within 2 s: nothing answers (Connection refused); is MASTER_ADDR the first rank's machine"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ({"LOCAL_RANK": "first"}, "LOCAL_RANK is 'first', which is no number from 0 to 1"),
+                ({"MASTER_ADDR": "no.such.host.invalid"}, "the name 'no.such.host.invalid' does not resolve"),
+                (
+                    {"MASTER_ADDR": "no.such.host.invalid", "RANK": "1"},
+                    "the name 'no.such.host.invalid' does not resolve",
+                ),
+                ({}, "rank 1 of 2 did not come to 127.0.0.1:"),
+            )
+        ),
     ],
 )
 def test_a_process_whose_peers_are_not_there_ends_with_a_line(config: Path, place: dict[str, str], told: str) -> None:

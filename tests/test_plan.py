@@ -48,6 +48,7 @@ def test_the_plan_is_that_of_a_run_on_as_many_ranks(config: Path) -> None:
     assert not Path(loaded.output_dir).exists()
 
 
+@pytest.mark.slow
 def test_a_run_on_gpus_can_be_planned_without_any() -> None:
     done = run("--config", "configs/production.yaml", "--nodes", "2", "--gpus-per-node", "8")
     assert (done.returncode, done.stderr) == (0, "")

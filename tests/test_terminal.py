@@ -4,6 +4,7 @@ import ast
 import io
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from recsys.terminal import markdown, say, table, without_empty
@@ -55,6 +56,7 @@ def test_only_terminal_draws_tables() -> None:
         assert tensorboard <= (path.name == "monitor.py"), path
 
 
+@pytest.mark.slow
 def test_plan_and_prepare_need_no_tensorboard() -> None:
     import subprocess
     import sys

@@ -5,6 +5,7 @@ import pytest
 from benchmarks.coupled_decay import CASES, measure
 
 
+@pytest.mark.slow
 def test_sweeps_differ_from_the_dense_form_by_less_than_the_decay_does() -> None:
     found = {line["optimizer"]: line for line in measure(64)}
     assert list(found) == [optimizer for optimizer, _, _ in CASES]

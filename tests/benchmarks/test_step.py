@@ -49,6 +49,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_step_tells_the_parts_of_every_case_and_their_ratios(folder: Path) -> None:
     paths = "model.tower=null", "model.paths=[{type: mlp, hidden: [4]}, {type: mlp, hidden: [6]}]"
     given = ["--steps", "8", "--turns", "3", "device=cpu", *paths, "model.replaces={type: mlp, hidden: [10]}"]

@@ -183,6 +183,7 @@ def test_options_out_of_range(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_config_trains_on_what_is_converted(source: Path, tmp_path: Path) -> None:
     convert(tmp_path / "data/criteo", source, min_count=5)
     (tmp_path / "configs").mkdir()

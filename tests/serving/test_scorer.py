@@ -135,9 +135,9 @@ CASES = [
     ("world_size", "plan", "tower", "routing"),
     [
         (2, "column", "deepfm", "hierarchical"),  # first-order weights in other shards than their embeddings
-        (2, "table", "paths", "hierarchical"),
+        pytest.param(2, "table", "paths", "hierarchical", marks=pytest.mark.slow),
         pytest.param(3, "column", "wide_paths", None, marks=pytest.mark.slow),
-        *(pytest.param(*case, marks=[pytest.mark.slow] if n % 2 or n >= 6 else []) for n, case in enumerate(CASES)),
+        *(pytest.param(*case, marks=[] if n == 0 else [pytest.mark.slow]) for n, case in enumerate(CASES)),
     ],
 )
 def test_raw_rows_have_the_probabilities_of_the_model(

@@ -86,6 +86,7 @@ def _begun_with(ranks: Ranks, config: Config) -> dict[str, Any]:
         return _tables(trainer.sharded.ranker)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_within_an_epoch_is_read_as_the_model_of_its_step(
     log: Path, tmp_path: Path, process_group: None
 ) -> None:

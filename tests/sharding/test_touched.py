@@ -105,6 +105,7 @@ def _compare(folder: Path, config: Config) -> None:
             )
 
 
+@pytest.mark.slow
 def test_touched_averages_are_read_as_they_are_by_definition_and_go_on(
     log: Path, tmp_path: Path, process_group: None
 ) -> None:

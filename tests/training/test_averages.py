@@ -260,6 +260,7 @@ def test_what_is_evaluated_exported_and_begun_with_is_the_average(
     assert_equal(tensors(tmp_path / "warm", 0, "model."), expected)
 
 
+@pytest.mark.slow
 def test_averages_go_on_on_another_number_of_ranks_and_with_another_decay(
     runs: tuple[Path, Path, Config], tmp_path: Path
 ) -> None:
@@ -289,6 +290,7 @@ def test_an_export_of_a_checkpoint_within_a_stage_has_the_figures_of_its_evaluat
     assert [figures["log_loss"]] * 2 == pytest.approx([parity[side]["log_loss"] for side in ("model", "artifact")])
 
 
+@pytest.mark.slow
 def test_going_back_to_the_best_state_brings_back_its_averages(log: Path, tmp_path: Path) -> None:
     """At a plateau's cut, and at the end of a stage, which becomes the average of its best state."""
     one = {

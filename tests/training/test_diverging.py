@@ -112,6 +112,7 @@ def test_rows_of_one_rank_are_told_from_those_of_others(raw: dict[str, Any], tmp
     assert_checkpoints(tmp_path)
 
 
+@pytest.mark.slow
 def test_weights_that_the_last_step_spoilt_are_not_saved(raw: dict[str, Any], tmp_path: Path) -> None:
     """No later step tells, and no valid split either."""
     raw["data"] |= {"valid": None, "test": None}
@@ -123,6 +124,7 @@ def test_weights_that_the_last_step_spoilt_are_not_saved(raw: dict[str, Any], tm
     assert_checkpoints(tmp_path, "step-4")
 
 
+@pytest.mark.slow
 def test_a_model_of_finite_weights_that_predicts_nothing_finite_is_not_saved(
     raw: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -133,7 +135,7 @@ def test_a_model_of_finite_weights_that_predicts_nothing_finite_is_not_saved(
     assert_checkpoints(tmp_path, "step-4")
 
 
-@pytest.mark.parametrize("steps", [14, 15, 30])
+@pytest.mark.parametrize("steps", [14, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (15, 30))])
 def test_predicting_the_next_batch_works_within_an_epoch_and_at_its_end(
     raw: dict[str, Any], tmp_path: Path, steps: int
 ) -> None:

@@ -60,7 +60,7 @@ def config_of(log: Path, output_dir: Path, experts: dict[str, Any], **changes: A
 MIXTURE = {"type": "moe_mlora", "num_experts": 2 * DOMAINS}
 
 
-@pytest.mark.parametrize("gate", ["domain", "features"])
+@pytest.mark.parametrize("gate", ["domain", pytest.param("features", marks=pytest.mark.slow)])
 def test_each_phase_moves_its_own_parameters_alone(log: Path, tmp_path: Path, gate: str) -> None:
     """Bit by bit, on the whole checkpoint, tables and running statistics included."""
     config = config_of(log, tmp_path / "out", {**MIXTURE, "gate": gate}, checkpoints={"keep_every_steps": 1})
@@ -149,7 +149,10 @@ def test_a_position_is_of_its_domain(log: Path, tmp_path: Path) -> None:
     assert train_order(shards, config, 1, 0).data not in (one.data, other.data)
 
 
-@pytest.mark.parametrize("place", ["within the second expert's phase", "between the first's and the second's"])
+@pytest.mark.parametrize(
+    "place",
+    ["within the second expert's phase", pytest.param("between the first's and the second's", marks=pytest.mark.slow)],
+)
 def test_a_run_goes_on_within_phases_and_between_them(log: Path, tmp_path: Path, place: str) -> None:
     checkpoints = {"every_steps": 3, "keep_every_steps": 1}
     kinds = {"optimizers": {"average": {"decay": 0.9}}, "checkpoints": checkpoints}
@@ -172,6 +175,7 @@ def test_a_run_goes_on_within_phases_and_between_them(log: Path, tmp_path: Path,
     assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_between_phases_is_evaluated_as_its_stage_ended(log: Path, tmp_path: Path) -> None:
     config = config_of(log, tmp_path / "out", MIXTURE)
     (summary,) = run_ranks(1, train_on, config)
@@ -182,6 +186,7 @@ def test_a_checkpoint_between_phases_is_evaluated_as_its_stage_ended(log: Path, 
         assert json.loads(done.stdout)["model"] == pytest.approx(of_stage["valid"])
 
 
+@pytest.mark.slow
 def test_the_gate_learns_on_from_a_state_of_before_it(log: Path, tmp_path: Path) -> None:
     """Rates are cut, and the best state is restored: that in which the gate's stage began."""
     gate = {"trains": "gate", "epochs": 2, "monitor": "log_loss", "learning_rate": 1e3}
@@ -198,6 +203,7 @@ def test_the_gate_learns_on_from_a_state_of_before_it(log: Path, tmp_path: Path)
     assert not bool(ended["domain_adaptation.gated"]) and torch.equal(began[name], ended[name])
 
 
+@pytest.mark.slow
 def test_mlora_on_two_ranks_is_that_on_one(log: Path, tmp_path: Path) -> None:
     """With routed experts on the same linears, whose statistics by domain are of the right rows."""
     joint = {"joint": {**STAGES["backbone"], "trains": "all", "epochs": 2}}

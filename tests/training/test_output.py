@@ -697,6 +697,7 @@ def test_a_holder_that_does_not_say_who_it_is_holds_all_the_same(text: str, tmp_
         assert "in use by another run (its run.lock does not say which)" in refused(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_run_that_waits_gets_the_directory_that_another_leaves(tmp_path: Path) -> None:
     """By a process of its own, which is killed: nothing but the system gives its lock up."""
     code = "import sys, time; from pathlib import Path; from recsys.training.output import OutputDirectory\n"
@@ -963,7 +964,7 @@ def test_of_two_runs_at_once_one_trains_and_one_is_told(config: Path, tmp_path: 
     assert (marker(kept)["state"], marker(tmp_path / "out")["state"]) == ("running", "finished")
 
 
-@pytest.mark.parametrize("happens", [move, move_and_make_another])
+@pytest.mark.parametrize("happens", [pytest.param(move, marks=pytest.mark.slow), move_and_make_another])
 def test_a_run_whose_directory_goes_away_ends_in_one_line(
     happens: Callable[[Path], None], config: Path, tmp_path: Path
 ) -> None:
@@ -980,7 +981,9 @@ def test_a_run_whose_directory_goes_away_ends_in_one_line(
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("size", ["128k", "192k", "256k", "320k"])
+@pytest.mark.parametrize(
+    "size", ["256k", *(pytest.param(size, marks=pytest.mark.slow) for size in ("128k", "192k", "320k"))]
+)
 def test_a_disk_that_fills_up_under_a_run_ends_it_in_one_line(size: str, config: Path, tmp_path: Path) -> None:
     """In the records of TensorBoard or in a checkpoint, wherever the disk is full."""
     with mounted(tmp_path / "disk", f"size={size}") as disk:

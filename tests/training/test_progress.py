@@ -83,6 +83,7 @@ def _run(ranks: Ranks, config: Config, trained: dict[str, Any]) -> tuple[list[An
     return seen, summary, changed
 
 
+@pytest.mark.slow
 def test_a_stage_of_two_phases_counts_them_and_trains_one_after_another(tmp_path: Path) -> None:
     write_tiny_log(tmp_path)
     raw = tiny_config(tmp_path, tmp_path / "out")

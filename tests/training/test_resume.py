@@ -201,7 +201,7 @@ def test_resumed_equals_uninterrupted_with_decay_of_all_rows(log: Path, tmp_path
     _resume_from_each(log, tmp_path, 2, 8, tables=tables, optimizers=optimizers)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 3, marks=pytest.mark.slow)])
 def test_on_another_number_of_ranks_the_rows_left_are_trained_once(
     log: Path, tmp_path: Path, before: int, after: int
 ) -> None:
@@ -275,6 +275,7 @@ def test_a_run_that_is_told_to_stop_is_saved_and_goes_on(log: Path, tmp_path: Pa
     assert_same_tensors(tensors_of(tmp_path / "out" / last, tmp_path), tensors_of(tmp_path / "whole" / last, tmp_path))
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_gone_on_with_in_its_own_place(log: Path, tmp_path: Path) -> None:
     """With more epochs in the stage under way: it is kept aside, and gone on with from there."""
     stages = {"joint": {"trains": "all", "epochs": 1, "learning_rate": 0.01, "sparse_learning_rate": 0.1}}
@@ -289,6 +290,7 @@ def test_a_finished_run_can_be_gone_on_with_in_its_own_place(log: Path, tmp_path
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 2 * 29
 
 
+@pytest.mark.slow
 def test_a_split_that_is_new_since_is_evaluated(log: Path, tmp_path: Path) -> None:
     stages = {"joint": {"trains": "all", "epochs": 1, "learning_rate": 0.01, "sparse_learning_rate": 0.1}}
     config_of(log, tmp_path / "out", tmp_path, stages=stages)
@@ -301,6 +303,7 @@ def test_a_split_that_is_new_since_is_evaluated(log: Path, tmp_path: Path) -> No
     assert json.loads((tmp_path / "new" / "summary.json").read_text())["test"]["examples"] == 251
 
 
+@pytest.mark.slow
 def test_a_stage_whose_copy_was_cut_off_is_copied_when_the_run_goes_on(log: Path, tmp_path: Path) -> None:
     stage = {"trains": "all", "steps": 3, "learning_rate": 0.01, "sparse_learning_rate": 0.1}
     copies = {"copy_to": str(tmp_path / "far")}
@@ -335,12 +338,14 @@ def two_stages(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (87, ["stages.two.epochs=3"], 58 + 3 * 29, ""),
         pytest.param(87, ["stages.two.epochs=null", "stages.two.steps=40"], 58 + 40, "", marks=pytest.mark.slow),
-        (87, ["stages.two.epochs=3", "stages.two.patience=1"], 87, "stage two has ended"),
+        pytest.param(
+            87, ["stages.two.epochs=3", "stages.two.patience=1"], 87, "stage two has ended", marks=pytest.mark.slow
+        ),
         pytest.param(73, ["stages.two.epochs=null", "stages.two.steps=5"], 73, "", marks=pytest.mark.slow),
         (73, ["stages.one.epochs=5"], 87, "stage one has ended, so what differs in stages.one changes nothing"),
-        (40, ["stages.one.epochs=1", "data.batch_size=30"], 40 + 30, ""),
+        pytest.param(40, ["stages.one.epochs=1", "data.batch_size=30"], 40 + 30, "", marks=pytest.mark.slow),
         pytest.param(58, ["stages.one.epochs=1"], 87, "stage one has ended", marks=pytest.mark.slow),
-        (68, ["stages.two.diversity_weight=0.1"], 87, ""),
+        pytest.param(68, ["stages.two.diversity_weight=0.1"], 87, "", marks=pytest.mark.slow),
         pytest.param(68, ["metrics.num_bins=131072"], 87, "", marks=pytest.mark.slow),
     ],
 )
@@ -356,6 +361,7 @@ def test_another_length_and_other_figures_are_taken_up(
     assert told in said and ("has ended, so" in said) == bool(told)
 
 
+@pytest.mark.slow
 def test_patience_that_is_added_within_a_stage_goes_by_where_it_was_added(two_stages: Path, tmp_path: Path) -> None:
     start = f"resume={two_stages}/checkpoints/step-50"
     changes = ("stages.one.patience=1", "stages.one.learning_rate=1e-9", "stages.one.sparse_learning_rate=1e-9")
@@ -368,6 +374,7 @@ def test_patience_that_is_added_within_a_stage_goes_by_where_it_was_added(two_st
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["stages"]["one"]["steps"] == 58
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_makes_way_for_one_that_goes_on_from_elsewhere(cut: Path, tmp_path: Path) -> None:
     other = shutil.copytree(cut, tmp_path / "other")
     start = checkpoints(cut / "checkpoints")[-1]
@@ -418,6 +425,7 @@ def test_a_config_that_differs_is_refused_with_both_ways_out(
     assert not (cut / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_what_has_no_part_in_the_result_may_differ(cut: Path) -> None:
     changes = ("logging.every_steps=3", "data.reader_threads=2", "checkpoints.keep_last=1", "device=cpu")
     (done,) = run_module(1, "recsys.train", "--config", str(cut / "config.yaml"), *changes, f"output_dir={cut}")
@@ -425,6 +433,7 @@ def test_what_has_no_part_in_the_result_may_differ(cut: Path) -> None:
     assert "Resumed from" in done.stdout
 
 
+@pytest.mark.slow
 def test_another_run_is_gone_on_with_and_harmless_changes_are_told(cut: Path, tmp_path: Path) -> None:
     config, other = str(cut / "config.yaml"), tmp_path / "other"
     changes = (f"resume={cut}", f"output_dir={other}", "stages.joint.learning_rate=0.5", "tables.item.sharding=null")
@@ -437,6 +446,7 @@ def test_another_run_is_gone_on_with_and_harmless_changes_are_told(cut: Path, tm
     assert refused.code == 2 and "seed: 17 -> 3" in refused.stderr and "warm_start" in refused.stderr
 
 
+@pytest.mark.slow
 def test_one_that_was_moved_aside_when_the_run_was_cut_off_is_the_newest(cut: Path) -> None:
     newest = checkpoints(cut / "checkpoints")[0]
     newest.rename(newest.with_name(f"{newest.name}.replaced"))
@@ -458,6 +468,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(cut: Path) -> None:
     assert newest.with_name(f"{newest.name}.aside").is_dir()  # or it would be taken for the newest later
 
 
+@pytest.mark.slow
 def test_never_begins_anew_and_keeps_what_is_there(cut: Path) -> None:
     (done,) = run_module(
         1, "recsys.train", "--config", str(cut / "config.yaml"), "resume=never", f"output_dir={cut}", "seed=3"

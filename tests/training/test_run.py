@@ -312,9 +312,10 @@ def test_an_expert_that_no_row_chose_in_an_epoch_is_a_warning(log: Path, tmp_pat
 @pytest.mark.parametrize(
     "order",
     [
-        ["joint"],
-        ["experts"],
-        ["joint", "backbone", "experts"],
+        *(
+            pytest.param(order, marks=pytest.mark.slow)
+            for order in (["joint"], ["experts"], ["joint", "backbone", "experts"])
+        ),
         ["experts", "backbone", "joint"],
         ["backbone", "experts", "backbone", "experts", "joint"],
     ],
@@ -357,6 +358,7 @@ def test_attaching_the_experts_does_not_change_the_valid_figures(log: Path, tmp_
         assert before == after
 
 
+@pytest.mark.slow
 def test_a_stage_that_only_gets_worse_goes_back_to_its_start(log: Path, tmp_path: Path) -> None:
     raw = tiny_config(log, tmp_path / "out")
     del raw["stages"]["experts"]
@@ -400,7 +402,7 @@ def test_the_first_stage_can_go_back_to_the_untrained_model(log: Path, tmp_path:
     assert not any(value.any() for value in experts.values())
 
 
-@pytest.mark.parametrize("every", [1, 14])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 14])
 def test_evaluating_before_a_batch_that_is_shorter_on_one_rank_does_not_disturb_training(
     tmp_path: Path, every: int
 ) -> None:
@@ -416,6 +418,7 @@ def test_evaluating_before_a_batch_that_is_shorter_on_one_rank_does_not_disturb_
     assert not {name for name in tensors[0] if not torch.equal(tensors[0][name], tensors[1][name])}
 
 
+@pytest.mark.slow
 def test_evaluating_in_mid_epoch_does_not_disturb_training(run: Path, log: Path, tmp_path: Path) -> None:
     raw = normalized(log, tmp_path / "out")
     raw["logging"]["eval_every_steps"] = 4

@@ -84,6 +84,7 @@ def test_what_ends_within_the_grace_is_left_alone() -> None:
     assert (done.returncode, done.stdout) == (0, "through\n")
 
 
+@pytest.mark.slow
 def test_nohup_keeps_its_hangup_ignored_save_below_torchrun() -> None:
     code = (
         "import os, signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"

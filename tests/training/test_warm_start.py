@@ -151,10 +151,10 @@ def begun(
     ("before", "after"),
     [
         ((1, "table"), (2, "column")),
-        ((2, "column"), (3, "replicated")),
-        ((3, "replicated"), (1, "table")),
-        ((2, "table"), (3, "column")),
-        ((2, "column"), (2, "table")),
+        pytest.param((2, "column"), (3, "replicated"), marks=pytest.mark.slow),
+        pytest.param((3, "replicated"), (1, "table"), marks=pytest.mark.slow),
+        pytest.param((2, "table"), (3, "column"), marks=pytest.mark.slow),
+        pytest.param((2, "column"), (2, "table"), marks=pytest.mark.slow),
     ],
     ids=lambda plan: f"{plan[1]}-on-{plan[0]}",
 )
@@ -284,6 +284,7 @@ def test_what_does_not_fit_stays_as_it_was_and_is_said(source: Path, log: Path, 
     assert "  tensor tower.linears.0.lora_A of the checkpoint: there is none here" in told
 
 
+@pytest.mark.slow
 def test_experts_of_other_domains_are_not_taken_for_those(log: Path, tmp_path: Path) -> None:
     """Nor is a gate over other experts, which is used no more than any that is yet to be trained."""
     raw = raw_config(log, tmp_path / "then", "table")
@@ -386,7 +387,14 @@ def error_of(finished: list[Finished]) -> str:
     return told
 
 
-@pytest.mark.parametrize("fault", ["missing", "a flipped bit", "embedding_dim", "a vocabulary", "wide"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "a flipped bit",
+        "embedding_dim",
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("missing", "a vocabulary", "wide")),
+    ],
+)
 @pytest.mark.parametrize("is_format_1", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_cannot_be_taken_ends_the_run_before_anything_is_moved(
     source: Path, log: Path, tmp_path: Path, fault: str, is_format_1: bool
@@ -434,6 +442,7 @@ def as_cut_off(output_dir: Path) -> None:
     (output_dir / MARKER).write_text(json.dumps({**marker, "state": "running", "finished": None}))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_goes_on_from_its_own_weights(source: Path, log: Path, tmp_path: Path) -> None:
     checkpoint = shutil.copytree(source, tmp_path / "step-6")
     raw = warm(checkpoint, log, tmp_path)
@@ -458,6 +467,7 @@ def test_a_run_that_is_resumed_goes_on_from_its_own_weights(source: Path, log: P
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
+@pytest.mark.slow
 def test_another_warm_start_is_another_run(source: Path, log: Path, tmp_path: Path) -> None:
     raw = warm(source, log, tmp_path)
     assert run_train(raw, tmp_path, world_size=1)[0].code == 0

@@ -31,7 +31,11 @@ def test_a_tower_has_the_auc_that_was_measured() -> None:
     assert told == {tower: f"{measured[tower]:.4f}".lstrip("0") for tower in told}
 
 
-@pytest.mark.parametrize(("tower", "flops"), LINES, ids=[tower for tower, _ in LINES])
+@pytest.mark.parametrize(
+    ("tower", "flops"),
+    [pytest.param(*line, marks=[pytest.mark.slow] if n % 4 else []) for n, line in enumerate(LINES)],
+    ids=[tower for tower, _ in LINES],
+)
 def test_a_line_makes_a_model_that_learns_at_the_cost_that_is_told(tower: str, flops: str) -> None:
     config = load_config(ROOT / "configs/default.yaml", [f"model.tower={tower}"])
     count, _ = cost_report(config).cost.over(("tower", "interaction"))
