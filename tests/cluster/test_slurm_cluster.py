@@ -224,7 +224,7 @@ def ranks(cluster: Cluster, host: str) -> list[int]:
     """Processes of ranks on a host, by torchrun's variable; a host shares the machine's numbers of processes."""
     listed = cluster.told("ps", "-eo", "pid,args")
     found = [
-        int(line.split()[0]) for line in listed.splitlines() if "-m recsys.train" in line and "torchrun" not in line
+        int(line.split()[0]) for line in listed.splitlines() if "-m recsys.train" in line and "recsys.agent" not in line
     ]
     names = {
         pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in found if Path(f"/proc/{pid}").exists()
