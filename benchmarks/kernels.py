@@ -56,6 +56,7 @@ _VIEWS = frozenset(
             "resolve_conj",
             "resolve_neg",
             "lift_fresh",
+            "as_strided_",
             "to",
         ),
     )
@@ -138,13 +139,16 @@ def _kernels(call: Any, device: torch.device) -> int:
     events: EventList = profiled.events()
     if on_gpu:
         return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in events)
-    return sum(map(_computes, events))
+    return sum(_computes(event) and not any(map(_has_one_that_computes, event.cpu_children)) for event in events)
 
 
 def _computes(event: Any) -> bool:
-    """Whether an event is an operator that computes something itself."""
-    is_operator = event.name.startswith(("aten::", "mkldnn::", "mkl::")) and event.name not in _VIEWS
-    return is_operator and not any(_computes(child) for child in event.cpu_children)
+    """Whether an event is an operator that computes something, itself or by those that it calls."""
+    return event.name.startswith(("aten::", "mkldnn::", "mkl::")) and event.name not in _VIEWS
+
+
+def _has_one_that_computes(event: Any) -> bool:
+    return _computes(event) or any(map(_has_one_that_computes, event.cpu_children))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 import argparse
 import sys
 import threading
+from typing import NoReturn
 
 from torchx import schedulers
 from torchx.cli import cmd_cancel, cmd_describe, cmd_list, cmd_log, cmd_run, cmd_status
+from torchx.runner import Runner
+from torchx.util.types import to_dict
 
 from launch import slurm
 
@@ -27,8 +30,7 @@ class _Command:
         try:
             super().run(args)  # type: ignore[misc]
         except slurm.Refused as error:
-            print(f"error: slurm: {error}", file=sys.stderr)
-            sys.exit(2)
+            _refuse(f"slurm: {error}")
         finally:
             threading.excepthook = others
 
@@ -50,11 +52,28 @@ class Log(_Command, cmd_log.CmdLog):
 
 
 class Run(_Command, cmd_run.CmdRun):
-    """`torchx run`."""
+    """`torchx run`, which takes no setting of a scheduler that it does not know, as TorchX does in silence."""
+
+    def _run(self, runner: Runner, args: argparse.Namespace) -> None:
+        options, given = runner.scheduler_run_opts(args.scheduler), args.scheduler_args or ""
+        try:
+            unknown = [name for name in to_dict(given) if options.get(name) is None]
+            options.cfg_from_str(given)
+        except ValueError as error:
+            _refuse(f"-cfg {given}: {error}")
+        if unknown:
+            known = ", ".join(name for name, _ in options)
+            _refuse(f"-cfg {unknown[0]}: {args.scheduler} has no such setting; there are {known}")
+        super()._run(runner, args)
 
 
 class Status(_Command, cmd_status.CmdStatus):
     """`torchx status`."""
+
+
+def _refuse(why: str) -> NoReturn:
+    print(f"error: {why}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _told_by_main(of: threading.ExceptHookArgs) -> None:

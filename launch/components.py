@@ -49,6 +49,7 @@ class Host:
     def run(self, about: str, module: str, *arguments: str, port: Optional[int] = None) -> specs.AppDef:
         """A job of one process, `python -m module` with the arguments, and the port at which it listens."""
         experiment, run = self._names(about)
+        dist.check_numbers("1x1", cpu=self.cpu, memMB=self.memMB, max_retries=self.max_retries, port=port or 0)
         with dist.refusing():
             resource = specs.resource(cpu=self.cpu, memMB=self.memMB, h=self.h)
             mounts = specs.parse_mounts(self.mounts or [])

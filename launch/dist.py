@@ -10,6 +10,7 @@ import dataclasses
 import os
 import random
 import socket
+import sys
 from collections.abc import Iterator
 from typing import Dict, List, Optional
 
@@ -23,6 +24,7 @@ from launch.schedulers import Role, literal, literal_to_ranks
 _STOCK_CPU = 2
 _SHUTDOWN_SECONDS = "300"
 _STOCK_PORT = 29500
+_LAST_PORT = 65_535
 _PORTS = range(20_000, 30_000)  # none that Linux gives to outgoing connections, nor Kubernetes to node ports
 
 
@@ -82,6 +84,7 @@ def ddp(
         tee: streams shown as well as kept in files; 0: none, 1: stdout, 2: stderr, 3: both
     """
     script, m, rest = _target(list(script_args), script, m)
+    check_numbers(j, cpu=cpu, gpu=gpu, memMB=memMB, max_retries=max_retries, rdzv_port=rdzv_port)
     env = {name: literal(value) for name, value in (env or {}).items()}
     on_this_machine = set_threads(env, j, cpu, h)
     with refusing():
@@ -182,6 +185,27 @@ def refusing() -> Iterator[None]:
         told = str(error.args[0] if error.args else error)
         told = f"--mounts: a mount has no {told}" if told in ("src", "dst") else told
         raise finder.ComponentValidationException(told) from error
+
+
+def check_numbers(j: str, **given: int) -> None:
+    """Refuse numbers that no job can have, which TorchX takes, or refuses by a traceback.
+
+    Args:
+        j: nodes and processes per node.
+        given: options, by name.
+    """
+    with refusing():
+        fewest, most, processes, _ = dist.parse_nnodes(j)
+    if not (1 <= fewest <= most and processes >= 1):
+        raise finder.ComponentValidationException(
+            f"-j {j}: a job has a node and a process at least, and no more nodes at least than at most"
+        )
+    for name, number in given.items():
+        least, most = (0, _LAST_PORT if name.endswith("port") else sys.maxsize)
+        least += name in ("cpu", "memMB")
+        if not least <= number <= most:
+            told = f"at least {least}" if number < least else f"at most {most}"
+            raise finder.ComponentValidationException(f"--{name} {number}: give {told}")
 
 
 def set_threads(env: Dict[str, str], j: str, cpu: int, h: Optional[str]) -> Dict[str, str]:

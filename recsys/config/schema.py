@@ -100,6 +100,11 @@ class TableConfig(Section):
     data_type: DataType = "fp32"
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of a stored weight."""
+        return {"fp32": 4, "fp16": 2, "bf16": 2}[self.data_type]
+
+    @property
     def data_parallel(self) -> bool:
         """Whether every rank holds a replica, trained by the data-parallel optimizer instead of a fused one."""
         return self.sharding == ("data_parallel",)

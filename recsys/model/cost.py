@@ -191,6 +191,7 @@ def _cost(config: Config, model: ModelConfig, ids_per_example: Mapping[str, floa
     ids = {name: ids_per_example.get(name, 1.0) for name in features}
     dims = config.embedding_dims
     looked_up = round(sum(ids[name] * dim for name, dim in dims.items()))
+    itemsizes = {name: config.tables[of.table].itemsize for name, of in features.items()}
     width, num_dense = sum(dims.values()), len(config.features.dense)
     # Fake tensors have shapes and no content; of attention's kernels, the counter knows only the plain one on a CPU.
     with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -212,7 +213,7 @@ def _cost(config: Config, model: ModelConfig, ids_per_example: Mapping[str, floa
         parameters={part: parameters[part] for part in PARTS},
         padding=sum(padding.values()),
         flops_per_call=two.total() - 2 * sum(flops.values()),
-        embedding_bytes=looked_up * torch.float32.itemsize,
+        embedding_bytes=round(sum(ids[name] * dim * itemsizes[name] for name, dim in dims.items())),
         ids_per_example=ids,
     )
 

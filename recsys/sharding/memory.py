@@ -55,7 +55,7 @@ class Beside:
             keeps_steps = optimizers.changes_rows or any(one.max_norm is not None for one in config.tables.values())
             row_bytes = _ROW_BYTES * ((optimizer == "rowwise_adagrad") + bool(keeps_steps))
         kept, gradients = _STATE[optimizer] + averaged, int(table.data_parallel)
-        return cls(kept, row_bytes, gradients, config.checkpoints.asynchronous, itemsize(table))
+        return cls(kept, row_bytes, gradients, config.checkpoints.asynchronous, table.itemsize)
 
     def add_to(self, option: ShardingOption, device: str) -> None:
         """Add it to the estimate of each shard."""
@@ -70,11 +70,6 @@ class Beside:
             else:
                 more.hbm += here
             shard.storage = more if shard.storage is None else shard.storage + more
-
-
-def itemsize(table: TableConfig) -> int:
-    """Bytes of a weight of a table."""
-    return {"fp32": 4, "fp16": 2, "bf16": 2}[table.data_type]
 
 
 def by_table(options: Iterable[ShardingOption]) -> dict[str, list[ShardingOption]]:

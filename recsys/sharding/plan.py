@@ -18,7 +18,7 @@ from recsys.config import WHOLE_ROWS, ConfigError, TableConfig
 from recsys.model.names import table_key, table_name
 from recsys.runtime import Ranks
 from recsys.sharding.machine import Machine, this_machine
-from recsys.sharding.memory import ON_HOST, Beside, Options, by_table, itemsize, memory_by_rank, why_nothing_fits
+from recsys.sharding.memory import ON_HOST, Beside, Options, by_table, memory_by_rank, why_nothing_fits
 
 _CPU_SHARDING = ("table_wise", "column_wise")
 _GPU_SHARDING = (*_CPU_SHARDING, "row_wise", "table_row_wise", "table_column_wise")
@@ -241,7 +241,7 @@ def plan_rows(plan: ShardingPlan, tables: Mapping[str, TableConfig]) -> list[dic
         sharding: ParameterSharding = shardings[table_key(name)]
         shards = getattr(sharding.sharding_spec, "shards", None)
         replicas = 1 if shards else len(sharding.ranks or [])
-        mebibytes = table.num_embeddings * table.embedding_dim * itemsize(table) * replicas / 2**20
+        mebibytes = table.num_embeddings * table.embedding_dim * table.itemsize * replicas / 2**20
         rows.append(
             {
                 "table": name,

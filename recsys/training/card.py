@@ -243,7 +243,7 @@ def _plan(config: Config, plan: Mapping[str, Any], meta: CheckpointMeta) -> str:
     rows = []
     for name, table in config.tables.items():
         told = plan.get(name) or {}
-        size = table.num_embeddings * table.embedding_dim * 4 / 2**20
+        size = table.num_embeddings * table.embedding_dim * table.itemsize / 2**20
         rows.append(
             {
                 "table": _text(name),
@@ -252,7 +252,7 @@ def _plan(config: Config, plan: Mapping[str, Any], meta: CheckpointMeta) -> str:
                 "sharding": str(told.get("sharding", "-")),
                 "kernel": str(told.get("kernel", "-")),
                 "ranks": " ".join(map(str, told.get("ranks", ()))) or "-",
-                "float32 MiB": f"{size:,.2f}",
+                "MiB": f"{size:,.2f}",
             }
         )
     ranks = f"{meta.world_size} rank{'s' * (meta.world_size > 1)}"

@@ -159,7 +159,8 @@ class BinaryMetrics:
 
     def state(self) -> dict[str, Tensor]:
         """What this rank has accumulated, for `load_state`."""
-        state = {"examples": torch.tensor(self._examples)}
+        limits = [self._exact_examples, self._num_bins, int(self._exact)]
+        state = {"examples": torch.tensor(self._examples), "limits": torch.tensor(limits)}
         if self._sums is not None:
             state["sums"] = self._sums
         if self._bins is not None:
@@ -169,7 +170,13 @@ class BinaryMetrics:
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` told, with tensors on the examples' device."""
+        """Go on from what `state` told, with tensors on the examples' device, and within the limits of before.
+
+        What was binned by others is in no order any more, and counted by their bins.
+        """
+        if "limits" in state:  # which checkpoints of before do not have
+            self._exact_examples, self._num_bins, exact = state["limits"].tolist()
+            self._exact = bool(exact)
         self._examples = int(state["examples"])
         self._sums, self._bins = state.get("sums"), state.get("bins")
         self._kept = [(kept[0], kept[1])] if (kept := state.get("kept")) is not None else []

@@ -70,15 +70,14 @@ def test_step_tells_the_parts_of_every_case_and_their_ratios(folder: Path) -> No
     for name, figures in cases.items():
         assert f"| {name} |" in page
         assert f"│ {name}" in ended.stdout
-        rate, step, wait, rest = (figures.pop(key) for key in ("examples/s", "step", "data wait", "rest"))
+        # How much the parts leave as the rest, on a busy machine, is anything; of each turn they sum up, below.
+        rate, step, wait, _ = (figures.pop(key) for key in ("examples/s", "step", "data wait", "rest"))
         # 300 rows in batches of 32 have a last one of 12, which a turn need not meet.
         assert 12 / step < rate < 33 / step
         assert wait >= 0
         # Nothing is computed for a backward of frozen embeddings but the times on both of its sides.
         assert all(seconds > 0 for seconds in figures.values())
         assert name != "HiLoMoE, experts" or figures["sparse backward"] < 0.2 * figures["sparse forward"]
-        # Medians of the turns, whose parts sum up exactly; that they are near is not to be had on a busy machine.
-        assert abs(rest) < step
     assert [(line["case"], line["turn"]) for line in result["turn"]] == [(c, turn) for c in cases for turn in (1, 2, 3)]
     for turn in (line["figures"] for line in result["turn"]):
         rate, step = turn.pop("examples/s"), turn.pop("step")

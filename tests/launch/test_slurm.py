@@ -108,6 +108,19 @@ def test_what_sbatch_refuses_is_one_line(say: Callable[..., None], capsys) -> No
 
 
 @pytest.mark.parametrize(
+    ("cfg", "told"),
+    [
+        ("partiton=gpu,time=1", "error: -cfg partiton: slurm has no such setting; there are partition, time, "),
+        ("partition", "error: -cfg partition: `partition` does not have at least one `key=value` pair"),
+        ("mail-type=ALL,nomem=x", "error: -cfg nomem: slurm has no such setting; there are partition, time, "),
+    ],
+)
+def test_a_setting_that_a_scheduler_does_not_know_is_refused(capsys, cfg: str, told: str) -> None:
+    assert run("run", "--dryrun", "-s", "slurm", "-cfg", cfg, "utils.echo") == 2
+    assert capsys.readouterr().err.startswith(told)
+
+
+@pytest.mark.parametrize(
     "arguments", [("run", "-s", "slurm", "utils.echo"), ("status", "slurm://torchx/7"), ("list", "-s", "slurm")]
 )
 def test_a_machine_without_slurm_is_named(say: Callable[..., None], capsys, arguments: tuple[str, ...]) -> None:

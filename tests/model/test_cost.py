@@ -253,6 +253,8 @@ def test_lookups_count_by_their_ids(load: Any) -> None:
     assert cost.flops["embedding"] == 8 + 8 + 2.5 * 4
     assert cost.embedding_bytes == 4 * (8 + 8 + 2.5 * 4)
     assert cost.ids_per_example == {"user": 1, "item": 1, "tags": 2.5}
+    half = cost_report(load("tables.user.data_type=fp16"), {"tags": 2.5}).cost
+    assert half.embedding_bytes == 2 * 8 + 4 * (8 + 2.5 * 4)
     assert any("2.5 of tags, 1 id for each other" in text for text in cost_report(config, {"tags": 2.5}).assumptions())
     with pytest.raises(ConfigError, match="'tag' is no sparse feature; there are item, tags, user"):
         cost_report(config, {"tag": 2.5})

@@ -308,6 +308,25 @@ def test_weighted_figures_of_what_is_not_finite_are_refused() -> None:
         weighted_metrics(np.array([0.0, np.nan]), np.array([True, False]), np.ones(2))
 
 
+def test_what_is_gone_on_with_keeps_the_limits_that_it_began_with() -> None:
+    """Those of a run that goes on may be others, and what is binned cannot be ranked any more."""
+    logits, labels = click_log(400)
+    began = BinaryMetrics(exact_examples=100, num_bins=32)
+    began.update(logits[:300], labels[:300])
+    gone_on = BinaryMetrics(exact_examples=1000, num_bins=64)
+    gone_on.load_state(began.state())
+    gone_on.update(logits[300:], labels[300:])
+    wanted, found = measure(logits, labels, exact_examples=100, bins=32), gone_on.compute()
+    assert (found.auc, found.auc_error) == (wanted.auc, wanted.auc_error)
+    assert found.auc_error > 0
+    gone_on = BinaryMetrics(exact_examples=1000, num_bins=64)
+    began = BinaryMetrics(exact=False)
+    began.update(logits, labels)
+    began.compute()
+    gone_on.load_state(began.state())
+    assert gone_on.compute().auc == pytest.approx(exact_auc(logits, labels), abs=1e-3)
+
+
 def binned_windows(ranks: Ranks) -> list[Metrics]:
     """The figures of two windows after one another, and of the second where a run was resumed within it."""
     found = []
