@@ -75,9 +75,7 @@ def test_step_tells_the_parts_of_every_case_and_their_ratios(folder: Path) -> No
         # 300 rows in batches of 32 have a last one of 12, which a turn need not meet.
         assert 12 / step < rate < 33 / step
         assert wait >= 0
-        # Nothing is computed for a backward of frozen embeddings but the times on both of its sides.
         assert all(seconds > 0 for seconds in figures.values())
-        assert name != "HiLoMoE, experts" or figures["sparse backward"] < 0.2 * figures["sparse forward"]
     assert [(line["case"], line["turn"]) for line in result["turn"]] == [(c, turn) for c in cases for turn in (1, 2, 3)]
     for turn in (line["figures"] for line in result["turn"]):
         rate, step = turn.pop("examples/s"), turn.pop("step")
