@@ -782,9 +782,9 @@ class ComputeConfig(Section):
     """How training steps compute the dense arch and send embeddings; evaluation and serving compute in float32.
 
     `compile` has `torch.compile` make one graph of it, for each phase anew, by which batches of `data.batch_size` rows
-    go. `autocast` has towers multiply in
-    `bfloat16`, parameters, heads, routing and losses staying float32. `tf32` has GPUs round the operands of float32
-    products to TF32. `qcomms` is what sharded tables send pooled embeddings and gradients in, null being float32.
+    go. `autocast` has towers multiply in `bfloat16`, parameters, heads, routing and losses staying float32. `tf32` has
+    GPUs round the operands of float32 products to TF32. `qcomms` is what sharded tables send pooled embeddings and
+    gradients in, null being float32.
     """
 
     compile: bool = False
