@@ -128,7 +128,10 @@ def assert_same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> Non
 
 @pytest.mark.parametrize(
     ("world_size", "every", "optimizer"),
-    [(3, 5, "muon"), *(pytest.param(world_size, 1, "adamw", marks=pytest.mark.slow) for world_size in (1, 2, 3))],
+    [
+        pytest.param(3, 5, "muon", marks=pytest.mark.slow),
+        *(pytest.param(world_size, 1, "adamw", marks=pytest.mark.slow) for world_size in (1, 2, 3)),
+    ],
 )
 def test_resumed_equals_uninterrupted(log: Path, tmp_path: Path, world_size: int, every: int, optimizer: str) -> None:
     """From checkpoints of a run: at ends of stages and phases, at best states, within epochs, before log lines.
@@ -248,7 +251,8 @@ def test_a_run_that_was_cut_off_is_gone_on_with_and_a_finished_one_is_kept_aside
     assert config.resume == "auto"
 
 
-@pytest.mark.parametrize("by", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_told_to_stop_is_saved_and_goes_on(log: Path, tmp_path: Path, by: signal.Signals) -> None:
     changes = {"checkpoints": {"every_minutes": 0.002}}
     stages = {"joint": {"trains": "all", "steps": 150, "learning_rate": 0.01, "sparse_learning_rate": 0.1}}
