@@ -11,13 +11,14 @@ in evaluation mode, and folded where a model can be.
 import argparse
 import copy
 import shlex
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.layer import PASSES, Device, median_ratio, memory_of, time_passes
+from benchmarks.layer import PASSES, Device, median_ratio, memory_of, time_in_turns
 from benchmarks.quality.grid import cases_of, load_grid
 from benchmarks.report import RESULTS, Line, environment, show, shown_path, write
 from recsys.cli import run_entry
@@ -73,16 +74,11 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     served = {name: _served(model) for name, model in trained.items()}
     inputs = {name: _pooled(configs[name], arguments.batch, device) for name in arguments.cases}
     d_y = torch.randn(arguments.batch, 1, device=device.name)
-    times: dict[str, dict[str, list[float]]] = {
-        BACKWARD: {name: [] for name in trained},
-        SERVING: {name: [] for name in trained},
-    }
-    for turn in range(arguments.turns):  # of all cases in turn, whose inputs differ
-        for name in trained:
-            x = inputs[name]
-            times[BACKWARD][name] += time_passes(device, {name: trained[name]}, x, d_y, BACKWARD, 1)[name]
-            times[SERVING][name] += time_passes(device, {name: served[name]}, x, d_y, FORWARD, 1)[name]
-        print(f"turn {turn + 1}/{arguments.turns}", flush=True)
+    times = {}
+    for kind, models, run in ((BACKWARD, trained, BACKWARD), (SERVING, served, FORWARD)):
+        passes = {name: partial(device.run, model, inputs[name], d_y, run) for name, model in models.items()}
+        times[kind] = time_in_turns(device, passes, arguments.turns)
+        print(f"{kind}: done", flush=True)
     memory = {name: memory_of(device, model, inputs[name], d_y) for name, model in trained.items()}
     _report(arguments, device, trained, served, times, memory)
 
@@ -127,7 +123,7 @@ def _report(
     times: dict[str, dict[str, list[float]]],
     memory: dict[str, dict[str, float]],
 ) -> None:
-    clock = "CPU" if device.takes_cpu_time else "wall"
+    clock = device.told["clock"]
     name = Path(arguments.grid).stem
     title = f"What cases of {name} cost on {device.name}"
     first = arguments.cases[0]
@@ -153,7 +149,7 @@ def _report(
     show(title, rows)
     parts: list[str | Rows] = [
         f"The dense arch on batches of {arguments.batch}, {str(device.dtype).removeprefix('torch.')}, threads: "
-        f"{torch.get_num_threads()}: milliseconds ({clock} time), medians of {arguments.turns} turns; in brackets the "
+        f"{torch.get_num_threads()}: milliseconds ({clock}), medians of {arguments.turns} turns; in brackets the "
         f"ratio to {first}, the median of the turns' own. Serving is a forward pass of the model as `Scorer` has it.",
         rows,
         *([arguments.note] if arguments.note else []),
@@ -163,9 +159,7 @@ def _report(
     about = {
         "command": shlex.join(command),
         "note": arguments.note,
-        "device": device.name,
-        "threads": torch.get_num_threads(),
-        "clock": f"{clock} time",
+        **device.told,
         **environment(),
     }
     write(arguments.output / f"cost_{name}_{device.name}", title, parts, about, lines)

@@ -159,11 +159,11 @@ def _report(
     times: Seconds,
     memory: dict[str, float],
 ) -> None:
-    clock = "CPU" if device.takes_cpu_time else "wall"
+    clock = device.told["clock"]
     title = f"Linears that adapt to domains on {device.name}"
     parts: list[str | Rows] = [
         f"Width {arguments.dim}, batch {arguments.batch}, {str(device.dtype).removeprefix('torch.')}, threads: "
-        f"{torch.get_num_threads()}. Milliseconds of one pass ({clock} time), medians of {arguments.turns} turns; in "
+        f"{torch.get_num_threads()}. Milliseconds of one pass ({clock}), medians of {arguments.turns} turns; in "
         "brackets the ratio to `dense`, the median of the turns' own. FLOPs are those of the forms over `dense`'s.",
         "\n".join(f"- `{form}`: {text}" for form, text in FORMS.items()),
     ]
@@ -201,9 +201,7 @@ def _report(
     about = {
         "command": shlex.join(command),
         "note": arguments.note,
-        "device": device.name,
-        "threads": torch.get_num_threads(),
-        "clock": f"{clock} time",
+        **device.told,
         "batch_size": arguments.batch,
         **environment(),
     }

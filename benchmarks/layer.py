@@ -91,6 +91,13 @@ class Device:
 
         self.takes_cpu_time = name == "cpu" and torch.get_num_threads() == 1
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a report says of it."""
+        clock = "CPU time" if self.takes_cpu_time else "wall time"
+        threads = torch.get_num_threads()
+        return {"device": self.name, "dtype": str(self.dtype), "threads": threads, "clock": clock}
+
     def clock(self) -> float:
         """The time when all that was asked of the device is done."""
         if self.takes_cpu_time:
@@ -185,8 +192,13 @@ def time_passes(
     device: Device, forms: Mapping[str, nn.Module], x: Tensor, d_y: Tensor, kind: str, turns: int
 ) -> dict[str, list[float]]:
     """Seconds of one pass of each form, by turn."""
-    seconds: dict[str, list[float]] = {form: [] for form in forms}
     passes = {form: partial(device.run, module, x, d_y, kind) for form, module in forms.items()}
+    return time_in_turns(device, passes, turns)
+
+
+def time_in_turns(device: Device, passes: Mapping[str, Callable[[], None]], turns: int) -> dict[str, list[float]]:
+    """Seconds of each pass, by turn."""
+    seconds: dict[str, list[float]] = {form: [] for form in passes}
     repeats: dict[str, int] = {}
     for form, one in passes.items():
         _seconds(device, one, 2)  # the first compiles
@@ -262,10 +274,10 @@ def _report(
 ) -> None:
     forms = [form for form in FORMS if form != "compiled" or arguments.compiled]
     title = f"One expert layer on {device.name}"
-    clock = "CPU" if device.takes_cpu_time else "wall"
+    clock = device.told["clock"]
     parts: list[str | Rows] = [
         f"Batch {arguments.batch}, {str(device.dtype).removeprefix('torch.')}, threads: {torch.get_num_threads()}. "
-        f"Milliseconds of one pass ({clock} time), medians of {arguments.turns} turns; in brackets the ratio to "
+        f"Milliseconds of one pass ({clock}), medians of {arguments.turns} turns; in brackets the ratio to "
         "`dense`, the median of the turns' own. The gradients are those of the input and of all parameters.",
         "\n".join(f"- `{form}`: {FORMS[form]}" for form in forms),
     ]
@@ -302,10 +314,7 @@ def _report(
     about = {
         "command": shlex.join(command),
         "note": arguments.note,
-        "device": device.name,
-        "dtype": str(device.dtype),
-        "threads": torch.get_num_threads(),
-        "clock": f"{clock} time",
+        **device.told,
         "batch_size": arguments.batch,
         **environment(),
     }

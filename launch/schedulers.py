@@ -11,7 +11,7 @@ from torchx.schedulers.slurm_scheduler import SlurmBatchRequest, SlurmReplicaReq
 from torchx.specs.finder import ComponentValidationException
 
 USER_ERROR = 2
-"""Exit code of what a person has to put right; `recsys/agent.py` has it too."""
+"""Exit code of what a person has to put right; `recsys.errors.UserError` has it too."""
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _SHUTDOWN_SECONDS = 30  # beside those that torchrun waits

@@ -14,8 +14,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher import api
 
-USER_ERROR = 2
-"""Exit code of what ends in one `error:` line (`recsys.cli.run_entry`); `launch/schedulers.py` has it too."""
+from recsys.errors import UserError
 
 
 class _Agent(LocalElasticAgent):
@@ -23,7 +22,7 @@ class _Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)
-        if any(failure.exitcode == USER_ERROR for failure in result.failures.values()):
+        if any(failure.exitcode == UserError.exit_code for failure in result.failures.values()):
             self._remaining_restarts = 0
         return result
 
@@ -36,7 +35,7 @@ def main() -> None:
     except ChildFailedError as error:
         print(error, file=sys.stderr, flush=True)
         codes = [failure.exitcode for failure in error.failures.values()]
-        code = USER_ERROR if USER_ERROR in codes else error.get_first_failure()[1].exitcode
+        code = UserError.exit_code if UserError.exit_code in codes else error.get_first_failure()[1].exitcode
         sys.exit(code if code > 0 else 128 - code)  # a signal's number is negative here
     except SignalException as error:
         print(error, file=sys.stderr, flush=True)
