@@ -27,8 +27,8 @@ from torchx.specs.finder import ComponentValidationException, get_components
 
 from launch import components, dist, schedulers
 from recsys import lifetime, runtime
-from recsys.errors import UserError
 from recsys.cli import ArgumentParser
+from recsys.errors import UserError
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 SCHEDULERS = {
@@ -367,7 +367,7 @@ def test_launcher_and_rank_name_the_same_variables():
     assert lifetime.LAUNCHER_PID in dist.ddp("x.py").roles[0].on_this_machine
     assert runtime.ASKED_GPUS in dist.ddp("x.py", gpu=1).roles[0].env
     assert runtime.ASKED_GPUS not in dist.ddp("x.py").roles[0].env
-    assert schedulers.USER_ERROR == UserError.exit_code
+    assert UserError.exit_code == schedulers.USER_ERROR
 
 
 def test_environment_of_the_caller_is_not_changed():
