@@ -275,8 +275,8 @@ class DomainAdaptation(nn.Module):
             self._call.rows = None
 
     def _is_grouped(self, device: torch.device) -> bool:
-        # On a GPU the product by groups is one kernel in bfloat16 alone, and waits for the groups' sizes else; so do
-        # torch.compile and torch.export know it alone.
+        # On a GPU the product by groups is one kernel in bfloat16 alone, and waits for the groups' sizes else. Those of
+        # torch.compile and torch.export are not at hand.
         is_at_hand = device.type == "cpu" and not torch.compiler.is_compiling()
         return self.grouped and self.is_of_one and is_at_hand
 
