@@ -44,12 +44,45 @@ PARTS = ("forward and backward", "optimizer")
 _WARM_UP = 3
 _VIEWS = frozenset(
     f"aten::{name}"
-    for name in (
-        "view reshape _reshape_alias as_strided as_strided_ transpose t numpy_T permute slice select split "
-        "split_with_sizes unbind chunk narrow expand expand_as view_as squeeze unsqueeze flatten unflatten _unsafe_view "
-        "detach alias empty empty_like empty_strided result_type is_nonzero item _local_scalar_dense resolve_conj "
-        "resolve_neg lift_fresh to"
-    ).split()
+    for name in [
+        "view",
+        "reshape",
+        "_reshape_alias",
+        "as_strided",
+        "as_strided_",
+        "transpose",
+        "t",
+        "numpy_T",
+        "permute",
+        "slice",
+        "select",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "chunk",
+        "narrow",
+        "expand",
+        "expand_as",
+        "view_as",
+        "squeeze",
+        "unsqueeze",
+        "flatten",
+        "unflatten",
+        "_unsafe_view",
+        "detach",
+        "alias",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "result_type",
+        "is_nonzero",
+        "item",
+        "_local_scalar_dense",
+        "resolve_conj",
+        "resolve_neg",
+        "lift_fresh",
+        "to",
+    ]
 )
 """Operators that compute nothing."""
 
