@@ -33,14 +33,26 @@ def main() -> None:
     api.LocalElasticAgent = _Agent  # type: ignore[misc]
     try:
         run.main()
-    except ChildFailedError as error:
-        print(error, file=sys.stderr, flush=True)
-        codes = [failure.exitcode for failure in error.failures.values()]
-        code = USER_ERROR if USER_ERROR in codes else error.get_first_failure()[1].exitcode
-        sys.exit(code if code > 0 else 128 - code)  # a signal's number is negative here
     except SignalException as error:
         print(error, file=sys.stderr, flush=True)
         sys.exit(128 + error.sigval)
+    except Exception as error:
+        if (failed := _of_ranks(error)) is None:
+            raise
+        print(failed, file=sys.stderr, flush=True)
+        codes = [failure.exitcode for failure in failed.failures.values()]
+        code = USER_ERROR if USER_ERROR in codes else failed.get_first_failure()[1].exitcode
+        sys.exit(code if code > 0 else 128 - code)  # a signal's number is negative here
+
+
+def _of_ranks(error: BaseException | None) -> ChildFailedError | None:
+    """What ranks ended with, also where torchrun then failed to leave a rendezvous whose host had gone.
+
+    That error takes the place of the ranks' own (pytorch/pytorch issue 194871).
+    """
+    while error is not None and not isinstance(error, ChildFailedError):
+        error = error.__context__
+    return error
 
 
 if __name__ == "__main__":
