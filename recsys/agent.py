@@ -12,7 +12,10 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher import api
+
+from recsys.errors import TEMPORARY
 
 USER_ERROR = 2
 """Exit code of what ends in one `error:` line (`recsys.cli.run_entry`); `launch/schedulers.py` has it too."""
@@ -38,7 +41,14 @@ def main() -> None:
         sys.exit(128 + error.sigval)
     except Exception as error:
         if (failed := _of_ranks(error)) is None:
-            raise
+            if not isinstance(error, RendezvousError):
+                raise
+            why = ": ".join(filter(None, [type(error).__name__, str(error)]))
+            print(
+                f"error: hosts did not meet ({why}); see that all --nnodes run and reach --rdzv-endpoint",
+                file=sys.stderr,
+            )
+            sys.exit(TEMPORARY)
         print(failed, file=sys.stderr, flush=True)
         codes = [failure.exitcode for failure in failed.failures.values()]
         code = USER_ERROR if USER_ERROR in codes else failed.get_first_failure()[1].exitcode
