@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from recsys.config import ConfigError
 from recsys.terminal import Rows, console, markdown, say, table
@@ -97,22 +97,27 @@ def read(path: Path) -> dict[str, list[Line]]:
     """Read JSON lines; they are told by kind, which each of them has under `kind`.
 
     Raises:
-        ConfigError: the file cannot be read, or a line is no JSON object with a kind.
+        ConfigError: the file cannot be read, or a line is no JSON object with a kind, or has NaN or infinity in it.
     """
     found: dict[str, list[Line]] = {}
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read results {path}: {error}") from None
-    for place, line in enumerate(text.splitlines(), start=1):
+    # JSON may have all that splitlines() takes for an end of a line, but a newline.
+    for place, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
         try:
-            told = json.loads(line)
-        except json.JSONDecodeError as error:
+            told = json.loads(line, parse_constant=_no_number)
+        except ValueError as error:
             raise ConfigError(f"{path}, line {place}: {error}") from None
         if not isinstance(told, dict) or not isinstance(told.get("kind"), str):
             raise ConfigError(f"{path}, line {place}: no JSON object with a kind")
         found.setdefault(told["kind"], []).append(told)
     return found
+
+
+def _no_number(told: str) -> NoReturn:
+    raise ValueError(f"{told} is no number of JSON; what is undefined is null")
 
 
 def _cpu_model() -> str:

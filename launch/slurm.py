@@ -36,6 +36,8 @@ _STATES = {
     "STOPPED": AppState.PENDING,
     "UPDATE_DB": AppState.RUNNING,
 }
+_NUMBER = re.compile(r"^(?:Submitted batch job )?(\d+)(?:;\S+| on cluster \S+)?\s*$", re.MULTILINE)
+"""A line of sbatch that tells a job's number; sites and their wrappers write others around it."""
 _FIRST = [AppState.RUNNING, AppState.PENDING, AppState.UNKNOWN, AppState.FAILED, AppState.CANCELLED, AppState.SUCCEEDED]
 """Which state of a part is that of a job: it goes on as long as a part does, and failed if one did."""
 
@@ -48,8 +50,8 @@ class Refused(Exception):
 class _Part:
     """A job, or one of those that a heterogeneous job consists of: a node of ours."""
 
-    job: str
-    """The number of the whole job."""
+    number: str
+    """7, 7+1 (heterogeneous), 7_1 or 7_[2-9%2] (arrays)."""
     told: str
     """Its state in Slurm's words."""
     why: str
@@ -57,6 +59,11 @@ class _Part:
     folder: str
     """Where it was submitted, or `job_dir`: there are its files."""
     name: str
+
+    @property
+    def job(self) -> str:
+        """The number of the whole job."""
+        return re.split(r"[+_]", self.number)[0]
 
     @property
     def state(self) -> AppState:
@@ -84,12 +91,19 @@ class SlurmScheduler(slurm_scheduler.SlurmScheduler):
         request = dryrun_info.request
         place = [f"--chdir={request.job_dir}"] if request.job_dir else []
         told = _asked([*request.cmd, *place], "the job is refused", request.materialize())
+        if not (numbers := _NUMBER.findall(told)):
+            raise Refused(f"sbatch told no job's number but {told.strip()!r}; squeue --me has the job if it was taken")
         first = next(iter(request.replicas.values()))
         partition = first.sbatch_opts.get("partition") or os.environ.get("SBATCH_PARTITION")
-        if 0 < (nodes := _nodes(partition)) < len(request.replicas):
+        try:
+            nodes = _nodes(partition)
+        except Refused as error:  # the job is there all the same, and its number is to be told
+            logger.warning("whether its partition has enough nodes is not known: %s", error)
+            nodes = 0
+        if 0 < nodes < len(request.replicas):
             # sbatch takes the parts of a heterogeneous job one by one, and none of them is too much.
             logger.warning("a job of %d nodes waits: its partition has %d", len(request.replicas), nodes)
-        return told.strip().partition(";")[0]  # of `number` or, in a federation, `number;cluster`
+        return str(numbers[-1])
 
     def describe(self, app_id: str) -> api.DescribeAppResponse:
         """Tell a job's state, and that of each of its nodes.
@@ -102,7 +116,7 @@ class SlurmScheduler(slurm_scheduler.SlurmScheduler):
         statuses: Dict[str, specs.RoleStatus] = {}
         for part in parts:
             role, _, replica = part.name.rpartition("-")
-            if role and replica.isdigit():  # else a job that TorchX did not submit
+            if role and replica.isdecimal():  # else a job that TorchX did not submit
                 ours = statuses.setdefault(role, specs.RoleStatus(role, []))
                 ours.replicas.append(specs.ReplicaStatus(int(replica), part.state, role, hostname=part.nodes))
         return api.DescribeAppResponse(
@@ -115,16 +129,16 @@ class SlurmScheduler(slurm_scheduler.SlurmScheduler):
 
     def list(self) -> List[api.ListAppResponse]:
         """List the user's jobs, the oldest first; without accounting, those alone that `squeue` still knows."""
-        found: Dict[str, List[_Part]] = {}
+        found: Dict[str, Dict[str, _Part]] = {}
         try:
             known = _accounts("--starttime=1970-01-01-00:00:01")
         except Refused as error:
             logger.warning("jobs that ended some minutes ago are not listed: %s", error)
             known = []
         for part in [*known, *_queue("--me")]:  # what squeue says comes last and counts
-            found.setdefault(part.job, []).append(part)
+            found.setdefault(part.job, {})[part.number] = part
         return [
-            api.ListAppResponse(job, min((part.state for part in _latest(parts)), key=_FIRST.index))
+            api.ListAppResponse(job, min((part.state for part in parts.values()), key=_FIRST.index))
             for job, parts in sorted(found.items(), key=lambda item: int(item[0]))
         ]
 
@@ -204,7 +218,8 @@ def _parts(job: str) -> List[_Part]:
 
 def _nodes(partition: Optional[str]) -> int:
     """How many nodes a partition has, or that which is taken where none is named; 0 where there is no such."""
-    lines = [line.split("\t") for line in _asked(["sinfo", "--noheader", "--format=%P\t%D"]).splitlines()]
+    told = _asked(["sinfo", "--noheader", "--format=%P\t%D"])
+    lines = re.findall(r"^([^\t\n]+)\t(\d+)\s*$", told, re.MULTILINE)  # and what else a site has it say
     return sum(
         int(nodes) for name, nodes in lines if (name.rstrip("*") == partition if partition else name[-1:] == "*")
     )
@@ -222,14 +237,14 @@ def _accounts(*which: str) -> List[_Part]:
 
 
 def _read(lines: str) -> List[_Part]:
-    """Parts by lines of job, state, reason, nodes, folder and name; jobs are numbered 7, 7+1 (heterogeneous) or 7_1."""
-    rows = [line.split("\t", 5) for line in lines.splitlines()]
-    parts = [_Part(re.split(r"[+_]", row[0])[0], *row[1:]) for row in rows if len(row) == 6]
+    """Parts by lines of number, state, reason, nodes, folder and name; steps and a site's own words are left out."""
+    parts = []
+    for line in lines.split("\n"):
+        number, *rest = line.split("\t")
+        if re.fullmatch(r"\d+([+_][^.]*)?", number) and len(rest) >= 5:
+            told, why, nodes, *folder, name = rest  # our names have no tab, but a folder may
+            parts.append(_Part(number, told, why, nodes, "\t".join(folder), name))
     return sorted(parts, key=lambda part: (len(part.name), part.name))  # train-2 comes before train-10
-
-
-def _latest(parts: List[_Part]) -> List[_Part]:
-    return list({part.name: part for part in parts}.values())
 
 
 def _replica(part: _Part) -> str:
@@ -239,7 +254,8 @@ def _replica(part: _Part) -> str:
 def _asked(command: List[str], otherwise: str = "", told: str = "") -> str:
     """What a command of Slurm says, which is told something on its stdin."""
     try:
-        done = subprocess.run(command, input=told, capture_output=True, text=True, errors="replace")
+        # Bytes of arguments and folders stay as they are, whatever the locale.
+        done = subprocess.run(command, input=told, capture_output=True, encoding="utf-8", errors="surrogateescape")
     except FileNotFoundError:
         raise Refused(
             f"{command[0]} is not on this machine; submit where Slurm's commands are, as on a login node"
@@ -247,4 +263,6 @@ def _asked(command: List[str], otherwise: str = "", told: str = "") -> str:
     if done.returncode:
         said = " / ".join(re.sub(rf"^{command[0]}: (error: )?", "", line) for line in done.stderr.splitlines() if line)
         raise Refused(": ".join(filter(None, [otherwise, f"{command[0]} says {said or 'nothing'}"])))
+    if told and done.stderr:  # what a site has to say of a job that it takes
+        logger.warning("%s", done.stderr.rstrip())
     return done.stdout

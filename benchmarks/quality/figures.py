@@ -2,19 +2,20 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from benchmarks.quality.grid import Case, GridConfig, RivalsConfig, Run, TableConfig
 from benchmarks.quality.intervals import Difference, difference
 from benchmarks.quality.stages import StageEnd, landed_ends, stage_ends, stage_rows
 from benchmarks.report import Line, read, shown_path
-from recsys.config import validate
+from recsys.config import ConfigError, validate
 from recsys.terminal import Rows
 
 Spread = Mapping[str, float | None]
@@ -55,11 +56,19 @@ class _LandedRun(BaseModel):
     stages: dict[str, dict[str, Any]] = {}
     domains: dict[str, dict[str, float | None]] = Field({}, alias="domains after stages")
 
+    @model_validator(mode="after")
+    def _is_of_its_stages(self) -> Self:
+        for name in self.domains:
+            wauc = (self.stages.get(name, {}).get("over_domains") or {}).get("wauc")
+            if not isinstance(wauc, int | float):
+                raise ValueError(f'"domains after stages" has {name}, but "stages" has no WAUC over_domains of it')
+        return self
+
 
 class _Landed(BaseModel):
     """What a report of these tables says, by kind of line."""
 
-    about: list[_About]
+    about: list[_About] = Field(min_length=1, max_length=1)
     case: list[_LandedCase] = []
     run: list[_LandedRun] = []
 
@@ -109,6 +118,9 @@ class Figures:
 
     def _take_landed(self, path: Path) -> None:
         told = validate(_Landed, read(path), source=str(path))
+        listed = [*((case.case,) for case in told.case), *((run.case, run.seed) for run in told.run)]
+        if twice := [names for names, times in Counter(listed).items() if times > 1]:
+            raise ConfigError(f"{path}: {', seed '.join(map(str, twice[0]))} is there twice; which counts is not told")
         described = {case.case: case.description for case in told.case}
         runs = {(run.case, run.seed): run for run in told.run}
         for case in self.cases:

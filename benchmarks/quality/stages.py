@@ -62,7 +62,9 @@ def stage_rows(runs: Mapping[str, Sequence[Sequence[StageEnd]]]) -> Rows:
     rows = []
     for case, ends in runs.items():
         before: Sequence[StageEnd] | None = None
-        for now in zip(*ends, strict=True):
+        by_name = [{end.stage: end for end in of_run} for of_run in ends]
+        # A stage whose WAUC is undefined in one run, as with rows of one class alone, has no mean over all.
+        for now in [[of[name] for of in by_name] for name in by_name[0] if all(name in of for of in by_name)]:
             row = {"case": case, "stage": now[0].stage, "valid WAUC": f"{mean(end.wauc for end in now):.5f}"}
             rows.append({**row, **_change(before, now)})
             before = now
@@ -75,10 +77,10 @@ def _change(before: Iterable[StageEnd] | None, now: Sequence[StageEnd]) -> dict[
     pairs = list(zip(before, now, strict=True))
     names = set.intersection(*(set(end.domains) for pair in pairs for end in pair))
     changes = {name: 1e4 * mean(new.domains[name] - old.domains[name] for old, new in pairs) for name in names}
-    worst = min(changes, key=lambda name: (changes[name], name))
+    worst = min(changes, key=lambda name: (changes[name], name), default="")
     return {
         "change, 10⁻⁴": f"{1e4 * mean(new.wauc - old.wauc for old, new in pairs):+.1f}",
         "domains that gain": str(sum(change > 0 for change in changes.values())),
         "that lose": str(sum(change < 0 for change in changes.values())),
-        "largest loss, 10⁻⁴": f"{changes[worst]:+.1f} ({worst})" if changes[worst] < 0 else "none",
+        "largest loss, 10⁻⁴": f"{changes[worst]:+.1f} ({worst})" if changes.get(worst, 0) < 0 else "none",
     }

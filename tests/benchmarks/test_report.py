@@ -22,10 +22,15 @@ def test_a_result_is_written_as_a_page_and_as_a_line_per_run(tmp_path: Path) -> 
 def test_results_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read results .*absent\.jsonl"):
         read(tmp_path / "absent.jsonl")
-    for text in ("[1]", '{"a": 1}', '{"kind": 1}', "{"):
+    for text in ("[1]", '{"a": 1}', '{"kind": 1}', "{", "", '{"kind": "run", "figures": {"test AUC": NaN}}'):
         (tmp_path / "wrong.jsonl").write_text(f'{{"kind": "about"}}\n{text}\n')
         with pytest.raises(ConfigError, match=r"wrong\.jsonl, line 2: "):
             read(tmp_path / "wrong.jsonl")
+
+
+def test_a_text_may_hold_what_other_programs_take_for_the_end_of_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"kind": "model", "name": "a\u2028b\x85"}\n', encoding="utf-8")
+    assert read(tmp_path / "a.jsonl") == {"model": [{"kind": "model", "name": "a\u2028b\x85"}]}
 
 
 def test_every_result_of_the_repository_has_a_page_and_says_how_it_came_about() -> None:

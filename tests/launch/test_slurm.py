@@ -37,7 +37,7 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def saying(**lines: str) -> None:
         for name, line in lines.items():
-            (binaries / name).write_text(f"#!/bin/sh\n{line}\n")
+            (binaries / name).write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8", errors="surrogateescape")
             (binaries / name).chmod(0o755)
 
     return saying
@@ -77,6 +77,47 @@ def test_a_job_is_submitted_as_torchx_writes_it(say: Callable[..., None], capsys
     assert capsys.readouterr().out.strip() == "slurm://torchx/7"
     script = (tmp_path / "script").read_text()
     assert script.startswith("#!/bin/bash\n") and "'two words'" in script
+
+
+# Public reports: Lonestar's and Stampede's welcome, wrappers that leave --parsable out, clusters with names.
+@pytest.mark.parametrize("told", [
+    "7;nautilus", "Submitted batch job 7", "Submitted batch job 7 on cluster nautilus",
+    "      Welcome to the Stampede3 Supercomputer\n\nNo reservation for this job\n--> Verifying ssh keys...OK\n7",
+    "7;c1\nsee docs.example.org/2024",
+])  # fmt: skip
+def test_a_jobs_number_is_found_in_what_a_site_has_sbatch_say(say: Callable[..., None], capsys, told: str) -> None:
+    say(sinfo=NODES, sbatch=f"cat > script; cat <<'END'\n{told}\nEND", squeue=jobs("7|PENDING|None||/w|echo-0"))
+    assert run("run", "-s", "slurm", "utils.echo") == 0
+    assert capsys.readouterr().out.strip() == "slurm://torchx/7"
+
+
+def test_a_submission_without_a_number_is_one_line(say: Callable[..., None], capsys) -> None:
+    say(sinfo=NODES, sbatch="cat > script; echo; echo Welcome to cluster 3")
+    told = refused(capsys, "run", "-s", "slurm", "utils.echo")
+    assert told == "sbatch told no job's number but 'Welcome to cluster 3'; squeue --me has the job if it was taken"
+
+
+def test_what_a_site_says_of_a_job_is_passed_on(say: Callable[..., None], caplog) -> None:
+    note = "sbatch: no partition specified, using default partition m100_all_serial"
+    say(sinfo=NODES, sbatch=f"cat > script; echo '{note}' >&2; echo 7", squeue=jobs("7|PENDING|None||/w|echo-0"))
+    assert run("run", "-s", "slurm", "utils.echo") == 0
+    assert note in caplog.text
+
+
+@pytest.mark.parametrize("sinfo", [
+    "echo 'sinfo: error: Unable to contact slurm controller' >&2; exit 1",
+    r"printf 'CLUSTER: c1\n\na\tbanner\ttoo\ntrain*\t9\n'",
+])  # fmt: skip
+def test_a_job_that_is_there_is_told_whatever_sinfo_says(say: Callable[..., None], capsys, sinfo: str) -> None:
+    say(sinfo=sinfo, sbatch="cat > script; echo 7", squeue=jobs("7|PENDING|None||/w|echo-0"))
+    assert run("run", "-s", "slurm", "utils.echo") == 0
+    assert capsys.readouterr().out.strip() == "slurm://torchx/7"
+
+
+def test_a_script_keeps_all_its_bytes(say: Callable[..., None], tmp_path: Path) -> None:
+    say(sinfo=NODES, sbatch="cat > script; echo 7", squeue=jobs("7|PENDING|None||/w|echo-0"))
+    assert run("run", "-s", "slurm", "utils.echo", "--msg", "映画-\udcff") == 0  # an argument that is no UTF-8
+    assert "映画-".encode() + b"\xff" in (tmp_path / "script").read_bytes()
 
 
 def test_a_job_directory_is_where_the_job_runs(say: Callable[..., None], tmp_path: Path) -> None:
@@ -174,6 +215,17 @@ def test_list_has_a_heterogeneous_job_once_as_squeue_knows_it(say: Callable[...,
     ]
 
 
+def test_arrays_steps_and_a_sites_own_words_do_not_mislead(say: Callable[..., None], capsys) -> None:
+    rows = ["Welcome to c1", "7_1|COMPLETED|None|n1|/w|sweep", "7_1.batch|COMPLETED|None|n1|/w|batch"]
+    rows += ["7_[3-9%2]|PENDING|JobArrayTaskLimit||/w|sweep", "7.extern|FAILED|None|n1|/w|extern"]
+    say(sacct=jobs(*rows), squeue=jobs("7_2|FAILED|None|n2|/w|sweep", "8|COMPLETED|None|n1|/w|train-²"))
+    assert run("list", "-s", "slurm") == 0
+    told = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert told == [["slurm://torchx/7", "PENDING"], ["slurm://torchx/8", "SUCCEEDED"]]
+    assert run("status", "slurm://torchx/8") == 0
+    assert "State: SUCCEEDED" in capsys.readouterr().out
+
+
 def test_list_says_what_it_lacks_without_accounting(say: Callable[..., None], capsys, caplog) -> None:
     say(sacct=NO_ACCOUNTS, squeue=jobs("7|RUNNING|None|node0|/w|train-0"))
     assert run("list", "-s", "slurm") == 0
@@ -181,8 +233,9 @@ def test_list_says_what_it_lacks_without_accounting(say: Callable[..., None], ca
     assert "jobs that ended some minutes ago are not listed: sacct says Slurm accounting" in caplog.text
 
 
-def test_logs_are_found_from_anywhere(say: Callable[..., None], capsys, tmp_path: Path) -> None:
-    there = tmp_path / "where it was submitted"
+@pytest.mark.parametrize("folder", ["where it was submitted", "a\ttab", "映画", "latin-\udce9", "line\u2028separator"])
+def test_logs_are_found_from_anywhere(say: Callable[..., None], capsys, tmp_path: Path, folder: str) -> None:
+    there = tmp_path / folder
     there.mkdir()
     for stream in ("out", "err"):
         (there / f"slurm-7-train-0.{stream}").write_text(f"a line of {stream}\nerror: of {stream}\n")

@@ -1,6 +1,7 @@
 """What each stage adds, as a page of a grid with domains tells it."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from grids import leave, write_grid
 
 from benchmarks.quality.figures import Figures
 from benchmarks.quality.grid import Case, GridConfig, cases_of
+from benchmarks.quality.stages import StageEnd, stage_rows
+from benchmarks.report import Line
 from recsys.config import ConfigError
 
 STAGES = {  # of two domains, and one of one class, the WAUC of each state
@@ -83,3 +86,33 @@ def test_a_report_stands_for_runs_that_are_elsewhere_but_for_none_of_other_setti
     landed.write_text('{"kind": "case"}\n')
     with pytest.raises(ConfigError, match=r"landed.jsonl:\n  about: missing.*\n  case.0.case: missing"):
         Figures(grid, cases, landed)
+
+
+def test_an_odd_report_is_refused(folder: Path) -> None:
+    grid, cases = left(folder)
+    lines = [{"kind": "about", "device": "cpu"}, *Figures(grid, cases).lines({}), {"kind": "of another program"}]
+    run = next(line for line in lines if "domains after stages" in line)
+    landed = folder / "landed.jsonl"
+    odd: list[tuple[list[Line], str]] = [
+        ([lines[0]], r"about: .*1"),
+        ([run], "moe, seed 17 is there twice"),
+        ([lines[1]], "moe is there twice"),
+        ([{**run, "seed": 99, "stages": {}}], 'has backbone, but "stages" has no WAUC'),
+        ([{**run, "seed": 99, "figures": {"test AUC": math.nan}}], "NaN is no number of JSON"),
+    ]
+    for more, told in [([], ""), *odd]:
+        landed.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *more]))
+        if more:
+            with pytest.raises(ConfigError, match=told):
+                Figures(grid, cases_of(grid, Path("elsewhere")), landed)
+        else:
+            assert Figures(grid, cases_of(grid, Path("elsewhere")), landed).of["moe"].keys() == {17, 18}
+
+
+def test_a_stage_without_a_mean_over_all_runs_has_no_row() -> None:
+    ends = [StageEnd("joint", 0.7, {"a": 0.7}), StageEnd("experts", 0.8, {"b": 0.8}), StageEnd("gate", 0.9, {"b": 0.9})]
+    rows = stage_rows({"moe": [ends, ends[:1] + ends[2:]]})
+    assert [list(row.values())[1:] for row in rows] == [
+        ["joint", "0.70000", "-", "-", "-", "-"],
+        ["gate", "0.90000", "+2000.0", "0", "0", "none"],  # no domain has an AUC after both
+    ]
