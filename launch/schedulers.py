@@ -80,6 +80,9 @@ class Role(specs.Role):
         for name, replica in request.replicas.items():
             if name.rpartition("-")[0] == self.name:
                 replica.entrypoint, *replica.args = _with_environment(replica)
+                # Nodes end by themselves: one that another's error had killed would hide in the job's exit code that
+                # a person has to put something right. srun still kills those that are left after `wait`, 60 s.
+                replica.srun_opts["kill-on-bad-exit"] = "0"
         return _SlurmRequest(**vars(request))
 
     def _kubernetes(self, request: Any) -> Any:
@@ -112,10 +115,10 @@ class Role(specs.Role):
 
 
 class _SlurmRequest(SlurmBatchRequest):
-    """TorchX's batch script, which does not requeue what a person has to put right."""
+    """TorchX's batch script, which does not requeue what a person has to put right, nor log the job's variables."""
 
     def materialize(self) -> str:
-        script: str = super().materialize()
+        script: str = super().materialize().replace("\nset -evx\n", "\nset -e\n")
         asked = 'if [ "$TORCHX_MAX_RETRIES" -gt'
         return script.replace(asked, asked.replace("if [", f"if [ $exitcode -ne {USER_ERROR} ] && ["))
 

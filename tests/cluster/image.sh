@@ -4,10 +4,13 @@
 #   BASE         an image to build on; by default a Debian that debootstrap makes, whose interpreter is python3 alone
 #   SUITE        that Debian; its Python must be one of 3.11 to 3.14
 #   TORCH_INDEX  an index to take torch from, such as PyTorch's own for CPU builds
+#   CUDA         1 builds the target cuda, too, and trains in it, on the CPU: 3.2 GB of wheels
 #   TMPDIR       where its storage goes, all of which it deletes; /var/tmp by default
 #   STORAGE_DRIVER  buildah's; vfs, the default, works anywhere, and overlay, where it works, is faster and smaller
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+
+targets=(cpu score ${CUDA:+cuda})
 
 fail() { echo "error: $*" >&2 && exit 1; }
 say() { printf '[%4ds] %s\n' "$SECONDS" "$*"; }
@@ -34,7 +37,8 @@ clean() {
 	fi
 }
 trap clean EXIT
-((free >= 20)) || fail "$work has $free GB free; 20 are needed: set TMPDIR"
+need=${CUDA:+45}
+((free >= ${need:-20})) || fail "$work has $free GB free; ${need:-20} are needed: set TMPDIR"
 
 say "the base"
 if [[ -z "${BASE:-}" ]]; then
@@ -54,7 +58,7 @@ store rm "$container" >/dev/null
 
 # Wheels are fetched here, as this machine's pip is set up to, so that the build needs no network.
 say "wheels for Python $python"
-mkdir "$work/wheels" "$work/packages"
+mkdir "$work/wheels" "$work/wheels-cuda" "$work/packages"
 printf '[global]\nno-index = true\nfind-links = /wheels\n' >"$work/pip.conf"
 pip() {
 	local command=$1
@@ -63,28 +67,35 @@ pip() {
 		2>"$work/log" || { cat "$work/log" >&2 && fail "pip $command"; }
 }
 fetch() { pip download --dest "$work/wheels" "$@"; }
+pins() { grep -vxFf requirements/dev.txt "requirements/$1.txt"; }
 grep '^torch==' requirements/serving.txt >"$work/torch.txt"
 if [[ -n "${TORCH_INDEX:-}" ]]; then fetch --no-deps --index-url "$TORCH_INDEX" -r "$work/torch.txt"; fi
 fetch --find-links "$work/wheels" -r requirements/serving.txt
-grep -vxFf requirements/dev.txt requirements/cpu.txt >"$work/pins.txt"
-fetch --no-deps --find-links "$work/wheels" -r "$work/pins.txt"
+fetch --no-deps --find-links "$work/wheels" -r <(pins cpu)
+if [[ -n "${CUDA:-}" ]]; then
+	# === takes no build that has a version of its own, such as 2.13.0+cpu.
+	pip download --dest "$work/wheels-cuda" --no-deps --find-links "$work/wheels" -r <(pins cuda | sed 's/^torch==/torch===/')
+fi
 pip install --no-deps --target "$work/packages" -r <(grep -E '^(pytest|iniconfig|pluggy|hypothesis|sortedcontainers)==' requirements/cpu.txt)
 
-for target in cpu score; do
+for target in "${targets[@]}"; do
 	say "building $target"
-	begun=$SECONDS
+	begun=$SECONDS wheels=$work/wheels
+	[[ $target != cuda ]] || wheels=$work/wheels-cuda
 	store build --isolation chroot --format docker --file docker/Dockerfile --target $target --tag hilorec:$target \
-		--volume "$work/wheels:/wheels:ro" --volume "$work/pip.conf:/etc/pip.conf:ro" \
+		--volume "$wheels:/wheels:ro" --volume "$work/pip.conf:/etc/pip.conf:ro" \
 		--build-arg BASE="$BASE" --build-arg COMMIT="$commit" . >"$work/log" 2>&1 ||
 		{ tail -20 "$work/log" >&2 && fail "$target was not built"; }
 	container=$(store from --name $target hilorec:$target)
 	say "$target: built in $((SECONDS - begun)) s, $(du -sm "$(store mount $target)" | cut -f1) MB"
 done
-say "disk: $(du -smx "$work" | cut -f1) MB in all, of which wheels $(du -sm "$work/wheels" | cut -f1) MB"
+say "disk: $(du -smx "$work" | cut -f1) MB in all, of which wheels $(du -csm "$work"/wheels* | tail -1 | cut -f1) MB"
 
-for volume in data outputs; do
-	store run --isolation chroot cpu touch "/app/$volume/x" || fail "the volume /app/$volume is not the user's"
-	store config --volume "/app/$volume-" cpu # or buildah lays it over ours
+for target in cpu ${CUDA:+cuda}; do
+	for volume in data outputs; do
+		store run --isolation chroot $target touch "/app/$volume/x" || fail "the volume /app/$volume is not the user's"
+		store config --volume "/app/$volume-" $target # or buildah lays it over ours
+	done
 done
 
 # What volumes would be; and a name of its own that resolves nowhere, which every command here runs under.
@@ -108,7 +119,7 @@ enter() {
 }
 
 say "who runs, and what is not there"
-for target in cpu score; do
+for target in "${targets[@]}"; do
 	enter $target sh -c 'test "$(id -u)" = 1000' || fail "$target runs as another user"
 	enter $target sh -c '! touch /app/recsys/x' || fail "$target may change its own code"
 	enter $target python -c 'import sys, importlib.util as util; sys.exit(any(map(util.find_spec, sys.argv[1:])))' \
@@ -120,6 +131,15 @@ say "training on two ranks where the own name does not resolve"
 enter cpu /entrypoint.sh --standalone --nproc_per_node 2 -m recsys.train --config configs/small.yaml ||
 	{ tail -20 "$log" >&2 && fail "training failed"; }
 grep -q "\"commit\": \"$commit\"" "$work/outputs/small/summary.json" || fail "summary.json lacks the commit"
+
+if [[ -n "${CUDA:-}" ]]; then
+	say "the same in cuda"
+	enter cuda python -c 'import torch; print("torch", torch.__version__, "of CUDA", torch.version.cuda)' || fail "no torch in cuda"
+	grep -E 'of CUDA [0-9]' "$log" || { cat "$log" >&2 && fail "torch is no build of CUDA"; }
+	enter cuda /entrypoint.sh --standalone --nproc_per_node 2 -m recsys.train --config configs/small.yaml output_dir=outputs/cuda ||
+		{ tail -20 "$log" >&2 && fail "training failed in cuda"; }
+	grep -q '"fbgemm-gpu"' "$work/outputs/cuda/summary.json" || fail "summary.json names another fbgemm"
+fi
 
 say "a folder of root's over outputs"
 outputs=$work/theirs
