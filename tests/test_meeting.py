@@ -147,11 +147,11 @@ def test_an_environment_that_tells_no_place_is_refused(
 @pytest.mark.parametrize(
     ("place", "told"),
     [
-        ({"RANK": "first"}, "RANK is 'first', which is no number from 0 to 1"),
         ({"RANK": "1"}, "within 2 s: nothing answers (Connection refused); is MASTER_ADDR the first rank's machine"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                ({"RANK": "first"}, "RANK is 'first', which is no number from 0 to 1"),
                 ({"LOCAL_RANK": "first"}, "LOCAL_RANK is 'first', which is no number from 0 to 1"),
                 ({"MASTER_ADDR": "no.such.host.invalid"}, "the name 'no.such.host.invalid' does not resolve"),
                 (

@@ -138,6 +138,7 @@ def test_make_test_runs_pytest() -> None:
     assert "test_readme.py" in run(f'{command("make test")} ARGS="--collect-only -q tests/test_readme.py"')
 
 
+@pytest.mark.slow
 def test_evaluate_takes_the_checkpoint_of_a_run(config: Path, tmp_path: Path) -> None:
     run(f"python -m recsys.train --config {config} output_dir={tmp_path}/out stages.experts=null stages.joint=null")
     steps = steps_of(tmp_path / "out")

@@ -65,7 +65,11 @@ COMES_TO = {
         pytest.param(
             "killed", r"error: rank 1 \(\S+, process \d+\) is gone or cut off \(.*onnection", marks=pytest.mark.slow
         ),
-        ("late", r"error: rank 1 \(\S+, process \d+\) did not come within 4 s to what the others wait for"),
+        pytest.param(
+            "late",
+            r"error: rank 1 \(\S+, process \d+\) did not come within 4 s to what the others wait for",
+            marks=pytest.mark.slow,
+        ),
         pytest.param("wrong", "RuntimeError: the store of socks is empty", marks=pytest.mark.slow),
     ],
 )

@@ -149,10 +149,8 @@ def test_a_position_is_of_its_domain(log: Path, tmp_path: Path) -> None:
     assert train_order(shards, config, 1, 0).data not in (one.data, other.data)
 
 
-@pytest.mark.parametrize(
-    "place",
-    ["within the second expert's phase", pytest.param("between the first's and the second's", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["within the second expert's phase", "between the first's and the second's"])
 def test_a_run_goes_on_within_phases_and_between_them(log: Path, tmp_path: Path, place: str) -> None:
     checkpoints = {"every_steps": 3, "keep_every_steps": 1}
     kinds = {"optimizers": {"average": {"decay": 0.9}}, "checkpoints": checkpoints}

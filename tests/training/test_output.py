@@ -945,6 +945,7 @@ def training(process: subprocess.Popen[str]) -> None:
     raise AssertionError(f"it ended before: {process.communicate()}")
 
 
+@pytest.mark.slow
 def test_of_two_runs_at_once_one_trains_and_one_is_told(config: Path, tmp_path: Path) -> None:
     first = start(config, ENDLESS)
     try:

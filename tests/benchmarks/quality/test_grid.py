@@ -106,6 +106,7 @@ def test_a_case_that_cannot_be_trained_is_named_before_anything_is(
         cases_of(write_grid(folder, {"tiny": {}, "bad": case}), Path("runs"))
 
 
+@pytest.mark.slow
 def test_the_grids_of_the_repository_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     paths = sorted((ROOT / "benchmarks" / "grids").glob("*.yaml"))
