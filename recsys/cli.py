@@ -76,15 +76,14 @@ def run_entry(body: Callable[[], int | None], *, checks_versions: bool = True, p
     quiet_libraries()
     _have_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter is no reason to fail
-        if not prints_result:
-            sys.stdout = _spared(sys.stdout)
+        sys.stdout = _guarded(sys.stdout, prints_result)
     code = 0
     try:
         end_with_launcher()
         if checks_versions:
             check_versions()
         code = body() or 0
+        sys.stdout.flush()
     except Stopped as stop:
         code = stop.exit_code
         _tell_once(str(stop))
@@ -122,11 +121,11 @@ def _have_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # for as long as the process
 
 
-class _Spared(io.RawIOBase):
-    """A file that never fails: what its disk or its reader does not take is lost, with a warning."""
+class _Guarded(io.RawIOBase):
+    """Stdout: what its disk or its reader does not take ends the command in one line, or is lost with a warning."""
 
-    def __init__(self, number: int) -> None:
-        self._number, self._is_lost = number, False
+    def __init__(self, number: int, prints_result: bool) -> None:
+        self._number, self._prints_result, self._is_lost = number, prints_result, False
 
     def writable(self) -> bool:
         return True
@@ -144,7 +143,9 @@ class _Spared(io.RawIOBase):
             except BlockingIOError:
                 select.select([], [self._number], [])
             except OSError as error:
-                self._is_lost = True
+                self._is_lost = True  # and what is left in a buffer does not fail once more
+                if self._prints_result:
+                    raise UserError(f"stdout takes no more ({error.strerror})") from error
                 told = (
                     f"warning: stdout takes no more ({error.strerror}); the run goes on, and its files have all figures"
                 )
@@ -153,12 +154,11 @@ class _Spared(io.RawIOBase):
         return len(data)
 
 
-def _spared(stream: io.TextIOWrapper) -> io.TextIOWrapper:
-    """The same stream, but that it never fails."""
+def _guarded(stream: io.TextIOWrapper, prints_result: bool) -> io.TextIOWrapper:
     return io.TextIOWrapper(
-        io.BufferedWriter(_Spared(stream.fileno())),
+        io.BufferedWriter(_Guarded(stream.fileno(), prints_result)),
         encoding=stream.encoding,
-        errors="replace",
+        errors="replace",  # a terminal that lacks a letter is no reason to fail
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )

@@ -84,6 +84,27 @@ def test_a_terminal_of_ascii_alone_shows_what_it_can() -> None:
     assert (done.returncode, done.stdout) == (0, b"caf? ?\n")
 
 
+@pytest.mark.parametrize(
+    "body",
+    ["print('one line')", "print('x' * 100_000)", "print('one line', flush=True) or print('and another')"],
+    ids=["at the end", "before", "once"],
+)
+def test_a_result_that_nobody_takes_is_one_error(body: str) -> None:
+    code = f"from recsys.cli import run_entry; run_entry(lambda: {body})"
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (2, "error: stdout takes no more (No space left on device)\n")
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (2, "error: stdout takes no more (Broken pipe)\n")
+
+
 BROKEN = """
 import sys
 import time
