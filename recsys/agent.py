@@ -6,26 +6,64 @@ what a person has to put right. What may go well another time ends with 75 (`rec
 """
 
 import sys
+from typing import Any, cast
 
 from torch.distributed import run
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousError, RendezvousHandler
 from torch.distributed.launcher import api
 
 from recsys.errors import TEMPORARY, UserError
 
 
+class _Rendezvous:
+    """A rendezvous whose host may go while ranks are at work: they notice, and tell of it, by themselves."""
+
+    def __init__(self, handler: RendezvousHandler) -> None:
+        self._handler, self._is_gone = handler, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._handler, name)
+
+    def num_nodes_waiting(self) -> int:
+        """How many hosts wait to join; torchrun ends the ranks where nobody can tell."""
+        if not self._is_gone:
+            try:
+                return self._handler.num_nodes_waiting()
+            except RendezvousConnectionError:
+                self._is_gone = True
+        return 0
+
+
 class _Agent(LocalElasticAgent):
-    """torchrun's agent, which has no restarts left once a rank ended with what a person has to put right."""
+    """torchrun's agent, which has no restarts left once a rank ended with what a person has to put right.
+
+    Hosts of a job end as their own ranks do, also where another has gone before them.
+    """
+
+    def __init__(self, spec: WorkerSpec, *arguments: Any, **options: Any) -> None:
+        spec.rdzv_handler = cast(RendezvousHandler, _Rendezvous(spec.rdzv_handler))
+        super().__init__(spec, *arguments, **options)
+        self._failures: dict[int, ProcessFailure] = {}
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)
-        if any(failure.exitcode == UserError.exit_code for failure in result.failures.values()):
+        self._failures = result.failures
+        if any(failure.exitcode == UserError.exit_code for failure in self._failures.values()):
             self._remaining_restarts = 0
         return result
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        try:
+            super()._restart_workers(worker_group)
+        except RendezvousError as error:
+            if not self._failures:
+                raise
+            print(f"warning: the hosts do not meet again ({_named(error)})", file=sys.stderr)
+            raise ChildFailedError(worker_group.spec.get_entrypoint_name(), self._failures) from error
 
 
 def main() -> None:
@@ -52,9 +90,12 @@ def _end(error: Exception) -> tuple[str, int]:
         code = UserError.exit_code if UserError.exit_code in codes else failed.get_first_failure()[1].exitcode
         return str(failed), code if code > 0 else 128 - code  # a signal's number is negative here
     if isinstance(error, RendezvousError):
-        why = ": ".join(filter(None, [type(error).__name__, str(error)]))
-        return f"error: hosts did not meet ({why}); see that all --nnodes run and reach --rdzv-endpoint", TEMPORARY
+        return f"error: hosts did not meet ({_named(error)}); see that all --nnodes run and reach --rdzv-endpoint", TEMPORARY
     raise error
+
+
+def _named(error: Exception) -> str:
+    return ": ".join(filter(None, [type(error).__name__, str(error)]))
 
 
 def _of_ranks(error: BaseException | None) -> ChildFailedError | None:

@@ -242,9 +242,10 @@ def _is_ours_to_tell(*, caused_by_a_peer: bool) -> bool:
     """
     if not _process_group_is_up():
         # What goes wrong this early goes wrong alike on every rank. A rank that is still there after the wait is alone
-        # with its failure, or on another machine than the first and not ended with it.
+        # with its failure, or on another machine than the first and not ended with it: the first of each tells.
         if (os.environ.get("RANK") or "0") != "0":  # which may be no number, as the failure then says
-            time.sleep(_PATIENCE_SECONDS)
+            is_first_here = (os.environ.get("LOCAL_RANK") or "0") == "0"
+            time.sleep(_PATIENCE_SECONDS * (1 if is_first_here else 2))
         return True
     from torch import distributed as dist
 

@@ -1,6 +1,7 @@
 """Real launches by `recsys.agent`, whose ends are those of their ranks."""
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -63,6 +64,67 @@ def test_hosts_that_do_not_meet_are_one_line(tmp_path: Path) -> None:
     assert done.returncode == 75, done.stderr
     assert "\nerror: hosts did not meet (RendezvousTimeoutError); see that" in f"\n{done.stderr}"
     assert "Traceback" not in done.stderr
+
+
+LATER = """
+import os, sys, time
+from pathlib import Path
+
+Path(sys.argv[1], f"began-{os.environ['RANK']}").touch()
+while not all(Path(sys.argv[1], name).exists() for name in ("began-0", "began-1", f"end-{os.environ['RANK']}")):
+    time.sleep(0.1)
+sys.exit(int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize(("code", "restarts"), [(2, 1), (1, 1), pytest.param(2, 0, marks=pytest.mark.slow)])
+def test_a_host_ends_as_its_own_ranks_where_that_of_the_store_has_gone(
+    tmp_path: Path, code: int, restarts: int
+) -> None:
+    """Though torchrun looks at the store again and again, and again when it starts ranks anew."""
+    (tmp_path / "later.py").write_text(LATER)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "it"]
+    options += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--max-restarts", str(restarts), "--monitor-interval", "0.1"]
+    agents = [
+        subprocess.Popen(
+            [
+                *[sys.executable, "-m", "recsys.agent", *options, "--node-rank", str(number)],
+                *["--rdzv-conf", f"is_host={int(number == 0)}", str(tmp_path / "later.py"), str(tmp_path), end],
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number, end in enumerate(["2", str(code)])
+    ]
+    try:
+        # Which of the two has rank 0 is the rendezvous's to say; the store's host is the first.
+        until = time.monotonic() + 60
+        while len(list(tmp_path.glob("began-*"))) < 2 and time.monotonic() < until:
+            time.sleep(0.1)
+        ranks = {agent.pid: rank_below(agent.pid) for agent in agents}
+        (tmp_path / f"end-{ranks[agents[0].pid]}").touch()
+        told = agents[0].communicate(timeout=60)[1]
+        assert agents[0].returncode == 2, told
+        time.sleep(2)
+        assert agents[1].poll() is None
+        (tmp_path / f"end-{ranks[agents[1].pid]}").touch()
+        told = agents[1].communicate(timeout=60)[1]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert agents[1].returncode == code, told
+    assert "Root Cause" in told and "Traceback" not in told
+    assert ("\nwarning: the hosts do not meet again (Rendezvous" in f"\n{told}") == (code == 1)
+
+
+def rank_below(pid: int) -> str:
+    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+    (rank,) = [variable[5:].decode() for variable in variables if variable.startswith(b"RANK=")]
+    return rank
 
 
 def test_a_rendezvous_that_cannot_be_left_hides_no_ranks_end(tmp_path: Path) -> None:

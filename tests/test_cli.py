@@ -164,17 +164,18 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    ("rank", "waited"), [("0", []), ("1", [cli._PATIENCE_SECONDS]), ("", []), ("first", [cli._PATIENCE_SECONDS])]
+    ("rank", "here", "waits"), [("0", "0", []), ("2", "0", [1]), ("3", "1", [2]), ("", "", []), ("first", "", [1])]
 )
 def test_before_ranks_have_met_the_first_of_all_machines_tells_first(
-    monkeypatch: pytest.MonkeyPatch, rank: str, waited: list[float]
+    monkeypatch: pytest.MonkeyPatch, rank: str, here: str, waits: list[int]
 ) -> None:
+    """Then the first of each other machine, which is there where its launcher did not end with another's."""
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", here)
     assert cli._is_ours_to_tell(caused_by_a_peer=False)
-    assert slept == waited
+    assert slept == [cli._PATIENCE_SECONDS * times for times in waits]
 
 
 def test_the_first_rank_alone_tells_of_the_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

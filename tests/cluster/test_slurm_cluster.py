@@ -211,12 +211,13 @@ def test_a_job_goes_on_beyond_its_limit_of_time(
 
 
 def test_a_config_that_is_wrong_fails_with_one_line(cluster: Cluster, place: Path) -> None:
-    """On all nodes, with the exit code by which its script knows that a retry would end alike."""
+    """On each node, with the exit code by which its script knows that a retry would end alike."""
     job = cluster.submit(place, *train("never", "--max_retries", "1", "stages.joint.steps=-1"))
     job.await_end()
     assert job.state() == "FAILED"
     said = cluster.told("torchx", "log", "--regex", r"^\[[0-9]+\]:", job.handle)
-    assert said.count("error: ") == 1 and "stages.joint.steps: Input should be greater than 0, found -1" in said
+    assert said.count("error: ") == said.count("stages.joint.steps: Input should be greater than 0, found -1") == 2
+    assert "train/0 [0]:error: " in said and "train/1 [0]:error: " in said
     await_(lambda: job.accounts() == ["FAILED|2:0"] * 2, 20, lambda: str(job.accounts()))
     assert not (place / "never").exists()
 
