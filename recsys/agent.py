@@ -90,7 +90,8 @@ def _end(error: Exception) -> tuple[str, int]:
         code = UserError.exit_code if UserError.exit_code in codes else failed.get_first_failure()[1].exitcode
         return str(failed), code if code > 0 else 128 - code  # a signal's number is negative here
     if isinstance(error, RendezvousError):
-        return f"error: hosts did not meet ({_named(error)}); see that all --nnodes run and reach --rdzv-endpoint", TEMPORARY
+        told = f"error: hosts did not meet ({_named(error)}); see that all --nnodes run and reach --rdzv-endpoint"
+        return told, TEMPORARY
     raise error
 
 

@@ -4,6 +4,7 @@ torch, torchrec and fbgemm only work as a matching trio, yet their wheels do not
 torch version at all. `check_versions` says it, before an import fails with a message that hides the cause.
 """
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 
 class VersionError(RuntimeError):
-    """The installed torch, torchrec and fbgemm do not belong together."""
+    """The installed torch, torchrec and fbgemm do not belong together, or not on this machine."""
 
 
 class Trio(NamedTuple):
@@ -44,10 +45,10 @@ def versions() -> dict[str, str]:
 
 
 def check_versions() -> None:
-    """Check that torch, torchrec and fbgemm are there and match.
+    """Check that torch, torchrec and fbgemm are there, match, and find what they load.
 
     Raises:
-        VersionError: with the versions found and the commands that mend them.
+        VersionError: with the versions found and the commands that mend them; or GPUs' fbgemm is where no driver is.
     """
     found = versions()
     fbgemm = [name for name in FBGEMM if name in found]
@@ -72,6 +73,13 @@ def check_versions() -> None:
             f"pip install --no-deps torchrec=={trio.torchrec} {wheel}=={trio.fbgemm}"
         )
 
+    if fbgemm == ["fbgemm-gpu"] and not _has_nvml():
+        raise VersionError(
+            "fbgemm-gpu needs NVIDIA's driver, whose libnvidia-ml.so.1 is not here. Containers get it with NVIDIA's "
+            "container toolkit by `docker run --gpus all`; without GPUs take hilorec:cpu, or packages by "
+            "`make setup FLAVOUR=cpu`"
+        )
+
 
 def git_commit() -> str | None:
     """The commit of this code, with "-dirty" appended where files differ.
@@ -92,6 +100,15 @@ def nvidia_driver() -> bool:
         shutil.which("nvidia-smi") is not None
         and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
     )
+
+
+def _has_nvml() -> bool:
+    """Whether the library is there that fbgemm's builds for GPUs are linked to; it comes with the driver alone."""
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _version(name: str) -> str | None:

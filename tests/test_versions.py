@@ -19,6 +19,7 @@ def installed(monkeypatch):
 
     monkeypatch.setattr(module.metadata, "version", version)
     monkeypatch.setattr(module, "nvidia_driver", lambda: False)
+    monkeypatch.setattr(module, "_has_nvml", lambda: True)
     return packages
 
 
@@ -39,6 +40,18 @@ def test_supported_trios_pass(installed, trio, wheel, suffix):
         wheel: trio.fbgemm + suffix,
     }
     check_versions()
+
+
+@pytest.mark.parametrize("wheel", ["fbgemm-gpu", "fbgemm-gpu-cpu"])
+def test_gpus_fbgemm_without_a_driver_is_told(installed, monkeypatch, wheel):
+    """Else its import ends in a traceback that names a file of its own."""
+    installed |= {"torch": "2.13.0+cu130", "torchrec": "1.8.0", wheel: "1.8.0"}
+    monkeypatch.setattr(module, "_has_nvml", lambda: False)
+    if wheel == "fbgemm-gpu-cpu":
+        check_versions()
+        return
+    with pytest.raises(VersionError, match=r"libnvidia-ml\.so\.1 is not here.*--gpus all.*FLAVOUR=cpu"):
+        check_versions()
 
 
 def test_patch_releases_pass(installed):
