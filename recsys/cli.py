@@ -155,10 +155,16 @@ class _Guarded(io.RawIOBase):
 
 
 def _guarded(stream: io.TextIOWrapper, prints_result: bool) -> io.TextIOWrapper:
+    errors = "replace"  # a terminal that lacks a letter is no reason to fail
+    try:
+        number = stream.fileno()
+    except io.UnsupportedOperation:  # a text in memory, of a program that calls this one
+        stream.reconfigure(errors=errors)
+        return stream
     return io.TextIOWrapper(
-        io.BufferedWriter(_Guarded(stream.fileno(), prints_result)),
+        io.BufferedWriter(_Guarded(number, prints_result)),
         encoding=stream.encoding,
-        errors="replace",  # a terminal that lacks a letter is no reason to fail
+        errors=errors,
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
