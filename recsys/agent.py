@@ -8,7 +8,7 @@ what a person has to put right. What may go well another time ends with 75 (`rec
 import sys
 from typing import Any, cast
 
-from torch.distributed import run
+from torch.distributed import DistError, run
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -17,6 +17,9 @@ from torch.distributed.elastic.rendezvous import RendezvousConnectionError, Rend
 from torch.distributed.launcher import api
 
 from recsys.errors import TEMPORARY, UserError
+
+_NOT_MET = (RendezvousError, DistError)
+"""The second, of the store itself, where its host goes as hosts meet, and by `--master-addr`."""
 
 
 class _Rendezvous:
@@ -59,7 +62,7 @@ class _Agent(LocalElasticAgent):
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         try:
             super()._restart_workers(worker_group)
-        except RendezvousError as error:
+        except _NOT_MET as error:
             if not self._failures:
                 raise
             print(f"warning: the hosts do not meet again ({_named(error)})", file=sys.stderr)
@@ -89,7 +92,7 @@ def _end(error: Exception) -> tuple[str, int]:
         codes = [failure.exitcode for failure in failed.failures.values()]
         code = UserError.exit_code if UserError.exit_code in codes else failed.get_first_failure()[1].exitcode
         return str(failed), code if code > 0 else 128 - code  # a signal's number is negative here
-    if isinstance(error, RendezvousError):
+    if isinstance(error, _NOT_MET):
         told = f"error: hosts did not meet ({_named(error)}); see that all --nnodes run and reach --rdzv-endpoint"
         return told, TEMPORARY
     raise error

@@ -48,21 +48,23 @@ def test_it_ends_as_the_rank_that_failed_and_starts_again_what_may_help(
     assert ("Root Cause" in done.stderr) == (code != 0)
 
 
-def test_hosts_that_do_not_meet_are_one_line(tmp_path: Path) -> None:
-    alone = [
-        "--nnodes",
-        "2",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "127.0.0.1:0",
-        "--rdzv-conf",
-        "join_timeout=1",
-    ]
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ("--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 --rdzv-conf join_timeout=1", "RendezvousTimeoutError"),
+        (
+            "--node-rank 1 --master-addr 127.0.0.1 --master-port 1 --rdzv-conf timeout=1",
+            "DistNetworkError: The client socket has timed out after 1000ms while trying to connect to (127.0.0.1, 1).",
+        ),
+    ],
+    ids=["timeout", "static"],
+)
+def test_hosts_that_do_not_meet_are_one_line(tmp_path: Path, options: str, why: str) -> None:
     run, agent, module, *given = command(tmp_path, "0")
+    alone = ["--nnodes", "2", *options.split()]
     done = subprocess.run([run, agent, module, *alone, *given], capture_output=True, text=True, timeout=120)
     assert done.returncode == 75, done.stderr
-    assert "\nerror: hosts did not meet (RendezvousTimeoutError); see that" in f"\n{done.stderr}"
+    assert f"\nerror: hosts did not meet ({why}); see that" in f"\n{done.stderr}"
     assert "Traceback" not in done.stderr
 
 
@@ -77,22 +79,33 @@ sys.exit(int(sys.argv[2]))
 """
 
 
-@pytest.mark.parametrize(("code", "restarts"), [(2, 1), (1, 1), pytest.param(2, 0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("rendezvous", "code", "restarts"),
+    [
+        ("c10d", 2, 1),
+        ("c10d", 1, 1),
+        ("static", 3, 1),
+        pytest.param("c10d", 2, 0, marks=pytest.mark.slow),
+    ],
+)
 def test_a_host_ends_as_its_own_ranks_where_that_of_the_store_has_gone(
-    tmp_path: Path, code: int, restarts: int
+    tmp_path: Path, rendezvous: str, code: int, restarts: int
 ) -> None:
     """Though torchrun looks at the store again and again, and again when it starts ranks anew."""
     (tmp_path / "later.py").write_text(LATER)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "it"]
+    options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", rendezvous, "--rdzv-id", "it"]
     options += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--max-restarts", str(restarts), "--monitor-interval", "0.1"]
+    if rendezvous == "static":
+        options += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     agents = [
         subprocess.Popen(
             [
                 *[sys.executable, "-m", "recsys.agent", *options, "--node-rank", str(number)],
-                *["--rdzv-conf", f"is_host={int(number == 0)}", str(tmp_path / "later.py"), str(tmp_path), end],
+                *(["--rdzv-conf", f"is_host={int(number == 0)}"] if rendezvous == "c10d" else []),
+                *[str(tmp_path / "later.py"), str(tmp_path), end],
             ],
             stderr=subprocess.PIPE,
             text=True,
@@ -117,7 +130,7 @@ def test_a_host_ends_as_its_own_ranks_where_that_of_the_store_has_gone(
             agent.kill()
     assert agents[1].returncode == code, told
     assert "Root Cause" in told and "Traceback" not in told
-    assert ("\nwarning: the hosts do not meet again (Rendezvous" in f"\n{told}") == (code == 1)
+    assert ("\nwarning: the hosts do not meet again (" in f"\n{told}") == (code != 2)
 
 
 def rank_below(pid: int) -> str:
