@@ -13,7 +13,12 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousError, RendezvousHandler
+from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
+    RendezvousError,
+    RendezvousHandler,
+    RendezvousInfo,
+)
 from torch.distributed.launcher import api
 
 from recsys.errors import TEMPORARY, UserError
@@ -30,6 +35,16 @@ class _Rendezvous:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._handler, name)
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Meet, by a new store for the ranks.
+
+        torchrun keeps the first one, and tells hosts that come later nothing of it: they and all others then end.
+        """
+        self._handler._bootstrap_store_info = None  # type: ignore[attr-defined]
+        met = self._handler.next_rendezvous()
+        self._is_gone = False
+        return met
 
     def num_nodes_waiting(self) -> int:
         """How many hosts wait to join; torchrun ends the ranks where nobody can tell."""

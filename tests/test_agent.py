@@ -1,5 +1,6 @@
 """Real launches by `recsys.agent`, whose ends are those of their ranks."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -138,6 +139,51 @@ def rank_below(pid: int) -> str:
     variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
     (rank,) = [variable[5:].decode() for variable in variables if variable.startswith(b"RANK=")]
     return rank
+
+
+MET = """
+import sys, time
+from pathlib import Path
+from torch import distributed as dist
+
+dist.init_process_group("gloo")
+Path(sys.argv[1], f"met-{dist.get_world_size()}").touch()
+dist.barrier()
+time.sleep(0 if dist.get_world_size() == 2 else 600)
+"""
+
+
+@pytest.mark.slow
+def test_a_host_that_comes_later_joins_the_ranks(tmp_path: Path) -> None:
+    (tmp_path / "met.py").write_text(MET)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ["--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "it"]
+    options += ["--local-addr", "127.0.0.1", "--monitor-interval", "0.1"]
+    agents = []
+    try:
+        for number in range(2):
+            conf = f"is_host={int(number == 0)},last_call_timeout=1,read_timeout=20"
+            run = [sys.executable, "-m", "recsys.agent", *options, "--rdzv-conf", conf]
+            agents.append(
+                subprocess.Popen(
+                    [*run, str(tmp_path / "met.py"), str(tmp_path)],
+                    env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            until = time.monotonic() + 60
+            while not (tmp_path / f"met-{number + 1}").exists() and time.monotonic() < until:
+                time.sleep(0.1)
+        for agent in agents:
+            told = agent.communicate(timeout=60)[1]
+            assert agent.returncode == 0, told
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert (tmp_path / "met-1").exists() and (tmp_path / "met-2").exists()
 
 
 def test_a_rendezvous_that_cannot_be_left_hides_no_ranks_end(tmp_path: Path) -> None:
