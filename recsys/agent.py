@@ -21,6 +21,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher import api
 
+from recsys.cli import guard_streams
 from recsys.errors import TEMPORARY, UserError
 
 _NOT_MET = (RendezvousError, DistError)
@@ -86,6 +87,7 @@ class _Agent(LocalElasticAgent):
 
 def main() -> None:
     """Launch ranks as torchrun does, and end as they do."""
+    guard_streams(prints_result=False)
     api.LocalElasticAgent = _Agent  # type: ignore[misc]
     try:
         run.main()

@@ -57,7 +57,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End as `argparse` does, with exit code 2 also where nobody takes stderr."""
         _have_streams()
-        _guard_streams(prints_result=True)
+        guard_streams(prints_result=True)
         super().error(message)
 
     def add_config_arguments(self) -> None:
@@ -87,7 +87,7 @@ def run_entry(body: Callable[[], int | None], *, checks_versions: bool = True, p
     """
     quiet_libraries()
     _have_streams()
-    _guard_streams(prints_result)
+    guard_streams(prints_result)
     code = 0
     try:
         end_with_launcher()
@@ -167,7 +167,12 @@ class _Guarded(io.RawIOBase):
         return len(data)
 
 
-def _guard_streams(prints_result: bool) -> None:
+def guard_streams(prints_result: bool) -> None:
+    """Have what stdout does not take end the command or be warned of, and what stderr does not take be lost.
+
+    Args:
+        prints_result: as of `run_entry`.
+    """
     # A terminal that lacks a letter is no reason to fail.
     sys.stdout = _guarded(sys.stdout, _refuse if prints_result else _warn, errors="replace")
     sys.stderr = _guarded(sys.stderr, lambda error: None)

@@ -49,6 +49,11 @@ def test_it_ends_as_the_rank_that_failed_and_starts_again_what_may_help(
     assert ("Root Cause" in done.stderr) == (code != 0)
 
 
+def test_it_ends_as_its_ranks_where_nobody_takes_what_it_tells(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command(tmp_path, "2"), stdout=full, stderr=full, timeout=120).returncode == 2
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
