@@ -8,15 +8,24 @@ what a person has to put right. What may go well another time ends with 75 (`rec
 import sys
 from typing import Any, cast
 
-from torch.distributed import run
+from torch.distributed import DistError, run
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousError, RendezvousHandler
+from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
+    RendezvousError,
+    RendezvousHandler,
+    RendezvousInfo,
+)
 from torch.distributed.launcher import api
 
+from recsys.cli import guard_streams
 from recsys.errors import TEMPORARY, UserError
+
+_NOT_MET = (RendezvousError, DistError)
+"""The second, of the store itself, where its host goes as hosts meet, and by `--master-addr`."""
 
 
 class _Rendezvous:
@@ -27,6 +36,16 @@ class _Rendezvous:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._handler, name)
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Meet, by a new store for the ranks.
+
+        torchrun keeps the first one, and tells hosts that come later nothing of it: they and all others then end.
+        """
+        self._handler._bootstrap_store_info = None  # type: ignore[attr-defined]
+        met = self._handler.next_rendezvous()
+        self._is_gone = False
+        return met
 
     def num_nodes_waiting(self) -> int:
         """How many hosts wait to join; torchrun ends the ranks where nobody can tell."""
@@ -59,7 +78,7 @@ class _Agent(LocalElasticAgent):
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         try:
             super()._restart_workers(worker_group)
-        except RendezvousError as error:
+        except _NOT_MET as error:
             if not self._failures:
                 raise
             print(f"warning: the hosts do not meet again ({_named(error)})", file=sys.stderr)
@@ -68,6 +87,7 @@ class _Agent(LocalElasticAgent):
 
 def main() -> None:
     """Launch ranks as torchrun does, and end as they do."""
+    guard_streams(prints_result=False)
     api.LocalElasticAgent = _Agent  # type: ignore[misc]
     try:
         run.main()
@@ -89,7 +109,7 @@ def _end(error: Exception) -> tuple[str, int]:
         codes = [failure.exitcode for failure in failed.failures.values()]
         code = UserError.exit_code if UserError.exit_code in codes else failed.get_first_failure()[1].exitcode
         return str(failed), code if code > 0 else 128 - code  # a signal's number is negative here
-    if isinstance(error, RendezvousError):
+    if isinstance(error, _NOT_MET):
         told = f"error: hosts did not meet ({_named(error)}); see that all --nnodes run and reach --rdzv-endpoint"
         return told, TEMPORARY
     raise error

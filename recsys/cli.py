@@ -15,7 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from recsys.config import DEFAULT_CONFIG
 from recsys.errors import Stopped, UserError, report_failure
@@ -48,6 +48,18 @@ class ArgumentParser(argparse.ArgumentParser):
         finally:
             self._is_intermixing = False
 
+    def print_help(self, file: Any = None) -> None:
+        """Print it as a result, after which `argparse` ends the process."""
+        if file is None:
+            run_entry(super().print_help, checks_versions=False)
+        super().print_help(file)
+
+    def error(self, message: str) -> NoReturn:
+        """End as `argparse` does, with exit code 2 also where nobody takes stderr."""
+        _have_streams()
+        guard_streams(prints_result=True)
+        super().error(message)
+
     def add_config_arguments(self) -> None:
         """Add `--config`, the default one unless it is given, and overrides of its keys."""
         self.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file (default: %(default)s)")
@@ -75,8 +87,7 @@ def run_entry(body: Callable[[], int | None], *, checks_versions: bool = True, p
     """
     quiet_libraries()
     _have_streams()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout = _guarded(sys.stdout, prints_result)
+    guard_streams(prints_result)
     code = 0
     try:
         end_with_launcher()
@@ -109,7 +120,7 @@ def run_entry(body: Callable[[], int | None], *, checks_versions: bool = True, p
 
 
 def _have_streams() -> None:
-    """Give a process that was started without stdout or stderr ones that take all and keep nothing.
+    """Give a process that has no stdout or stderr, or whose own is closed, ones that take all and keep nothing.
 
     Else the next file that is opened gets their number, and whatever libraries print.
     """
@@ -117,15 +128,21 @@ def _have_streams() -> None:
         pass
     os.close(number)
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+        if getattr(getattr(sys, name), "closed", getattr(sys, name) is None):
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # for as long as the process
 
 
 class _Guarded(io.RawIOBase):
-    """Stdout: what its disk or its reader does not take ends the command in one line, or is lost with a warning."""
+    """The file of stdout or stderr, which fails once at most.
 
-    def __init__(self, number: int, prints_result: bool) -> None:
-        self._number, self._prints_result, self._is_lost = number, prints_result, False
+    Args:
+        stream: the stream itself, which is kept: else its file is closed, and what is written goes to the next one that
+            is opened and gets its number.
+        lost: is told of what the disk or the reader does not take; unless it raises, that and all that follows is lost.
+    """
+
+    def __init__(self, stream: io.TextIOWrapper, lost: Callable[[OSError], None]) -> None:
+        self._stream, self._number, self._lost, self._is_lost = stream, stream.fileno(), lost, False
 
     def writable(self) -> bool:
         return True
@@ -137,34 +154,54 @@ class _Guarded(io.RawIOBase):
         return os.isatty(self._number)
 
     def write(self, data: Any) -> int:
-        while not self._is_lost:
+        """Write all of it: a text without a buffer does not look how much was."""
+        left = memoryview(data)
+        while len(left) and not self._is_lost:
             try:
-                return os.write(self._number, data)
+                left = left[os.write(self._number, left) :]
             except BlockingIOError:
                 select.select([], [self._number], [])
             except OSError as error:
                 self._is_lost = True  # and what is left in a buffer does not fail once more
-                if self._prints_result:
-                    raise UserError(f"stdout takes no more ({error.strerror})") from error
-                told = (
-                    f"warning: stdout takes no more ({error.strerror}); the run goes on, and its files have all figures"
-                )
-                with contextlib.suppress(OSError):
-                    print(told, file=sys.stderr, flush=True)
+                self._lost(error)
         return len(data)
 
 
-def _guarded(stream: io.TextIOWrapper, prints_result: bool) -> io.TextIOWrapper:
-    errors = "replace"  # a terminal that lacks a letter is no reason to fail
-    try:
-        number = stream.fileno()
-    except io.UnsupportedOperation:  # a text in memory, of a program that calls this one
+def guard_streams(prints_result: bool) -> None:
+    """Have what stdout does not take end the command or be warned of, and what stderr does not take be lost.
+
+    Args:
+        prints_result: as of `run_entry`.
+    """
+    # A terminal that lacks a letter is no reason to fail.
+    sys.stdout = _guarded(sys.stdout, _refuse if prints_result else _warn, errors="replace")
+    sys.stderr = _guarded(sys.stderr, lambda error: None)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(f"stdout takes no more ({error.strerror})") from error
+
+
+def _warn(error: OSError) -> None:
+    told = f"warning: stdout takes no more ({error.strerror}); the run goes on, and its files have all figures"
+    print(told, file=sys.stderr, flush=True)
+
+
+def _guarded(stream: Any, lost: Callable[[OSError], None], errors: str | None = None) -> Any:
+    """The stream, guarded if it is a file and not, as in a program that calls this one, a text in memory or zipped."""
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    raw = getattr(stream.buffer, "raw", stream.buffer)
+    if not isinstance(raw, io.FileIO | _Guarded):
         stream.reconfigure(errors=errors)
         return stream
+    with contextlib.suppress(OSError):
+        stream.flush()  # what that program has printed comes first
+    guard = _Guarded(stream, lost)
     return io.TextIOWrapper(
-        io.BufferedWriter(_Guarded(number, prints_result)),
+        cast(Any, guard if stream.write_through else io.BufferedWriter(guard)),  # as Python does if PYTHONUNBUFFERED
         encoding=stream.encoding,
-        errors=errors,
+        errors=errors or stream.errors,
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )

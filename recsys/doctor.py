@@ -22,7 +22,7 @@ from rich.text import Text
 
 from recsys.cli import ArgumentParser, run_entry
 from recsys.terminal import say, table
-from recsys.versions import check_versions, git_commit, nvidia_driver, versions
+from recsys.versions import VersionError, check_versions, git_commit, nvidia_driver, versions
 
 GIB = 1 << 30
 MIN_DISK = 2 * GIB
@@ -49,9 +49,8 @@ def check_trio() -> Check:
     """Torch, torchrec and fbgemm belong together."""
     try:
         check_versions()
-    except RuntimeError as error:
-        problem, _, remedy = str(error).partition(" Mend it with:\n")
-        return Check("versions", problem, remedy.strip())
+    except VersionError as error:
+        return Check("versions", error.problem, error.remedy.removeprefix("Mend it with:").strip())
     return Check("versions", "torch, torchrec and fbgemm match")
 
 

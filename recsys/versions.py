@@ -15,7 +15,16 @@ from typing import NamedTuple
 
 
 class VersionError(RuntimeError):
-    """The installed torch, torchrec and fbgemm do not belong together, or not on this machine."""
+    """The installed torch, torchrec and fbgemm do not belong together, or not on this machine.
+
+    Args:
+        problem: what was found.
+        remedy: the way out.
+    """
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        super().__init__(f"{problem} {remedy}".rstrip())
+        self.problem, self.remedy = problem, remedy
 
 
 class Trio(NamedTuple):
@@ -59,8 +68,8 @@ def check_versions() -> None:
         trio = _nearest(found.get("torch"))
         wheel = _wheel_for_this_machine()
         raise VersionError(
-            f"both fbgemm wheels are installed and overwrite each other's files: {listing}. Mend it with:\n"
-            f"  pip uninstall -y {' '.join(FBGEMM)} && pip install --no-deps {wheel}=={trio.fbgemm}"
+            f"both fbgemm wheels are installed and overwrite each other's files: {listing}.",
+            f"Mend it with:\n  pip uninstall -y {' '.join(FBGEMM)} && pip install --no-deps {wheel}=={trio.fbgemm}",
         )
     have = (found.get("torch"), found.get("torchrec"), found.get(fbgemm[0]) if fbgemm else None)
     if not any(all(map(_same_minor, have, trio)) for trio in SUPPORTED):
@@ -68,16 +77,16 @@ def check_versions() -> None:
         wheel = fbgemm[0] if fbgemm else _wheel_for_this_machine()
         supported = "; ".join(f"torch {t.torch} with torchrec {t.torchrec} and fbgemm {t.fbgemm}" for t in SUPPORTED)
         raise VersionError(
-            f"torch, torchrec and fbgemm do not match: {listing}. Supported: {supported}. Mend it with:\n"
-            f"  pip install torch=={trio.torch} && "
-            f"pip install --no-deps torchrec=={trio.torchrec} {wheel}=={trio.fbgemm}"
+            f"torch, torchrec and fbgemm do not match: {listing}. Supported: {supported}.",
+            f"Mend it with:\n  pip install torch=={trio.torch} && "
+            f"pip install --no-deps torchrec=={trio.torchrec} {wheel}=={trio.fbgemm}",
         )
 
     if fbgemm == ["fbgemm-gpu"] and not _has_nvml():
         raise VersionError(
-            "fbgemm-gpu needs NVIDIA's driver, whose libnvidia-ml.so.1 is not here. Containers get it with NVIDIA's "
-            "container toolkit by `docker run --gpus all`; without GPUs take hilorec:cpu, or packages by "
-            "`make setup FLAVOUR=cpu`"
+            "fbgemm-gpu needs NVIDIA's driver, whose libnvidia-ml.so.1 is not here.",
+            "Containers get it with NVIDIA's container toolkit by `docker run --gpus all`; without GPUs take "
+            "hilorec:cpu, or packages by `make setup FLAVOUR=cpu`",
         )
 
 

@@ -105,6 +105,82 @@ def test_a_result_that_nobody_takes_is_one_error(body: str) -> None:
     assert (done.returncode, done.stderr) == (2, "error: stdout takes no more (Broken pipe)\n")
 
 
+def test_figures_get_into_no_other_file_where_stdout_is_closed(tmp_path: Path) -> None:
+    """Which, else, has the number of the one that stands for stdout."""
+    code = f"""
+from recsys.cli import run_entry
+def body():
+    with open({str(tmp_path / "other")!r}, "w"):
+        print("figures", flush=True)
+run_entry(body, prints_result=False)
+"""
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+    )
+    assert (done.returncode, done.stderr, (tmp_path / "other").read_text()) == (0, b"", "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [("print('told', file=sys.stderr)", 0), ("parser.parse_args(['--none'])", 2), ("int('x')", 1)],
+)
+def test_a_command_ends_as_it_would_where_stderr_takes_no_more(body: str, code: int, unbuffered: str) -> None:
+    start = f"import sys; from recsys.cli import *; parser = ArgumentParser(); run_entry(lambda: {body})"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([sys.executable, "-c", start], stderr=full, env=environment).returncode == code
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_help_that_nobody_takes_is_one_error(unbuffered: str) -> None:
+    code = "from recsys.cli import ArgumentParser; ArgumentParser().parse_args(['--help'])"
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (2, "error: stdout takes no more (No space left on device)\n")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: ")
+
+
+def test_lines_come_as_they_are_printed_where_python_is_told_so() -> None:
+    code = "import os; from recsys.cli import run_entry; run_entry(lambda: print('x' * 100_000) or os._exit(7))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (7, "x" * 100_000 + "\n")
+
+
+@pytest.mark.parametrize(
+    ("stream", "then", "printed"),
+    [
+        ("sys.stdout", "print('before')", "before\nresult\n"),
+        ("gzip.open('it.gz', 'wt')", "pass", "zipped result\n"),
+        ("sys.stdout", "sys.stdout.close()", ""),
+        ("sys.stdout", "sys.stderr.close()", "result\n"),
+    ],
+    ids=["printed to before", "zipped", "closed", "stderr closed"],
+)
+def test_another_program_may_have_streams_of_its_own(tmp_path: Path, stream: str, then: str, printed: str) -> None:
+    code = f"""
+import gzip, sys
+from recsys.cli import run_entry
+sys.stdout = stream = {stream}
+{then}
+try:
+    run_entry(lambda: print("result"))
+finally:
+    stream.close()
+    if "gzip" in {stream!r}:
+        sys.__stdout__.write("zipped " + gzip.open("it.gz", "rt").read())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, printed, "")
+
+
 BROKEN = """
 import sys
 import time

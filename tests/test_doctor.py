@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import recsys.versions
 from recsys import doctor
 from recsys.doctor import Check
 from recsys.versions import VersionError, versions
@@ -34,10 +35,19 @@ def test_a_failure_is_reported_with_its_way_out(monkeypatch, capsys):
 
 def test_mismatch_becomes_problem_and_remedy(monkeypatch):
     def mismatch():
-        raise VersionError("they differ. Mend it with:\n  pip install x")
+        raise VersionError("they differ.", "Mend it with:\n  pip install x")
 
     monkeypatch.setattr(doctor, "check_versions", mismatch)
     assert doctor.check_trio() == Check("versions", "they differ.", "pip install x")
+
+
+def test_a_driver_that_is_missing_fails_the_versions(monkeypatch):
+    found = {"torch": "2.13.0+cu130", "torchrec": "1.8.0", "fbgemm-gpu": "1.8.0"}
+    monkeypatch.setattr(recsys.versions, "_version", found.get)
+    monkeypatch.setattr(recsys.versions, "_has_nvml", lambda: False)
+    check = doctor.check_trio()
+    assert not check.ok
+    assert check.detail.endswith("libnvidia-ml.so.1 is not here.") and "--gpus all" in check.remedy
 
 
 @pytest.mark.parametrize(("check", "least"), [(doctor.check_disk, doctor.MIN_DISK), (doctor.check_shm, doctor.MIN_SHM)])
