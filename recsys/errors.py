@@ -45,7 +45,7 @@ def report_failure(text: str) -> None:
     Where nobody listens or a disk is full it goes untold: its process is to end nonetheless.
     """
     with suppress(OSError, ValueError):  # ValueError: of a stream that is closed
-        print(text, file=sys.stderr, flush=True)
+        print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one piece: ranks may share their stderr
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         cause = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
         with suppress(OSError):

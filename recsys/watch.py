@@ -288,9 +288,12 @@ class Watch:
         )
 
     def _dump(self) -> None:
-        with suppress(Exception):
-            print(self, file=sys.stderr, flush=True)
-            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        with suppress(Exception), os.fdopen(os.memfd_create("stacks"), "w+b") as stacks:
+            faulthandler.dump_traceback(stacks, all_threads=True)
+            stacks.seek(0)
+            told = stacks.read().decode(errors="replace")
+            # At once: faulthandler writes word by word, and ranks of a machine may share their stderr.
+            print(f"{self}\n{told}", end="", file=sys.stderr, flush=True)
 
     def __str__(self) -> str:
         return f"{self._mine.told(self._rank)}; its stack:"

@@ -135,6 +135,23 @@ def test_a_rank_that_is_there_again_is_let_be(monkeypatch: pytest.MonkeyPatch) -
     second.close()
 
 
+def test_a_stack_is_told_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else those of ranks that share their stderr mix, and an error line begins within another."""
+    told: list[str] = []
+    watched = watch.Watch(dist.HashStore(), 0, 1, local_rank=0, seconds=8, place="here:1")
+
+    class Stderr(io.StringIO):
+        def write(self, text: str) -> int:
+            told.append(text)
+            return len(text)
+
+    monkeypatch.setattr(sys, "stderr", Stderr())
+    watched._dump()
+    (text,) = filter(None, told)
+    assert text.startswith("rank 0 (") and "; its stack:\n" in text and text.endswith("\n")
+    assert f'File "{__file__}", line ' in text and "in test_a_stack_is_told_in_one_piece" in text
+
+
 def test_a_job_that_was_suspended_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     store, now, away = dist.HashStore(), time.monotonic, 0.0
     first, second = (watch.Watch(store, rank, 2, local_rank=rank, seconds=8, place="here:1") for rank in range(2))
