@@ -56,7 +56,6 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End as `argparse` does, with exit code 2 also where nobody takes stderr."""
-        _have_streams()
         guard_streams(prints_result=True)
         super().error(message)
 
@@ -86,7 +85,6 @@ def run_entry(body: Callable[[], int | None], *, checks_versions: bool = True, p
         prints_result: whether what it prints is what it is for; else it goes on when nobody takes that any more.
     """
     quiet_libraries()
-    _have_streams()
     guard_streams(prints_result)
     code = 0
     try:
@@ -173,6 +171,7 @@ def guard_streams(prints_result: bool) -> None:
     Args:
         prints_result: as of `run_entry`.
     """
+    _have_streams()
     # A terminal that lacks a letter is no reason to fail.
     sys.stdout = _guarded(sys.stdout, _refuse if prints_result else _warn, errors="replace")
     sys.stderr = _guarded(sys.stderr, lambda error: None)

@@ -81,7 +81,6 @@ def check_versions() -> None:
             f"Mend it with:\n  pip install torch=={trio.torch} && "
             f"pip install --no-deps torchrec=={trio.torchrec} {wheel}=={trio.fbgemm}",
         )
-
     if fbgemm == ["fbgemm-gpu"] and not _has_nvml():
         raise VersionError(
             "fbgemm-gpu needs NVIDIA's driver, whose libnvidia-ml.so.1 is not here.",
