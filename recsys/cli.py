@@ -182,7 +182,7 @@ def _refuse(error: OSError) -> NoReturn:
 
 
 def _warn(error: OSError) -> None:
-    told = f"warning: stdout takes no more ({error.strerror}); the run goes on, and its files have all figures"
+    told = f"warning: stdout takes no more ({error.strerror}); the run goes on, and its files are whole"
     print(told, file=sys.stderr, flush=True)
 
 

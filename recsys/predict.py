@@ -46,7 +46,7 @@ def main() -> None:
         print(f"{rows:,} rows predicted")
 
     # Images that score have neither TorchRec nor fbgemm, and an artefact needs none.
-    run_entry(body, checks_versions=arguments.artifact is None)
+    run_entry(body, checks_versions=arguments.artifact is None, prints_result=False)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,17 @@ def test_each_file_has_its_rows_probabilities_in_order(
         np.testing.assert_allclose(
             1 / (1 + np.exp(-found["logit"].to_numpy())), found["probability"], rtol=0, atol=1e-6
         )
+
+
+def test_all_files_are_predicted_where_nobody_takes_what_is_printed(
+    artifact: Path, tmp_path: Path, rows: dict[str, pa.Table]
+) -> None:
+    command = [sys.executable, "-m", "recsys.predict", "--artifact", str(artifact)]
+    command += ["--input", f"{tmp_path}/in", "--output", f"{tmp_path}/out"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100)
+    assert (done.returncode, done.stderr.count("warning: stdout takes no more (")) == (0, 1)
+    assert sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")) == sorted(rows)
 
 
 def test_what_is_whole_is_left_and_what_is_missing_is_written(
