@@ -35,7 +35,7 @@ _MOST_SECONDS, _BEATS = 5.0, 20
 _MISSED = 0.6
 """Share of the time-out after which a rank that is not heard of is given up; the rest is to make sure, and to tell."""
 
-_CLAIM, _VERDICT, _TOLD = "hilorec/error", "hilorec/verdict", "hilorec/told"
+_CLAIM, _VERDICT, _TOLD, _STACK = "hilorec/error", "hilorec/verdict", "hilorec/told", "hilorec/stack/{}"
 _MOST_TOLD = 64
 _GRACE_SECONDS, _END_SECONDS, _LEAST_SECONDS = 5.0, 30.0, 1.0
 _T = TypeVar("_T")
@@ -107,6 +107,7 @@ class Watch:
         self._ends = self._condemned = False
         self._answered = time.monotonic()
         self._heard: dict[int, tuple[Beat, float]] = {}  # and since when
+        self._awaited: list[int] = []  # who is to tell its stack, where this rank tells who is gone
         self._store_lock = threading.Lock()  # held for long where the store no longer answers
         self._done = threading.Event()
         self._beat()
@@ -259,6 +260,7 @@ class Watch:
         beats = {rank: self._heard[rank][0] for rank in everyone if rank != self._rank}
         there = {rank: beat for rank, beat in beats.items() if not beat.is_over and not beat.failed}
         gone = {rank: beat for rank, beat in there.items() if beat.number == first[rank]}
+        self._awaited = [rank for rank, beat in beats.items() if not beat.is_over and rank not in gone]
         if gone:
             told = f"{_named(gone)} {'is' if len(gone) == 1 else 'are'} gone or cut off ({_brief(cause)})"
         elif there and "imed out" in cause:
@@ -299,14 +301,25 @@ class Watch:
         return f"{self._mine.told(self._rank)}; its stack:"
 
     def await_told(self) -> None:
-        """Wait until the rank that tells has done so, as this one's end may end it."""
-        until = time.monotonic() + 4 * self._interval + _GRACE_SECONDS
-        while time.monotonic() < until and not self._reached(lambda: self._store.check([_TOLD])):
-            time.sleep(self._interval / 4)
+        """Say that this rank has told its stack, and wait until the one that tells who is gone lets all end.
+
+        A rank's end has its launcher end others, and with them the store.
+        """
+        self._reached(lambda: self._store.set(_STACK.format(self._rank), ""))
+        self._await([_TOLD])
 
     def told(self) -> None:
-        """Let the others end, as the failure has been told."""
+        """Let the others end, as the failure has been told; first wait until they have told their stacks.
+
+        Else one that hears of it late may find the store gone, and take that for the failure.
+        """
+        self._await([_STACK.format(rank) for rank in self._awaited])
         self._reached(lambda: self._store.set(_TOLD, ""))
+
+    def _await(self, keys: list[str]) -> None:
+        until = time.monotonic() + 4 * self._interval + _GRACE_SECONDS
+        while time.monotonic() < until and not self._reached(lambda: self._store.check(keys)):
+            time.sleep(self._interval / 4)
 
     def _end(self, text: str | None) -> None:
         try:

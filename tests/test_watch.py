@@ -135,6 +135,29 @@ def test_a_rank_that_is_there_again_is_let_be(monkeypatch: pytest.MonkeyPatch) -
     second.close()
 
 
+def test_ranks_do_not_end_before_all_have_told_their_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their ends would end the store, which one that has yet to hear of it would take for the failure."""
+    told, ended = threading.Event(), threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda _: ended.set())
+    monkeypatch.setattr(watch, "report_failure", lambda _: told.set())
+    store = dist.HashStore()
+    first, _silent, late = (
+        watch.Watch(store, rank, 3, local_rank=rank, seconds=4, place="here:1") for rank in range(3)
+    )
+    stacks: list[watch.Watch] = []
+    for watched in (first, late):
+        monkeypatch.setattr(watched, "_dump", lambda watched=watched: stacks.append(watched))
+    beats, looks = late._threads
+    first.start()
+    beats.start()
+    assert told.wait(30) and not ended.wait(1)
+    looks.start()
+    assert ended.wait(30)
+    assert set(stacks) == {first, late}
+    first.close()
+    late.close()
+
+
 def test_a_stack_is_told_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else those of ranks that share their stderr mix, and an error line begins within another."""
     told: list[str] = []

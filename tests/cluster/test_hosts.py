@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,6 +77,7 @@ class Lost:
             for host in range(2)
         ]
         await_(lambda: "joint      step" in self.told(), 120, self.told)
+        time.sleep(SECONDS / 4)  # five beats: the first steps take less than one, and the last beat is what is told
 
     def log(self, host: int) -> Path:
         return self.folder / f"told{host}"
