@@ -281,6 +281,7 @@ class Watch:
         return "\n".join([told, *(f"  {line}" for line in (*lines[:_MOST_TOLD], *more))])
 
     def _lost_store(self, cause: str) -> str:
+        self._awaited = []  # nobody is heard of any more
         if self._local_rank:
             time.sleep(_GRACE_SECONDS)  # the first rank of this machine tells it, and the launcher ends this one
         return (
@@ -313,7 +314,8 @@ class Watch:
 
         Else one that hears of it late may find the store gone, and take that for the failure.
         """
-        self._await([_STACK.format(rank) for rank in self._awaited])
+        if self._awaited:
+            self._await([_STACK.format(rank) for rank in self._awaited])
         self._reached(lambda: self._store.set(_TOLD, ""))
 
     def _await(self, keys: list[str]) -> None:
