@@ -104,7 +104,7 @@ class Watch:
         self._mine = Beat(host=socket.gethostname(), pid=os.getpid())
         self._failed_at: float | None = None
         self._stood_still, self._went_on = 0.0, -math.inf  # seconds for which this process was stopped, and until when
-        self._ends = self._condemned = False
+        self._ends = self._condemned = self._ending = False
         self._answered = time.monotonic()
         self._heard: dict[int, tuple[Beat, float]] = {}  # and since when
         self._awaited: list[int] = []  # who is to tell its stack, where this rank tells who is gone
@@ -132,6 +132,8 @@ class Watch:
 
     def fail(self, error: BaseException) -> None:
         """Say that this rank has failed, and so is not gone; it is to end by itself."""
+        if self._ending:  # it fails since others end, of which the other thread has told
+            self._threads[1].join()
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         self._at, self._failed_at = _innermost(reversed(frames)), time.monotonic()
         with suppress(Exception), self._reaching_store():
@@ -196,6 +198,7 @@ class Watch:
             elif any(now - since > limit and not beat.is_over for beat, since in self._heard.values()):
                 self._condemn()
             elif self._condemned:
+                self._ending = True
                 self._dump()
                 self.await_told()
                 self._end(None)
@@ -206,6 +209,7 @@ class Watch:
         if text is None:
             self._heard = {}  # all are there again
             return
+        self._ending = True
         claim = self._reached(lambda: self._store.compare_set(_CLAIM, "", mine))
         self._dump()
         if claim == mine.encode():

@@ -158,11 +158,16 @@ def test_ranks_do_not_end_before_all_have_told_their_stacks(monkeypatch: pytest.
     first.start()
     beats.start()
     assert told.wait(30) and not ended.wait(1)
+    failing = threading.Thread(target=first.fail, args=(RuntimeError("Connection closed by peer"),))
+    failing.start()  # as the main thread does where others end: it is not to tell again
+    failing.join(1)
+    assert failing.is_alive()
     looks.start()
     assert ended.wait(30)
     assert set(stacks) == {first, late}
     first.close()
     late.close()
+    failing.join(30)
 
 
 def test_a_stack_is_told_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
