@@ -18,7 +18,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from recsys.config import DEFAULT_CONFIG
-from recsys.errors import Stopped, UserError, report_failure
+from recsys.errors import Stopped, UserError, is_first_here_to_tell, report_failure
 from recsys.lifetime import end_with_launcher
 from recsys.versions import VersionError, check_versions
 
@@ -238,8 +238,9 @@ def _tell_failure() -> None:
         watch.fail(error)
     if _is_ours_to_tell(caused_by_a_peer=True):
         lost = watch.blame(cause) if watch is not None and _COMMUNICATION.search(cause) else None
-        report_failure(lost or trace)
-        if lost and watch is not None:
+        if lost != "":
+            report_failure(lost or trace)
+        if lost is not None and watch is not None:
             print(f"{watch}\n{trace}", file=sys.stderr)
             watch.told()
     elif watch is not None and watch.is_condemned:
@@ -301,5 +302,5 @@ def _is_ours_to_tell(*, caused_by_a_peer: bool) -> bool:
             return True
         time.sleep(_PATIENCE_SECONDS)
         return False
-    except Exception:  # the store went down with its host: better a second report than none
-        return True
+    except Exception:  # the store went down with its host
+        return caused_by_a_peer or is_first_here_to_tell()

@@ -39,6 +39,27 @@ class Stopped(Exception):
         self.exit_code = 128 + by
 
 
+_LOST = "told_of_lost_store"
+
+
+def is_first_here_to_tell() -> bool:
+    """Whether this rank is to tell, for all that the same launcher started here, that the store is lost.
+
+    The store is where ranks agree who tells of all else. By torchrun they share a folder for each attempt, that of the
+    folders in which each leaves its failure; where there is none, every rank tells.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not path:
+        return True
+    try:
+        (Path(path).parent.parent / _LOST).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # better a second report than none
+        pass
+    return True
+
+
 def report_failure(text: str) -> None:
     """Print a failure, and leave it where torchrun and TorchX look for the cause that their own reports name.
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol, TypeVar
 
-from recsys.errors import report_failure
+from recsys.errors import is_first_here_to_tell, report_failure
 
 _WATCHED = 8
 """Ranks after itself that each rank watches: however many there are, so many beats are read."""
@@ -152,7 +152,8 @@ class Watch:
             cause: the failure, in a line.
 
         Returns:
-            What is to be told in its place; None where all others are there, or have failed themselves.
+            What is to be told in its place, nothing where another rank of this machine tells that the store is lost;
+            None where all others are there, or have failed themselves.
         """
         try:
             with self._reaching_store():
@@ -205,7 +206,8 @@ class Watch:
 
     def _condemn(self) -> None:
         """Make sure who is gone, and tell it, unless another rank does; ends this process if one is."""
-        text, mine = self._found(f"not heard of for {_MISSED * self._seconds:.0f} s"), str(self._rank)
+        # Another name than the main thread claims by, which may have failed meanwhile and tell.
+        text, mine = self._found(f"not heard of for {_MISSED * self._seconds:.0f} s"), f"{self._rank}, as it watches"
         if text is None:
             self._heard = {}  # all are there again
             return
@@ -230,11 +232,15 @@ class Watch:
         self._store.set(f"beat/{self._rank}", json.dumps(asdict(self._mine)))
 
     def _hear(self, ranks: list[int]) -> None:
-        found = self._store.multi_get([f"beat/{rank}" for rank in ranks]) if ranks else []
-        now, heard = time.monotonic(), self._heard  # which another takes the place of where this process was stopped
-        for rank, text in zip(ranks, found, strict=True):
-            beat, (last, since) = Beat(**json.loads(text)), heard.get(rank, (None, now))
+        found, now = self._beats(ranks), time.monotonic()
+        heard = self._heard  # which another takes the place of where this process was stopped
+        for rank, beat in found.items():
+            last, since = heard.get(rank, (None, now))
             heard[rank] = (beat, since if last is not None and last.number == beat.number else now)
+
+    def _beats(self, ranks: list[int]) -> dict[int, Beat]:
+        found = self._store.multi_get([f"beat/{rank}" for rank in ranks]) if ranks else []
+        return {rank: Beat(**json.loads(text)) for rank, text in zip(ranks, found, strict=True)}
 
     @contextmanager
     def _reaching_store(self) -> Iterator[None]:
@@ -254,16 +260,14 @@ class Watch:
 
     def _found(self, cause: str) -> str | None:
         """Who is gone, or keeps others waiting, and where all stand."""
-        everyone = list(range(self._world_size))
+        others = [rank for rank in range(self._world_size) if rank != self._rank]
         with self._reaching_store():
-            self._hear(everyone)
-        first = {rank: beat.number for rank, (beat, _) in self._heard.items()}
+            before = self._beats(others)
         self._done.wait(3 * self._interval)
         with self._reaching_store():
-            self._hear(everyone)
-        beats = {rank: self._heard[rank][0] for rank in everyone if rank != self._rank}
+            beats = self._beats(others)
         there = {rank: beat for rank, beat in beats.items() if not beat.is_over and not beat.failed}
-        gone = {rank: beat for rank, beat in there.items() if beat.number == first[rank]}
+        gone = {rank: beat for rank, beat in there.items() if beat.number == before[rank].number}
         self._awaited = [rank for rank, beat in beats.items() if not beat.is_over and rank not in gone]
         if gone:
             told = f"{_named(gone)} {'is' if len(gone) == 1 else 'are'} gone or cut off ({_brief(cause)})"
@@ -285,9 +289,13 @@ class Watch:
         return "\n".join([told, *(f"  {line}" for line in (*lines[:_MOST_TOLD], *more))])
 
     def _lost_store(self, cause: str) -> str:
+        """What the first rank of this machine tells, or another that notices alone; the others nothing."""
         self._awaited = []  # nobody is heard of any more
         if self._local_rank:
-            time.sleep(_GRACE_SECONDS)  # the first rank of this machine tells it, and the launcher ends this one
+            time.sleep(_GRACE_SECONDS)
+        if not is_first_here_to_tell():
+            time.sleep(_LEAST_SECONDS)  # until the other has, as the launcher may end it once this one ends
+            return ""
         return (
             f"error: rank {self._rank} has lost the store at {self._place}, at which ranks meet: its machine, the "
             f"launcher there, or the link to it ({_brief(cause)}); run the same command to go on from the last "
@@ -329,7 +337,7 @@ class Watch:
 
     def _end(self, text: str | None) -> None:
         try:
-            if text is not None:
+            if text:
                 report_failure(text)
                 self.told()
             if sys.stdout is not None:

@@ -15,7 +15,7 @@ import pytest
 import ranks
 import torch.distributed as dist
 
-from recsys import watch
+from recsys import cli, watch
 from recsys.cli import run_entry
 from recsys.errors import report_failure
 from recsys.runtime import process_group
@@ -120,6 +120,72 @@ def test_a_rank_ends_though_the_store_goes_while_it_is_asked(
     assert ended.wait(30) and not awaited
     first.close()
     assert capsys.readouterr().err.count("error: rank 0 has lost the store at here:1") == 1
+
+
+def torchrun(monkeypatch: pytest.MonkeyPatch, folder: Path, local_rank: int) -> None:
+    """The environment of a rank that torchrun starts, as far as it is asked."""
+    (folder / str(local_rank)).mkdir(parents=True, exist_ok=True)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / str(local_rank) / "error.json"))
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_one_rank_of_a_machine_tells_that_the_store_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], order: list[int]
+) -> None:
+    """Whichever notices first, as by the other's end, in the thread that trains or that which watches."""
+    monkeypatch.setattr(watch, "_GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(watch, "_LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(os, "_exit", lambda _: None)
+    ours = signal.getsignal(signal.SIGTERM)
+    for attempt in ("attempt_0", "attempt_1"):  # each is told of
+        for rank in order:
+            store = Going()
+            one = watch.Watch(store, rank, 2, local_rank=rank, seconds=1, place="here:1")
+            monkeypatch.setattr(watch, "current", one)
+            monkeypatch.setattr(store, "set", store._gone)
+            torchrun(monkeypatch, tmp_path / attempt, rank)
+            try:
+                raise dist.DistNetworkError("Connection closed by peer")
+            except dist.DistNetworkError:
+                cli._tell_failure()
+            one._end(one._lost_store("no answer for 1 s"))
+        told = capsys.readouterr().err
+        assert told.count("error: ") == told.count(f"error: rank {order[0]} has lost the store at here:1") == 1
+        assert re.findall(r"^rank (\d) .*; its stack:$", told, re.MULTILINE) == [str(rank) for rank in order]
+        assert [rank for rank in order if (tmp_path / attempt / str(rank) / "error.json").exists()] == order[:1]
+    signal.signal(signal.SIGTERM, ours)
+
+
+def test_one_rank_of_a_machine_tells_what_ends_all_once_the_store_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone() -> None:
+        raise dist.DistNetworkError("connection reset")
+
+    monkeypatch.setattr(cli, "_process_group_is_up", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", gone)
+    tells = []
+    for rank in range(3):
+        torchrun(monkeypatch, tmp_path, rank)
+        tells.append(cli._is_ours_to_tell(caused_by_a_peer=False))
+    assert tells == [True, False, False]
+
+
+def test_a_rank_whose_main_thread_tells_does_not_tell_by_its_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(watch, "report_failure", told.append)
+    monkeypatch.setattr(os, "_exit", lambda _: None)
+    store = dist.HashStore()
+    first, _silent = (watch.Watch(store, rank, 2, local_rank=rank, seconds=1, place="here:1") for rank in range(2))
+    monkeypatch.setattr(first, "_await", lambda _: None)
+    store.compare_set(watch._CLAIM, "", "0")  # as the main thread does
+    first._condemn()
+    assert not told
+    store.delete_key(watch._CLAIM)
+    first._condemn()
+    assert len(told) == 1 and told[0].startswith("error: rank 1 (")
 
 
 def test_a_rank_that_is_there_again_is_let_be(monkeypatch: pytest.MonkeyPatch) -> None:

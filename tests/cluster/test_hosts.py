@@ -87,9 +87,13 @@ class Lost:
 
     def process(self, rank: int) -> int:
         """The process of a rank; of two ranks on a host the lower has the lower id."""
-        agent = self.agents[rank // 2].pid
-        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(agent)], capture_output=True, text=True, check=True)
-        return sorted(map(int, found.stdout.split()))[rank % 2]
+        return self.living(rank // 2)[rank % 2]
+
+    def living(self, host: int) -> list[int]:
+        """The processes of a host's ranks that have not ended."""
+        ps = ["ps", "-o", "pid=,stat=", "--ppid", str(self.agents[host].pid)]
+        found = subprocess.run(ps, capture_output=True, text=True).stdout.splitlines()
+        return sorted(int(line.split()[0]) for line in found if line.split()[1][0] not in "ZX")
 
     def errors(self, *of: int) -> list[str]:
         """Lines of error, without those in which torchrun repeats them."""
@@ -98,6 +102,10 @@ class Lost:
     def await_error(self, host: int) -> tuple[str, float]:
         seconds = await_(lambda: bool(self.errors(host)), 2 * SECONDS + 30, self.told)
         return self.errors(host)[0], seconds
+
+    def await_end(self, *of: int) -> None:
+        """Until the ranks of these hosts have ended: a second one might tell late; torchrun waits for longer."""
+        await_(lambda: not any(self.living(host) for host in of), 60, self.told)
 
     def check(self, error: str, seconds: float, *named: str) -> None:
         assert all(name in error for name in named), error
@@ -119,6 +127,7 @@ def test_a_rank_that_is_gone_or_silent_is_named(lost: Lost, rank: int, how: sign
     lost.check(error, seconds, f"rank {rank} (host{rank // 2}, process ")
     others = [str(other) for other in range(4) if other != rank]
     await_(lambda: sorted(re.findall(r"^rank (\d) \(.*; its stack:", lost.told(), re.M)) == others, 30, lost.told)
+    lost.await_end(0, 1)
     assert len(lost.errors()) == 1
     for other in range(4):  # where each stood
         stood = rf"^  rank {other} \(host{other // 2}, process \d+\): step \d+ of joint; [a-z_/]+\.py:\d+ "
@@ -132,6 +141,7 @@ def test_a_host_that_is_lost_is_named(lost: Lost, host: int) -> None:
     error, seconds = lost.await_error(1 - host)
     named = ["ranks 2, 3 (host1)"] if host else ["has lost the store at "]
     lost.check(error, seconds, *named)
+    lost.await_end(1 - host)
     assert len(lost.errors(1 - host)) == 1
 
 
@@ -141,4 +151,5 @@ def test_a_link_that_is_cut_is_told_on_both_sides(lost: Lost) -> None:
     lost.check(error, seconds, "ranks 2, 3 (host1) are gone or cut off")
     error, _ = lost.await_error(1)
     assert "has lost the store at " in error
+    lost.await_end(0, 1)
     assert len(lost.errors(0)) == 1 and len(lost.errors(1)) == 1
