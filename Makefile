@@ -5,11 +5,13 @@
 #   PYTHON       the interpreter to use    3.11 to 3.14
 #   TORCH_INDEX  a package index to take torch from, such as PyTorch's own for CPU builds, which are far smaller
 #   LOGDIR       what TensorBoard shows
+#   WORKERS      processes that run tests at once (2), each with its own ranks; 0: this one alone, as a debugger needs
 ARGS ?=
 NPROC ?= 2
 PYTHON ?= python3
 TORCH_INDEX ?=
 LOGDIR ?= outputs
+WORKERS ?= 2
 FLAVOUR ?= $(shell if test -e /proc/driver/nvidia/version || nvidia-smi -L >/dev/null 2>&1; \
 	then echo cuda; else echo cpu; fi)
 
@@ -69,8 +71,9 @@ train: export LOGLEVEL ?= WARNING
 train: $(READY) ## train: NPROC processes, ARGS to recsys/train.py
 	torchx run -s local_cwd dist.ddp -j 1x$(NPROC) recsys/train.py $(ARGS)
 
+# A file is one worker's, whose fixtures it makes once.
 test: $(READY) ## run the tests, all but the long ones: ARGS to pytest
-	pytest -m "not slow and not cluster" $(ARGS)
+	pytest -n $(WORKERS) --dist loadfile -m "not slow and not cluster" $(ARGS)
 
 test-long: $(READY) ## run the long tests: ARGS to pytest
 	pytest -m slow $(ARGS)

@@ -37,6 +37,12 @@ from recsys.data.storage import DataError
 from recsys.data.vocabulary import Vocabulary
 from recsys.prepare.mapping import mapped
 
+
+def named(value: object) -> str:
+    """A test's id, the same in every process."""
+    return f"VocabularyIds({value.vocabulary.source})" if isinstance(value, VocabularyIds) else str(value)
+
+
 WORDS = VocabularyIds(Vocabulary(pa.array(["b", "a"], pa.large_string()), pa.array([2, 1]), "words.parquet"))
 NUMBERS = VocabularyIds(Vocabulary(pa.array([50, 7]), pa.array([2, 1]), "numbers.parquet"))
 
@@ -78,7 +84,7 @@ def ids_of(ids: IdMapping, values: pa.Array, rows: int = 10, **options: Any) -> 
         (BucketizedIds((1.0, 5.0)), [0.5, None, 5.0], [0, -1, 2]),
         (BucketizedIds((1.0, 5.0)), [1, None, 99], [1, -1, 2]),
     ],
-    ids=str,
+    ids=named,
 )
 def test_ids_are_the_same_single_in_lists_and_encoded(ids: IdMapping, values: list[Any], expected: list[int]) -> None:
     array = pa.array(values)
@@ -163,7 +169,7 @@ def test_integers_are_put_into_buckets_exactly() -> None:
     ]
 
 
-@pytest.mark.parametrize("ids", [PlainIds(2), HashedIds(10, 7), VocabularyIds(NUMBERS.vocabulary)], ids=str)
+@pytest.mark.parametrize("ids", [PlainIds(2), HashedIds(10, 7), VocabularyIds(NUMBERS.vocabulary)], ids=named)
 def test_booleans_are_the_integers_0_and_1(ids: IdMapping) -> None:
     values = [False, None, True]
     wanted = ids_of(ids, pa.array([0, None, 1])).single.tolist()
@@ -175,7 +181,7 @@ def test_booleans_are_the_integers_0_and_1(ids: IdMapping) -> None:
     assert ids_of(ids, array, minimum=1).single.tolist() == ids_of(ids, pa.array([1, None, 1])).single.tolist()
 
 
-@pytest.mark.parametrize("ids", [HashedIds(10, 7), WORDS], ids=str)
+@pytest.mark.parametrize("ids", [HashedIds(10, 7), WORDS], ids=named)
 def test_views_of_strings_are_strings(ids: IdMapping) -> None:
     array = pa.array(["a", None, "z"])
     views = array.cast(pa.string_view())
@@ -195,7 +201,7 @@ def test_views_of_strings_are_strings(ids: IdMapping) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [pa.list_view(pa.int32()), pa.large_list_view(pa.int64()), pa.list_(pa.int16(), 2)], ids=str
+    "kind", [pa.list_view(pa.int32()), pa.large_list_view(pa.int64()), pa.list_(pa.int16(), 2)], ids=named
 )
 def test_views_of_lists_and_lists_of_one_length_are_lists(tmp_path: Path, kind: pa.DataType) -> None:
     lists = pa.array([[9, 9], [1, 2], None, [3, 1]], kind)
@@ -213,7 +219,7 @@ def test_views_of_lists_and_lists_of_one_length_are_lists(tmp_path: Path, kind: 
 
 
 @pytest.mark.parametrize(
-    "ids", [PlainIds(10), HashedIds(10), WORDS, NUMBERS, BucketizedIds((1.0,)), DatetimeIds("hour")], ids=str
+    "ids", [PlainIds(10), HashedIds(10), WORDS, NUMBERS, BucketizedIds((1.0,)), DatetimeIds("hour")], ids=named
 )
 def test_columns_of_nulls_alone_are_nulls_of_any_type(ids: IdMapping) -> None:
     assert ids_of(ids, pa.nulls(3)).single.tolist() == [[-1, -1, -1]]
@@ -628,7 +634,7 @@ def assert_same(one: Any, other: Any) -> None:
         assert torch.equal(getattr(one.sparse_features, part)(), getattr(other.sparse_features, part)())
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int16(), pa.string())], ids=str)
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int16(), pa.string())], ids=named)
 def test_strings_are_read_as_dictionaries_whatever_the_file_has(tmp_path: Path, kind: pa.DataType) -> None:
     plain = pa.array(["a", "b", None, "c"] * 10)
     flat = pa.array(["a", "b", "c"] * 10).cast(kind)
