@@ -24,10 +24,10 @@ from benchmarks.report import RESULTS, Line, environment, show, shown_path, writ
 from recsys.cli import run_entry
 from recsys.config import Config
 from recsys.errors import UserError
+from recsys.host_memory import keep_freed_memory
 from recsys.model.dense_arch import DenseArch
 from recsys.model.experts.attach import domain_linears
 from recsys.model.ranker import build_ranker
-from recsys.runtime import keep_freed_memory
 from recsys.terminal import Rows
 
 FORWARD, BACKWARD = PASSES

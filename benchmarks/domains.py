@@ -22,6 +22,7 @@ from benchmarks.layer import PASSES, Device, Seconds, median_ratio, memory_of, t
 from benchmarks.report import RESULTS, Line, environment, show, write
 from recsys.cli import run_entry
 from recsys.errors import UserError
+from recsys.host_memory import keep_freed_memory
 from recsys.model.experts.domains import (
     MAX_FOLDED_BYTES,
     DomainAdaptation,
@@ -30,7 +31,6 @@ from recsys.model.experts.domains import (
     DomainLinear,
     adapt,
 )
-from recsys.runtime import keep_freed_memory
 from recsys.terminal import Rows
 
 FORMS = {

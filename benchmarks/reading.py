@@ -324,7 +324,7 @@ def _measure(way: Callable[[str, int], Iterator[int]], config: str, cores: int, 
     pa.set_cpu_count(threads)
     import torch
 
-    from recsys.runtime import keep_freed_memory
+    from recsys.host_memory import keep_freed_memory
 
     torch.set_num_threads(1)
     keep_freed_memory()  # as training does

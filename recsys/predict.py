@@ -33,7 +33,8 @@ def main() -> None:
             predict_by_checkpoint(arguments.checkpoint, *where, arguments.overrides, keep=keep, logit=logit)
             return
         from recsys.config import ConfigError
-        from recsys.runtime import keep_freed_memory, leave_a_core
+        from recsys.host_memory import keep_freed_memory
+        from recsys.runtime import leave_a_core
         from recsys.serving.predicting import predict, processes_here, share_of_this_process
         from recsys.serving.scorer import Scorer
 

@@ -1,7 +1,6 @@
 """Where a process stands among its ranks, and the seeds it draws from."""
 
 import contextlib
-import ctypes
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import torch.distributed as dist
 
 from recsys import watch
 from recsys.config import ConfigError
+from recsys.host_memory import keep_freed_memory
 from recsys.lifetime import end_with_launcher
 from recsys.meeting import (
     Patience,
@@ -190,23 +190,6 @@ def device_type(device: str, local_world_size: int) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.device_count() >= local_world_size else "cpu"
     return device
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep freed memory for what is allocated next; does nothing where it is not glibc.
-
-    Decoded rows and batches are large and live for moments. Left alone, glibc hands such memory back to the system, and
-    the kernel clears and maps the pages of the next, under a lock that all threads share. The process keeps what it
-    held at most until it ends.
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None:
-        for option, size in ((_TRIM_THRESHOLD, _NEVER), (_TOP_PAD, 64 << 20), (_MMAP_THRESHOLD, 32 << 20)):
-            set_option(option, size)
-
-
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
-_NEVER = (1 << 31) - 1
 
 
 def derive_seed(seed: int, purpose: str) -> int:

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-BASE = {"recsys.errors", "recsys.files", "recsys.config", "recsys.runtime"}
+BASE = {"recsys.errors", "recsys.files", "recsys.config", "recsys.host_memory", "recsys.runtime"}
 
 ALLOWED: dict[str, set[str]] = {
     "recsys": set(),
@@ -19,17 +19,18 @@ ALLOWED: dict[str, set[str]] = {
     "recsys.files": {"recsys.errors"},
     "recsys.config": {"recsys.errors", "recsys.files", "recsys.config"},
     "recsys.versions": set(),
+    "recsys.host_memory": set(),
     "recsys.lifetime": {"recsys.errors"},
     "recsys.watch": {"recsys.errors"},
     "recsys.meeting": {"recsys.errors", "recsys.config"},
     "recsys.cli": {"recsys.errors", "recsys.config", "recsys.lifetime", "recsys.versions", "recsys.watch"},
-    "recsys.runtime": {"recsys.config", "recsys.lifetime", "recsys.meeting", "recsys.watch"},
+    "recsys.runtime": {"recsys.config", "recsys.host_memory", "recsys.lifetime", "recsys.meeting", "recsys.watch"},
     "recsys.data": BASE | {"recsys.data"},
     "recsys.prepare": BASE | {"recsys.data", "recsys.terminal", "recsys.cli", "recsys.prepare"},
     "recsys.checkpoint": {"recsys.errors", "recsys.files", "recsys.config", "recsys.data", "recsys.checkpoint"},
     "recsys.checkpoint.tools": {"recsys.config", "recsys.terminal", "recsys.checkpoint"},
     "recsys.checkpoint.__main__": {"recsys.cli", "recsys.checkpoint.tools"},
-    "recsys.model": {"recsys.config", "recsys.data.batch", "recsys.model"},
+    "recsys.model": {"recsys.config", "recsys.host_memory", "recsys.data.batch", "recsys.model"},
     "recsys.model.experts": {"recsys.model.experts"},
     "recsys.model.experts.hilomoe": set(),
     "recsys.model.experts.domains": set(),

@@ -3,7 +3,6 @@
 Shapes: B rows of this rank's batch, W the width of all pooled embeddings together.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from torchrec.modules.embedding_configs import DataType
 
 from recsys.config import Config, ConfigError, ModelConfig
 from recsys.data.batch import Batch
+from recsys.host_memory import host_memory
 from recsys.model.dense_arch import build_dense_arch
 from recsys.model.losses import Losses, TotalLoss
 from recsys.model.names import POOLED, table_key
@@ -175,9 +175,9 @@ def _check_memory(config: ModelConfig, build: Callable[[], nn.Module]) -> None:
     with torch.random.fork_rng(devices=()), FakeTensorMode():  # whose tensors have shapes and no content
         dense_arch = build()
     needed = sum(parameter.numel() * parameter.element_size() for parameter in dense_arch.parameters())
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    there = host_memory()
     if needed > there:
         raise ConfigError(
-            f"model: its dense part takes {needed / 2**30:,.1f} GiB, and this machine has {there / 2**30:,.1f}; make "
-            f"the {'paths' if config.paths else 'tower'}, model.hilomoe or model.domain_experts smaller"
+            f"model: its dense part takes {needed / 2**30:,.1f} GiB, and {there / 2**30:,.1f} are for this process; "
+            f"make the {'paths' if config.paths else 'tower'}, model.hilomoe or model.domain_experts smaller"
         )

@@ -1,20 +1,16 @@
 """What the machines of a run have for tables: memory of their devices and of their hosts, and links between ranks."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torchrec.distributed.planner import Topology
 
+from recsys.host_memory import host_memory
 from recsys.runtime import Ranks
 
 RESERVED = 0.15
 """Share of all memory that is kept from tables: for the process, its batches, the dense arch and its activations."""
-
-
-_DIGITS = 20  # of more bytes than 64 bits count
 
 
 @dataclass(frozen=True)
@@ -56,35 +52,3 @@ def this_machine(ranks: Ranks) -> Machine:
     if dist.is_initialized():
         dist.all_reduce(least, dist.ReduceOp.MIN)
     return Machine(*least.tolist())
-
-
-def host_memory(root: Path = Path("/")) -> int:
-    """Bytes of host memory that this process may use with all others of its control group (cgroup).
-
-    Args:
-        root: of the file system that tells.
-    """
-    fields = (root / "proc/meminfo").read_text().split()
-    whole = 1024 * int(fields[fields.index("MemTotal:") + 1])
-    return min([whole, *_limits(root)])
-
-
-def _limits(root: Path) -> Iterator[int]:
-    """Of this process's control group and of those above it, of either version; a container may not see its own."""
-    try:
-        groups = (root / "proc/self/cgroup").read_text(errors="surrogateescape").splitlines()
-    except OSError:
-        return
-    for _, controllers, path in (line.split(":", 2) for line in groups if line.count(":") > 1):
-        if controllers not in ("", "memory"):
-            continue
-        mount, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
-        top = root / "sys/fs/cgroup" / mount
-        group = top / path.lstrip("/")
-        for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(top))):
-            try:
-                limit = (folder / name).read_text().strip()
-            except OSError:
-                continue
-            if limit.isdecimal() and len(limit) < _DIGITS:  # and not "max"
-                yield int(limit)

@@ -307,13 +307,18 @@ def test_experts_in_no_linear_are_refused_with_the_names_that_there_are(tmp_path
         build_ranker(load_config(tiny, ["model.hilomoe.experts_in=[tower.cross.*]"]), seed=3)
 
 
-def test_a_dense_arch_beyond_the_machines_memory_is_refused_before_it_is_built(config: Config) -> None:
+def test_a_dense_arch_beyond_the_memory_there_is_is_refused_before_it_is_built(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tower = config.model.tower.model_copy(update={"hidden": (1 << 16,) * 256})
     huge = config.model_copy(update={"model": config.model.model_copy(update={"tower": tower, "hilomoe": None})})
     with pytest.raises(
-        ConfigError, match=r"^model: its dense part takes 4,\d+\.\d GiB, and this machine has .*smaller$"
+        ConfigError, match=r"^model: its dense part takes 4,\d+\.\d GiB, and .* are for this process; .*smaller$"
     ):
         build_ranker(huge, seed=1)
+    monkeypatch.setattr("recsys.model.ranker.host_memory", lambda: 1 << 10)  # of its control group
+    with pytest.raises(ConfigError, match=r"^model: its dense part takes 0\.0 GiB, and 0\.0 are for this process"):
+        build_ranker(config, seed=1)
 
 
 def test_embedding_dropout_is_of_pooled_embeddings_in_training_alone(config: Config) -> None:

@@ -5,7 +5,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 import torch
 from ranks import run_ranks
 from runs import as_config
@@ -13,40 +12,14 @@ from tiny import tiny_config, write_tiny_log
 
 from recsys.config import Config
 from recsys.data.splits import open_splits
+from recsys.host_memory import host_memory
 from recsys.runtime import Ranks
-from recsys.sharding.machine import RESERVED, Machine, host_memory, this_machine
+from recsys.sharding.machine import RESERVED, Machine, this_machine
 from recsys.sharding.plan import Plan, plan_as_dict
 from recsys.training.monitor import Monitor
 from recsys.training.run import Trainer
 
 GIB = 1 << 30
-
-
-@pytest.mark.parametrize(
-    ("groups", "limits", "expected"),
-    [
-        ("0::/", {}, 64),
-        ("0::/a/b", {"a/b/memory.max": "max", "a/memory.max": f"{8 * GIB}", "memory.max": f"{16 * GIB}"}, 8),
-        ("0::/not/seen/here", {"memory.max": f"{4 * GIB}"}, 4),  # of a container
-        ("5:cpu:/x\n4:memory:/a\n0::/", {"memory/a/memory.limit_in_bytes": f"{2 * GIB}"}, 2),
-        ("4:memory:/a", {"memory/a/memory.limit_in_bytes": "9223372036854771712"}, 64),
-        (None, {"memory.max": f"{4 * GIB}"}, 64),
-        ("\nodd\n0::/\udcff", {"memory.max": f"{4 * GIB}"}, 4),  # a name that is no UTF-8
-        ("0::/", {"memory.max": "9" * 5000}, 64),
-    ],
-)
-def test_host_memory_is_what_the_control_group_leaves_of_it(
-    tmp_path: Path, groups: str | None, limits: dict[str, str], expected: int
-) -> None:
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/meminfo").write_text(f"MemTotal:  {64 << 20} kB\nMemFree: 1 kB\n")
-    if groups is not None:
-        (tmp_path / "proc/self/cgroup").write_text(f"{groups}\n", errors="surrogateescape")
-    for name, limit in limits.items():
-        path = tmp_path / "sys/fs/cgroup" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{limit}\n")
-    assert host_memory(tmp_path) == expected * GIB
 
 
 def _shares(ranks: Ranks) -> list[int]:
