@@ -23,13 +23,18 @@ from torch.distributed.launcher import api
 
 from recsys.cli import guard_streams
 from recsys.errors import TEMPORARY, UserError
+from recsys.watch import answer_within
 
 _NOT_MET = (RendezvousError, DistError)
 """The second, of the store itself, where its host goes as hosts meet, and by `--master-addr`."""
 
 
+_STORE_SECONDS, _GONE_SECONDS = 30.0, 5.0
+"""For which the rendezvous is waited for, and once it has not answered: over a link that is cut it never does."""
+
+
 class _Rendezvous:
-    """A rendezvous whose host may go while ranks are at work: they notice, and tell of it, by themselves."""
+    """A rendezvous whose host, or the link to it, may go while ranks are at work: they notice, and tell of it."""
 
     def __init__(self, handler: RendezvousHandler) -> None:
         self._handler, self._is_gone = handler, False
@@ -51,10 +56,17 @@ class _Rendezvous:
         """How many hosts wait to join; torchrun ends the ranks where nobody can tell."""
         if not self._is_gone:
             try:
-                return self._handler.num_nodes_waiting()
-            except RendezvousConnectionError:
+                return answer_within(_STORE_SECONDS, self._handler.num_nodes_waiting)
+            except (RendezvousConnectionError, TimeoutError):
                 self._is_gone = True
         return 0
+
+    def shutdown(self) -> bool:
+        """Leave for good; whether the others can know."""
+        try:
+            return answer_within(_GONE_SECONDS if self._is_gone else _STORE_SECONDS, self._handler.shutdown)
+        except TimeoutError:
+            return False
 
 
 class _Agent(LocalElasticAgent):

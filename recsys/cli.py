@@ -15,15 +15,13 @@ import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import Any, NoReturn, cast
 
+from recsys import watch
 from recsys.config import DEFAULT_CONFIG
-from recsys.errors import Stopped, UserError, is_first_here_to_tell, report_failure
+from recsys.errors import Stopped, UserError, report_failure
 from recsys.lifetime import end_with_launcher
 from recsys.versions import VersionError, check_versions
-
-if TYPE_CHECKING:
-    from recsys.watch import Watch
 
 _ERROR_KEY, _STOPPED_KEY = "hilorec/error", "hilorec/stopped"
 _PATIENCE_SECONDS = 5.0
@@ -98,6 +96,8 @@ def run_entry(body: Callable[[], int | None], *, checks_versions: bool = True, p
         _tell_once(str(stop))
     except (UserError, VersionError) as error:
         code = error.exit_code if isinstance(error, UserError) else UserError.exit_code
+        if watch.current is not None:
+            watch.current.fail(error)
         if _is_ours_to_tell(caused_by_a_peer=False):
             report_failure(f"error: {error}")
     except KeyboardInterrupt:
@@ -231,25 +231,25 @@ def _tell_failure() -> None:
     """Report the exception under way, or, where it is but what the loss of another rank comes to, that loss."""
     trace, error = traceback.format_exc().rstrip(), sys.exc_info()[1]
     cause = " ".join(str(error).split())[:_CAUSE]
-    watch = _watch()
-    if watch is not None and error is not None:
+    watching = watch.current
+    if watching is not None and error is not None:
         # A launcher that sees another rank end ends this one, from which the others have yet to hear that it is there.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        watch.fail(error)
+        watching.fail(error)
     if _is_ours_to_tell(caused_by_a_peer=True):
-        lost = watch.blame(cause) if watch is not None and _COMMUNICATION.search(cause) else None
+        lost = watching.blame(cause) if watching is not None and _COMMUNICATION.search(cause) else None
         if lost != "":
             report_failure(lost or trace)
-        if lost is not None and watch is not None:
-            print(f"{watch}\n{trace}", file=sys.stderr)
-            watch.told()
-    elif watch is not None and watch.is_condemned:
-        print(f"{watch}\n{trace}", file=sys.stderr, flush=True)
-        watch.await_told()
+        if lost is not None and watching is not None:
+            _print_at_once(f"{watching}\n{trace}")
+            watching.told()
+    elif watching is not None and watching.is_condemned:
+        _print_at_once(f"{watching}\n{trace}")
+        watching.await_told()
 
 
-def _watch() -> "Watch | None":
-    return sys.modules["recsys.watch"].current if "recsys.watch" in sys.modules else None
+def _print_at_once(text: str) -> None:
+    print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one piece: ranks may share their stderr
 
 
 def _tell_once(text: str) -> None:
@@ -293,14 +293,18 @@ def _is_ours_to_tell(*, caused_by_a_peer: bool) -> bool:
     from torch import distributed as dist
 
     mine = str(dist.get_rank())
-    try:
+
+    def claimed() -> bool:
         store = dist.distributed_c10d._get_default_store()
         until = time.monotonic() + (_PATIENCE_SECONDS if caused_by_a_peer else 0.0)
         while time.monotonic() < until and not store.check([_ERROR_KEY]):
             time.sleep(0.1)
-        if store.compare_set(_ERROR_KEY, "", mine).decode() == mine:
-            return True
+        return bool(store.compare_set(_ERROR_KEY, "", mine).decode() == mine)
+
+    try:
+        is_ours = watch.answer_within(2 * _PATIENCE_SECONDS, claimed)
+    except Exception:  # the store went down with its host, or its link: better a second report than none
+        return True
+    if not is_ours:
         time.sleep(_PATIENCE_SECONDS)
-        return False
-    except Exception:  # the store went down with its host
-        return caused_by_a_peer or is_first_here_to_tell()
+    return is_ours

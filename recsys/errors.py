@@ -48,11 +48,11 @@ def is_first_here_to_tell() -> bool:
     The store is where ranks agree who tells of all else. By torchrun they share a folder for each attempt, that of the
     folders in which each leaves its failure; where there is none, every rank tells.
     """
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if "TORCHELASTIC_RUN_ID" not in os.environ or not path:
+    folder = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parent
+    if "TORCHELASTIC_RUN_ID" not in os.environ or folder.name != os.environ.get("LOCAL_RANK"):
         return True
     try:
-        (Path(path).parent.parent / _LOST).touch(exist_ok=False)
+        (folder.parent / _LOST).touch(exist_ok=False)
     except FileExistsError:
         return False
     except OSError:  # better a second report than none

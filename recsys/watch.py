@@ -11,6 +11,7 @@ import faulthandler
 import json
 import math
 import os
+import queue
 import re
 import socket
 import sys
@@ -22,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from recsys.errors import is_first_here_to_tell, report_failure
 
@@ -127,8 +128,7 @@ class Watch:
         self._done.set()
         for thread in self._threads:
             thread.join(self._seconds)
-        with suppress(Exception), self._reaching_store():
-            self._beat()
+        self._reached(self._beat)
 
     def fail(self, error: BaseException) -> None:
         """Say that this rank has failed, and so is not gone; it is to end by itself."""
@@ -136,8 +136,7 @@ class Watch:
             self._threads[1].join()
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         self._at, self._failed_at = _innermost(reversed(frames)), time.monotonic()
-        with suppress(Exception), self._reaching_store():
-            self._beat()
+        self._reached(self._beat)
 
     @property
     def is_condemned(self) -> bool:
@@ -156,8 +155,7 @@ class Watch:
             None where all others are there, or have failed themselves.
         """
         try:
-            with self._reaching_store():
-                self._store.set(_VERDICT, str(self._rank))
+            self._asked(lambda: self._store.set(_VERDICT, str(self._rank)))
             return self._found(cause)
         except Exception:
             return self._lost_store(cause)
@@ -168,7 +166,7 @@ class Watch:
         successors = [(self._rank + step) % self._world_size for step in range(1, _WATCHED + 1)]
         others = sorted(set(successors) - {self._rank})
         while not self._done.wait(self._interval):
-            with suppress(Exception), self._reaching_store():  # else the other thread sees that no answer comes
+            with suppress(Exception), self._store_lock:  # else the other thread sees that no answer comes
                 self._beat()
                 self._hear(others)
                 self._condemned = self._store.check([_VERDICT])
@@ -242,18 +240,16 @@ class Watch:
         found = self._store.multi_get([f"beat/{rank}" for rank in ranks]) if ranks else []
         return {rank: Beat(**json.loads(text)) for rank, text in zip(ranks, found, strict=True)}
 
-    @contextmanager
-    def _reaching_store(self) -> Iterator[None]:
-        if not self._store_lock.acquire(timeout=max(2 * self._interval, _LEAST_SECONDS)):
-            raise TimeoutError("the store does not answer")
-        try:
-            yield
-        finally:
-            self._store_lock.release()
+    def _asked(self, ask: Callable[[], _T]) -> _T:
+        def alone() -> _T:
+            with self._store_lock:
+                return ask()
+
+        return answer_within(max(2 * self._interval, _LEAST_SECONDS), alone)
 
     def _reached(self, ask: Callable[[], _T]) -> _T | None:
-        with suppress(Exception), self._reaching_store():
-            return ask()
+        with suppress(Exception):
+            return self._asked(ask)
         return None
 
     # What is told.
@@ -261,11 +257,9 @@ class Watch:
     def _found(self, cause: str) -> str | None:
         """Who is gone, or keeps others waiting, and where all stand."""
         others = [rank for rank in range(self._world_size) if rank != self._rank]
-        with self._reaching_store():
-            before = self._beats(others)
+        before = self._asked(lambda: self._beats(others))
         self._done.wait(3 * self._interval)
-        with self._reaching_store():
-            beats = self._beats(others)
+        beats = self._asked(lambda: self._beats(others))
         there = {rank: beat for rank, beat in beats.items() if not beat.is_over and not beat.failed}
         gone = {rank: beat for rank, beat in there.items() if beat.number == before[rank].number}
         self._awaited = [rank for rank, beat in beats.items() if not beat.is_over and rank not in gone]
@@ -344,6 +338,31 @@ class Watch:
                 sys.stdout.flush()
         finally:
             os._exit(1)
+
+
+def answer_within(seconds: float, ask: Callable[[], _T]) -> _T:
+    """What a store answers, asked by a thread of its own: a call over a link that is cut never returns.
+
+    Raises:
+        TimeoutError: no answer came; the call goes on, and what it does is done if the link comes back.
+        Exception: what the call raises.
+    """
+    answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+
+    def call() -> None:
+        try:
+            answers.put((True, ask()))
+        except Exception as error:
+            answers.put((False, error))
+
+    threading.Thread(target=call, name="question to the store", daemon=True).start()
+    try:
+        is_answered, answer = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError("the store does not answer") from None
+    if not is_answered:
+        raise answer
+    return cast(_T, answer)
 
 
 current: Watch | None = None

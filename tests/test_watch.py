@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from recsys import cli, watch
 from recsys.cli import run_entry
-from recsys.errors import report_failure
+from recsys.errors import UserError, is_first_here_to_tell, report_failure
 from recsys.runtime import process_group
 
 SECONDS = 4.0
@@ -98,7 +99,7 @@ class Going(dist.HashStore):
     """A store that no longer answers the thread that finds out who is gone."""
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
-        if threading.current_thread().name == "watch of ranks":
+        if threading.current_thread().name != "beats of ranks":
             self.set, self.check = self._gone, self._gone
             self._gone()
         return super().multi_get(keys)
@@ -126,7 +127,16 @@ def torchrun(monkeypatch: pytest.MonkeyPatch, folder: Path, local_rank: int) -> 
     """The environment of a rank that torchrun starts, as far as it is asked."""
     (folder / str(local_rank)).mkdir(parents=True, exist_ok=True)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / str(local_rank) / "error.json"))
+
+
+@pytest.fixture(autouse=True)
+def sigterm() -> Iterator[None]:
+    """Its handler is as it was: a rank that fails ignores it."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
@@ -137,7 +147,6 @@ def test_one_rank_of_a_machine_tells_that_the_store_is_lost(
     monkeypatch.setattr(watch, "_GRACE_SECONDS", 0.0)
     monkeypatch.setattr(watch, "_LEAST_SECONDS", 0.0)
     monkeypatch.setattr(os, "_exit", lambda _: None)
-    ours = signal.getsignal(signal.SIGTERM)
     for attempt in ("attempt_0", "attempt_1"):  # each is told of
         for rank in order:
             store = Going()
@@ -154,23 +163,59 @@ def test_one_rank_of_a_machine_tells_that_the_store_is_lost(
         assert told.count("error: ") == told.count(f"error: rank {order[0]} has lost the store at here:1") == 1
         assert re.findall(r"^rank (\d) .*; its stack:$", told, re.MULTILINE) == [str(rank) for rank in order]
         assert [rank for rank in order if (tmp_path / attempt / str(rank) / "error.json").exists()] == order[:1]
-    signal.signal(signal.SIGTERM, ours)
 
 
-def test_one_rank_of_a_machine_tells_what_ends_all_once_the_store_is_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "changed", [("TORCHELASTIC_RUN_ID", None), ("TORCHELASTIC_ERROR_FILE", "error.json"), ("LOCAL_RANK", "7")]
+)
+def test_where_torchrun_gives_no_folder_every_rank_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: tuple[str, str | None]
 ) -> None:
-    def gone() -> None:
-        raise dist.DistNetworkError("connection reset")
+    monkeypatch.chdir(tmp_path)
+    torchrun(monkeypatch, tmp_path / "attempt_0", 0)
+    name, value = changed
+    monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
+    assert is_first_here_to_tell() and is_first_here_to_tell()
+    assert not list(tmp_path.rglob("told*"))
 
+
+class Cut(dist.HashStore):
+    """A store whose link is cut, once `cut` is set: its calls never return."""
+
+    cut = False
+
+    def check(self, keys: list[str]) -> bool:
+        if self.cut:
+            threading.Event().wait()
+        return super().check(keys)
+
+    def set(self, key: str, value: str) -> None:
+        if self.cut:
+            threading.Event().wait()
+        super().set(key, value)
+
+
+@pytest.mark.parametrize(("error", "code"), [(OSError("no such bucket"), 1), (UserError("no such key"), 2)])
+def test_a_rank_that_fails_by_itself_tells_though_its_link_is_cut(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, code: int
+) -> None:
+    store = Cut()
+    monkeypatch.setattr(watch, "current", watch.Watch(store, 0, 2, local_rank=0, seconds=1, place="here:1"))
+    monkeypatch.setattr(cli, "_PATIENCE_SECONDS", 0.2)
     monkeypatch.setattr(cli, "_process_group_is_up", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", gone)
-    tells = []
-    for rank in range(3):
-        torchrun(monkeypatch, tmp_path, rank)
-        tells.append(cli._is_ours_to_tell(caused_by_a_peer=False))
-    assert tells == [True, False, False]
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(store, "compare_set", lambda *_: threading.Event().wait())
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+
+    def body() -> None:
+        store.cut = True
+        raise error
+
+    with pytest.raises(SystemExit):
+        run_entry(body, checks_versions=False)
+    assert codes == [code] and str(error) in capsys.readouterr().err
 
 
 def test_a_rank_whose_main_thread_tells_does_not_tell_by_its_watch(monkeypatch: pytest.MonkeyPatch) -> None:

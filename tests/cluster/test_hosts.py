@@ -23,10 +23,10 @@ SECONDS = 12
 """The time-out of the runs that lose something."""
 
 
-def agent(nodes: str, processes: int, config: Path, *more: str) -> list[str]:
+def agent(nodes: str, processes: int, config: Path, *more: str, by: str = "torch.distributed.run") -> list[str]:
     """A host's torchrun, all of which meet on host0."""
     return [
-        *(sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes, "--nproc-per-node", str(processes)),
+        *(sys.executable, "-m", by, "--nnodes", nodes, "--nproc-per-node", str(processes)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "host0:29500", "--rdzv-id", "run", *more),
         *("-m", "recsys.train", "--config", str(config)),
     ]
@@ -68,12 +68,12 @@ def test_several_hosts_train_to_the_bits_of_one(tmp_path: Path, count: int, proc
 class Lost:
     """A run on two hosts of two ranks each, which is to lose something in mid-run."""
 
-    def __init__(self, made: Hosts, folder: Path) -> None:
+    def __init__(self, made: Hosts, folder: Path, by: str) -> None:
         self.made, self.folder = made, folder
         stages = {"joint": {"trains": "all", "epochs": 4000, "learning_rate": 0.001, "sparse_learning_rate": 0.01}}
         config = write_config(folder, stages=stages, rank_timeout_seconds=SECONDS)
         self.agents = [
-            made.start(host, agent("2", 2, config, "--max-restarts", "0"), self.log(host), **settings())
+            made.start(host, agent("2", 2, config, "--max-restarts", "0", by=by), self.log(host), **settings())
             for host in range(2)
         ]
         await_(lambda: "joint      step" in self.told(), 120, self.told)
@@ -113,9 +113,9 @@ class Lost:
 
 
 @pytest.fixture
-def lost(tmp_path: Path) -> Iterator[Lost]:
+def lost(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lost]:
     with hosts(2, tmp_path) as made:
-        yield Lost(made, tmp_path)
+        yield Lost(made, tmp_path, getattr(request, "param", "torch.distributed.run"))
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
@@ -145,6 +145,7 @@ def test_a_host_that_is_lost_is_named(lost: Lost, host: int) -> None:
     assert len(lost.errors(1 - host)) == 1
 
 
+@pytest.mark.parametrize("lost", ["recsys.agent"], indirect=True)
 def test_a_link_that_is_cut_is_told_on_both_sides(lost: Lost) -> None:
     lost.made.cut(1)
     error, seconds = lost.await_error(0)
@@ -153,3 +154,4 @@ def test_a_link_that_is_cut_is_told_on_both_sides(lost: Lost) -> None:
     assert "has lost the store at " in error
     lost.await_end(0, 1)
     assert len(lost.errors(0)) == 1 and len(lost.errors(1)) == 1
+    assert [of_host.wait(120) for of_host in lost.agents] == [1, 1]  # torchrun's own stays on the host that was cut off
