@@ -1,13 +1,13 @@
 # make train sets everything up and trains; make help lists the rest. Variables may be given on the command line:
 #   ARGS         handed to what runs       make train ARGS="--config configs/movielens_1m.yaml"
-#   NPROC        training processes        make train NPROC=4
+#   NPROC        training processes        make train NPROC=4; by default one for each GPU, two on a CPU
 #   FLAVOUR      cpu or cuda               by default cuda where an NVIDIA driver is loaded
 #   PYTHON       the interpreter to use    3.11 to 3.14
 #   TORCH_INDEX  a package index to take torch from, such as PyTorch's own for CPU builds, which are far smaller
 #   LOGDIR       what TensorBoard shows
 #   WORKERS      processes that run tests at once (2), each with its own ranks; 0: this one alone, as a debugger needs
 ARGS ?=
-NPROC ?= 2
+NPROC ?= $(if $(filter cuda,$(FLAVOUR)),$(shell "$(VENV)/bin/python" -c 'import torch; print(torch.cuda.device_count() or 2)'),2)
 PYTHON ?= python3
 TORCH_INDEX ?=
 LOGDIR ?= outputs

@@ -101,6 +101,14 @@ def test_what_has_no_place_is_named_with_its_size_and_what_would_help(
     assert message in done.stderr
 
 
+def test_rows_that_lie_on_one_gpu_are_not_divided(config: Path) -> None:
+    kinds = {
+        row["table"]: row["sharding"]
+        for row in json.loads(plan(config, "--gpus-per-node", "1", "--json").stdout)["plan"]
+    }
+    assert kinds["user"] == "table_wise" and not any("row_wise" in kind for kind in kinds.values())
+
+
 def test_a_table_is_kept_on_the_gpu_that_has_room_for_it(config: Path) -> None:
     table = "tables.user.num_embeddings=1275068416"  # 38 GiB, and 4.75 of the sum for each row
     kernels = []

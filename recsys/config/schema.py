@@ -59,7 +59,9 @@ WHOLE_ROWS = ("table_wise", "row_wise", "table_row_wise")
 """Sharding types that keep the columns of a row together, on one rank."""
 Salt = Seed
 ComputeKernel = Literal["dense", "fused", "fused_uvm", "fused_uvm_caching"]
-DataType = Literal["fp32", "fp16", "bf16"]
+DataType = Literal["fp32", "fp16"]
+"""What fbgemm trains on a CPU and on GPUs alike: it has no kernels for weights in bfloat16."""
+SentType = Literal["fp32", "fp16", "bf16"]
 
 
 MAX_NUM_EMBEDDINGS = 2**40
@@ -102,7 +104,7 @@ class TableConfig(Section):
     @property
     def itemsize(self) -> int:
         """Bytes of a stored weight."""
-        return {"fp32": 4, "fp16": 2, "bf16": 2}[self.data_type]
+        return {"fp32": 4, "fp16": 2}[self.data_type]
 
     @property
     def data_parallel(self) -> bool:
@@ -764,8 +766,8 @@ class QCommsConfig(Section):
     `backward_loss_scale` is what gradients are multiplied by on the way, for those too small for fp16.
     """
 
-    forward_precision: DataType = "fp32"
-    backward_precision: DataType = "fp32"
+    forward_precision: SentType = "fp32"
+    backward_precision: SentType = "fp32"
     backward_loss_scale: PositiveFloat | None = None
 
     @model_validator(mode="after")

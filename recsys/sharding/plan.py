@@ -151,16 +151,13 @@ def _check_constraints(tables: Mapping[str, TableConfig], *, on_cpu: bool) -> No
             raise ConfigError(
                 f"tables.{name}.compute_kernel: {table.compute_kernel} needs GPUs; on a CPU there are dense and fused"
             )
-        if table.data_type == "bf16":
-            raise ConfigError(f"tables.{name}.data_type: bf16 needs GPUs; on a CPU fbgemm has fp32 and fp16")
 
 
 def possible_on_cpu(table: TableConfig) -> TableConfig:
-    """A table without what only GPUs can do: in float32 where it was in bfloat16, which is exact."""
+    """A table without what only GPUs can do."""
     sharding = tuple(kind for kind in table.sharding or () if kind in _ON_CPU)
     kernel = None if table.compute_kernel in ON_HOST else table.compute_kernel
-    data_type = "fp32" if table.data_type == "bf16" else table.data_type
-    return table.model_copy(update={"sharding": sharding or None, "compute_kernel": kernel, "data_type": data_type})
+    return table.model_copy(update={"sharding": sharding or None, "compute_kernel": kernel})
 
 
 class _Enumerator(EmbeddingEnumerator):
@@ -179,10 +176,10 @@ class _Enumerator(EmbeddingEnumerator):
         lengths: Mapping[str, Sequence[float]],
     ) -> None:
         self._device, self._beside = topology.compute_device, beside
-        on_cpu = self._device == "cpu"
-        self.constraints = {
-            table_key(name): _constraint(table, lengths[name], on_cpu=on_cpu) for name, table in tables.items()
-        }
+        # Rows that lie on one GPU are not divided: the planner would, as it costs nothing by its estimates, and a step
+        # then takes longer.
+        kinds = _GPU_SHARDING if self._device == "cuda" and topology.world_size > 1 else _CPU_SHARDING
+        self.constraints = {table_key(name): _constraint(table, lengths[name], kinds) for name, table in tables.items()}
         super().__init__(topology, batch_size, self.constraints)
 
     def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
@@ -198,12 +195,12 @@ class _Enumerator(EmbeddingEnumerator):
             self._beside[table_name(option.name)].add_to(option, self._device)
 
 
-def _constraint(table: TableConfig, lengths: Sequence[float], *, on_cpu: bool) -> ParameterConstraints:
+def _constraint(table: TableConfig, lengths: Sequence[float], kinds: Sequence[str]) -> ParameterConstraints:
     kernel = table.compute_kernel
     if kernel is None and table.data_parallel:
         kernel = EmbeddingComputeKernel.DENSE.value
     # Data-parallel tables have an optimizer of their own, so they are never the planner's choice.
-    sharding: Sequence[str] = table.sharding or (_CPU_SHARDING if on_cpu else _GPU_SHARDING)
+    sharding: Sequence[str] = table.sharding or kinds
     if table.max_norm is not None:  # of which the config has seen to it
         sharding = tuple(kind for kind in sharding if kind in WHOLE_ROWS)
     return ParameterConstraints(

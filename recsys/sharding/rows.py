@@ -108,14 +108,14 @@ class _Sums:
         self.log_before, self.log = self.log, self.log + log_factor
         if self.steps + 1 == len(self.logs):
             self._grow()
-        self.logs[self.steps] = self.log
+        self.logs[self.steps].fill_(self.log)  # which, unlike an assignment, does not wait for a GPU
 
     def average(self, decay: float) -> None:
         """The step under way is over, and has averaged so."""
         kept, taken = self.moved
         kept, taken = self.moved = (decay * kept, decay * taken + (1 - decay) * exp(self.log))
-        self.moves[0, self.steps + 1] = 1 / kept
-        self.moves[1, self.steps + 1] = taken
+        self.moves[0, self.steps + 1].fill_(1 / kept)
+        self.moves[1, self.steps + 1].fill_(taken)
 
     def load(self, logs: Tensor, moves: Tensor | None) -> None:
         """Go on after the steps of a checkpoint, whose sums are as `state` gave them."""
