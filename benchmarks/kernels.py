@@ -155,13 +155,15 @@ def _kernels(call: Any, device: torch.device) -> int:
     """What a call launches."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as profiled:
+    with profile(activities=activities, acc_events=True) as profiled:
         call()
         if on_gpu:
             torch.cuda.synchronize()
     events: EventList = profiled.events()
     if on_gpu:
-        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in events)
+        # Named regions, such as the optimizer's step, are told as if the device had run them.
+        on_it = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+        return sum(not event.is_user_annotation for event in on_it)
     return sum(_computes(event) and not any(map(_has_one_that_computes, event.cpu_children)) for event in events)
 
 

@@ -9,7 +9,7 @@ import torch
 from calling import run
 
 from benchmarks import gpu
-from benchmarks.report import read
+from benchmarks.report import ROOT, read
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -22,7 +22,10 @@ def test_without_a_gpu_one_line_says_so(tmp_path: Path) -> None:
 
 def test_parts_take_ten_minutes_together_and_every_marked_test_is_among_them() -> None:
     assert sum(limit for limit, _ in gpu.PARTS.values()) <= 600
-    assert "gpu" in gpu.PARTS["tests"][1]
+    tests = gpu.PARTS["tests"][1]
+    assert tests[tests.index("-m", 2) :][:2] == ("-m", "gpu")
+    marked = [path for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text()]
+    assert {str(path.relative_to(ROOT)) for path in marked} - {"tests/benchmarks/test_gpu.py"} == {tests[-1]}
 
 
 def test_a_part_that_fails_or_hangs_is_told_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
