@@ -215,7 +215,9 @@ def quiet_libraries() -> None:
     for said in ("`_get_pg_default_device` will be", "Multiple backends are registered with this ProcessGroup"):
         warnings.filterwarnings("ignore", message=said)  # by torch 2.11
     warnings.filterwarnings("ignore", message="TBE B200 optimization")  # by fbgemm 1.6, of any GPU
-    for name in ("torchrec", "torch.distributed", "torch.fx._symbolic_trace", "fbgemm_gpu"):
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # by Inductor; compute.tf32 says it
+    inductor = "torch._inductor.select_algorithm"  # of 2.11, of any product that it might have chosen otherwise
+    for name in ("torchrec", "torch.distributed", "torch.fx._symbolic_trace", inductor, "fbgemm_gpu"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # What TensorBoard's writing thread fails of is raised by the next call that records something.
     hook = threading.excepthook

@@ -164,27 +164,36 @@ def test_a_model_trained_on_a_gpu_is_exported_on_a_cpu(tmp_path: Path) -> None:
     assert np.abs(evaluated - predicted).max() <= 1e-6
 
 
-@pytest.mark.parametrize("tables", ["sweep", "touched"])
+OPTIONS = {
+    "sweeps": ["optimizers.average={tables: sweep}"],
+    "touched rows": ["optimizers.average={tables: touched}"],
+    "decay and clipping": [
+        "optimizers.sparse={weight_decay: 1e-4, weight_decay_mode: decoupled}",
+        "optimizers.dense.max_grad_norm=1.0",
+    ],
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
 def test_a_step_waits_for_the_device_only_where_ids_are_sent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tables: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
     """TorchRec must know how many ids come, and sends them on a stream of its own; nothing waits for the model."""
     write_tiny_log(tmp_path)
     stage = "{trains: all, steps: 60, learning_rate: 1e-3, sparse_learning_rate: 0.02, balance_weight: 0.01}"
     overrides = ["device=cuda", f"stages={{joint: {stage}}}", "logging.every_steps=1000"]
-    overrides += [f"optimizers.average={{tables: {tables}}}", "metrics.train_auc=binned"]
+    overrides += [*OPTIONS[option], "metrics.train_auc=binned"]
     config = load_config(write_tiny_config(tmp_path / "tiny.yaml", tmp_path, tmp_path / "out"), overrides)
     step, waits, watched = PhaseTrainer._step, [], []
 
     def watching(self: PhaseTrainer, *arguments: Any) -> None:
-        # Not the first steps, which make state, nor the last, which have no batch to send ahead.
-        if is_watched := 20 < self._progress.phase_steps <= 40:
-            watched.append(self._progress.phase_steps)
+        # Not the first steps, which make state, nor the last, which have no batch to send ahead; but what is between.
+        is_watched = 5 <= self._progress.epoch_step < 25 and self._progress.epoch == 1
         torch.cuda.set_sync_debug_mode("warn" if is_watched else "default")
         step(self, *arguments)
         if is_watched:
+            watched.append(self._progress.phase_steps)
             torch.zeros((), device="cuda").item()  # one wait, to see that such are seen
-        torch.cuda.set_sync_debug_mode("default")
 
     def note(message: Warning | str, *_: object) -> None:
         if "called a synchronizing CUDA operation" in str(message):
@@ -198,5 +207,6 @@ def test_a_step_waits_for_the_device_only_where_ids_are_sent(
             train_on(ranks, config)
     assert len(watched) == 20
     sending = {"start_sparse_data_dist", "wait_sparse_data_dist"}
-    others = [names[names.index("watching") :] for names in waits if "watching" in names and not sending & set(names)]
+    within = "train_epoch"
+    others = [names[names.index(within) :] for names in waits if within in names and not sending & set(names)]
     assert len(others) == len(watched), others
