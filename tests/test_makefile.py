@@ -19,6 +19,15 @@ def test_train_runs_the_documented_line():
     assert make("--dry-run", "train", "NPROC=4").stdout.splitlines()[-1].split()[:7][-2:] == ["-j", "1x4"]
 
 
+def test_train_takes_a_process_for_each_gpu(tmp_path):
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\necho 3\n")  # of torch, how many there are
+    python.chmod(0o755)
+    last = make("--dry-run", "train", "FLAVOUR=cuda", f"VENV={tmp_path}").stdout.splitlines()[-1]
+    assert last.split()[:7][-2:] == ["-j", "1x3"]
+
+
 def test_help_names_every_target():
     phony = next(line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith(".PHONY:"))
     shown = make("help").stdout
