@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -75,28 +76,19 @@ def process_group(device: str, timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ran
     While the block lasts, ranks watch one another: where one is gone, this process ends (`recsys.watch`).
 
     Args:
-        device: `auto` (CUDA where this machine has GPUs), `cpu` or `cuda`.
+        device: `auto` (CUDA where this machine has a GPU for each of its processes, else the CPU), `cpu` or `cuda`.
         timeout: seconds that a rank may be silent, and that others are waited for.
 
     Raises:
-        ConfigError: there are fewer GPUs than processes that are to compute on them, none though the job asks for some,
-            or this machine has GPUs and another of the run has none.
+        ConfigError: there are fewer GPUs than processes, and the config or the job asks for them; or this machine has
+            GPUs and another of the run has none.
         MeetingError: the ranks do not come together, or are to meet at a network interface that is not there.
         OrphanError: the torchx that launched this run has ended already.
     """
     end_with_launcher()
     place = told_place()
-    gpus = torch.cuda.device_count()
-    if gpus < place.local_world_size and (device == "cuda" or (device == "auto" and gpus)):
-        raise ConfigError(
-            f"device: {device} needs a GPU for each of this machine's {place.local_world_size} processes, and it has "
-            f"{gpus}; start fewer processes or set device=cpu"
-        )
-    if device == "auto" and not gpus and (asked := os.environ.get(ASKED_GPUS)):
-        raise ConfigError(
-            f"device: the job asks for {asked} GPUs on each machine, and torch finds none on {socket.gethostname()}; "
-            "python -m recsys.doctor tells what is there, or set device=cpu"
-        )
+    if torch.cuda.device_count() < place.local_world_size:
+        _do_without_gpus(device, place)
     check_interfaces()
     use_cuda = device_type(device, place.local_world_size) == "cuda"
     chosen = torch.device("cuda", place.local_rank) if use_cuda else torch.device("cpu")
@@ -108,6 +100,34 @@ def process_group(device: str, timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ran
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     with _joined(place, chosen, backend, timeout):
         yield Ranks(place.rank, place.world_size, place.local_rank, place.local_world_size, chosen, timeout)
+
+
+def _do_without_gpus(device: str, place: Place) -> None:
+    """Say what a machine with fewer GPUs than processes means for these.
+
+    Raises:
+        ConfigError: they were to compute on GPUs.
+    """
+    gpus, processes, asked = torch.cuda.device_count(), place.local_world_size, os.environ.get(ASKED_GPUS)
+    if device == "auto" and asked:
+        raise ConfigError(
+            f"device: the job asks for {asked} GPUs on each machine, and torch finds {gpus or 'none'} on "
+            f"{socket.gethostname()} for {processes} processes; python -m recsys.doctor tells what is there, or set "
+            "device=cpu"
+        )
+    if device == "cuda":
+        raise ConfigError(
+            f"device: cuda needs a GPU for each of this machine's {processes} processes, and it has {gpus}; start "
+            "fewer processes or set device=cpu"
+        )
+    if device == "auto" and gpus and place.local_rank == 0:
+        told = f"{gpus} GPU{'s' * (gpus > 1)}"
+        print(
+            f"device: auto is the CPU here, as this machine has {told} for {processes} processes; to compute on "
+            f"{'it' if gpus == 1 else 'them'}, start {gpus} at most",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 @contextlib.contextmanager

@@ -6,21 +6,39 @@ import pytest
 import torch
 
 from recsys.config import ConfigError
-from recsys.meeting import MeetingError
-from recsys.runtime import ASKED_GPUS, leave_a_core, process_group
+from recsys.meeting import MeetingError, Place
+from recsys.runtime import ASKED_GPUS, _do_without_gpus, device_type, leave_a_core, process_group
 
 
-@pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_fewer_gpus_than_processes_are_refused_and_no_cpu_steps_in(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fewer_gpus_than_processes_are_refused_where_gpus_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for name, value in place.items():
         monkeypatch.setenv(name, value)
-    message = f"device: {device} needs a GPU for each .* 2 processes, and it has 1; start"
-    with pytest.raises(ConfigError, match=message), process_group(device):
+    message = "device: cuda needs a GPU for each .* 2 processes, and it has 1; start"
+    with pytest.raises(ConfigError, match=message), process_group("cuda"):
         pass
+    monkeypatch.setenv(ASKED_GPUS, "2")
+    message = "device: the job asks for 2 GPUs on each machine, and torch finds 1 on .* for 2 processes;"
+    with pytest.raises(ConfigError, match=message), process_group("auto"):
+        pass
+
+
+def test_auto_is_the_cpu_where_there_are_fewer_gpus_than_processes_and_one_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for rank in range(2):
+        _do_without_gpus("auto", Place(rank, 2, rank, 2))
+    told = (
+        "device: auto is the CPU here, as this machine has 1 GPU for 2 processes; to compute on it, start 1 at most\n"
+    )
+    assert capsys.readouterr().err == told
+    assert (device_type("auto", 2), device_type("auto", 1)) == ("cpu", "cuda")
+    _do_without_gpus("cpu", Place(0, 2, 0, 2))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    _do_without_gpus("auto", Place(0, 2, 0, 2))
+    assert capsys.readouterr().err == ""
 
 
 def test_without_gpus_auto_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
