@@ -109,6 +109,20 @@ def test_rows_that_lie_on_one_gpu_are_not_divided(config: Path) -> None:
     assert kinds["user"] == "table_wise" and not any("row_wise" in kind for kind in kinds.values())
 
 
+def test_no_shard_is_wider_than_a_gpu_can_look_up(config: Path) -> None:
+    wide = ("--gpus-per-node", "2", "tables.user.embedding_dim=4096")
+    assert plan(config, *wide).stderr == (
+        "error: tables.user.embedding_dim: 4,096 is beyond the 2,048 columns of which fbgemm looks rows up on GPUs; "
+        "make it smaller, or set tables.user.sharding to [column_wise]\n"
+    )
+    told = plan(config, *wide, "--json", "tables.user.sharding=[column_wise]").stdout
+    (user,) = (row for row in json.loads(told)["plan"] if row["table"] == "user")
+    assert all(int(shard.split("x")[1]) <= 2048 for shard in user["shards"].split())
+    refused = plan(config, *wide, "tables.user.sharding=[column_wise]", "tables.user.min_partition=4096").stderr
+    assert refused.startswith("error: tables.user.min_partition: 4,096 is beyond the 2,048 columns")
+    assert plan(config, "--nproc", "2", "tables.user.embedding_dim=4096", "device=cpu").code == 0
+
+
 def test_a_table_is_kept_on_the_gpu_that_has_room_for_it(config: Path) -> None:
     table = "tables.user.num_embeddings=1275068416"  # 38 GiB, and 4.75 of the sum for each row
     kernels = []
@@ -119,7 +133,8 @@ def test_a_table_is_kept_on_the_gpu_that_has_room_for_it(config: Path) -> None:
         kernels.append(told["plan"][0]["kernel"])
         assert told["machine"] == {"hbm": int(hbm) << 30, "ddr": 128 << 30, "intra_bw": None, "inter_bw": None}
         (memory,) = told["memory"]
-        in_cache = 0.2 * 38 + 1.1875 * (4 + 0.2 * 16)  # a fifth of the rows, and where each of them is
+        # A fifth of the rows, where each of them is, and the optimizer's sum of each row.
+        in_cache = 0.2 * 38 + 1.1875 * (4 + 0.2 * 16) + 1.1875 * 4
         assert memory["hbm"] / 2**30 == pytest.approx(42.75 if hbm == "80" else in_cache, rel=0.001)
     assert kernels == ["fused", "fused_uvm_caching"]
 

@@ -10,6 +10,8 @@ from contextlib import closing, suppress
 from itertools import tee
 from typing import Self
 
+import torch
+
 from recsys.data.batch import Batch, Part, build_batch
 from recsys.data.features import AS_THEY_STAND, RowOrder
 from recsys.data.order import Epoch, Window
@@ -56,6 +58,7 @@ class Loader:
         self._rank = rank
         self._reader_threads = reader_threads
         self._pin_memory = pin_memory
+        self._gpu = torch.cuda.current_device() if pin_memory else None
         self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(prefetch_batches)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="loader", daemon=True)
@@ -94,6 +97,8 @@ class Loader:
 
     def _produce(self) -> None:
         try:
+            if self._gpu is not None:  # which is the first one in a new thread, whatever the process's is
+                torch.cuda.set_device(self._gpu)
             with closing(self._batches()) as batches:
                 for batch in batches:
                     if not self._put(batch):

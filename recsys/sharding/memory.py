@@ -62,13 +62,17 @@ class Beside:
         for shard in option.shards:
             rows, columns = shard.size
             weights = rows * columns * self.itemsize
-            kept = self.kept * rows * columns * torch.float32.itemsize + self.row_bytes * rows
-            more = Storage(hbm=0, ddr=weights + kept if self.is_copied else 0)
+            kept = self.kept * rows * columns * torch.float32.itemsize
+            by_row = self.row_bytes * rows
+            more = Storage(hbm=0, ddr=weights + kept + by_row if self.is_copied else 0)
             here = kept + self.gradients * weights
-            if device == "cpu" or option.compute_kernel in ON_HOST:
+            if device == "cpu":
+                more.ddr += here + by_row
+            elif option.compute_kernel in ON_HOST:
                 more.ddr += here
+                more.hbm += by_row  # a number for each row is on the GPU, wherever the rows are
             else:
-                more.hbm += here
+                more.hbm += here + by_row
             shard.storage = more if shard.storage is None else shard.storage + more
 
 

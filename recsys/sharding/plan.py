@@ -25,6 +25,9 @@ _GPU_SHARDING = (*_CPU_SHARDING, "row_wise", "table_row_wise", "table_column_wis
 PLAN_TEXTS = ("table", "rows x dim", "sharding", "kernel", "ranks", "shards")
 """Columns of `plan_rows` that are texts; the last is a size."""
 
+_GPU_COLUMNS = 2048
+"""Of the widest shard that fbgemm 1.6 to 1.9 have kernels of a GPU for."""
+_BY_COLUMNS = {"column_wise", "table_column_wise", "grid_shard"}
 _ON_CPU = {*_CPU_SHARDING, "data_parallel"}
 _CONSTRAINTS = ("sharding", "compute_kernel", "min_partition", "max_norm")
 
@@ -141,7 +144,10 @@ def _widths(columns: int) -> Iterator[int]:
 
 
 def _check_constraints(tables: Mapping[str, TableConfig], *, on_cpu: bool) -> None:
-    for name, table in tables.items() if on_cpu else ():
+    for name, table in tables.items():
+        if not on_cpu:
+            _check_width(name, table)
+            continue
         if lacking := sorted(set(table.sharding or ()) - _ON_CPU):
             raise ConfigError(
                 f"tables.{name}.sharding: {', '.join(lacking)} needs GPUs; "
@@ -151,6 +157,20 @@ def _check_constraints(tables: Mapping[str, TableConfig], *, on_cpu: bool) -> No
             raise ConfigError(
                 f"tables.{name}.compute_kernel: {table.compute_kernel} needs GPUs; on a CPU there are dense and fused"
             )
+
+
+def _check_width(name: str, table: TableConfig) -> None:
+    kinds = set(table.sharding or WHOLE_ROWS)
+    if table.embedding_dim > _GPU_COLUMNS and not kinds <= _BY_COLUMNS:
+        raise ConfigError(
+            f"tables.{name}.embedding_dim: {table.embedding_dim:,} is beyond the {_GPU_COLUMNS:,} columns of which "
+            f"fbgemm looks rows up on GPUs; make it smaller, or set tables.{name}.sharding to [column_wise]"
+        )
+    if (table.min_partition or 0) > _GPU_COLUMNS:
+        raise ConfigError(
+            f"tables.{name}.min_partition: {table.min_partition:,} is beyond the {_GPU_COLUMNS:,} columns of which "
+            "fbgemm looks rows up on GPUs; make it smaller"
+        )
 
 
 def possible_on_cpu(table: TableConfig) -> TableConfig:

@@ -43,7 +43,8 @@ from recsys.checkpoint.pending import (
     decay_,
     renormalise_,
 )
-from recsys.config import SparseOptimizerConfig
+from recsys.config import ConfigError, SparseOptimizerConfig
+from recsys.model.names import table_name
 
 _BLOCK_ROWS = 1 << 16
 """Rows that are settled or swept at a time, so that what is worked out beside them stays small."""
@@ -337,12 +338,23 @@ class _Held:
         pieces: what it holds, in its order.
         last: (R,) int32, of each row of all pieces the steps that it has had since rows were settled.
         averages: of the weights, in units like these; None where there are none.
+
+    Raises:
+        ConfigError: some of the tables are on a GPU and others on its host, each kind of which has weights of its own.
     """
 
     def __init__(
         self, module: SplitTableBatchedEmbeddingBagsCodegen, pieces: Sequence[Piece], device: torch.device
     ) -> None:
         self.module, self.pieces = module, pieces
+        places = dict(zip(module.weights_physical_placements, pieces, strict=False))
+        if len(places) > 1:
+            one, other, *_ = (table_name(piece.table) for piece in places.values())
+            raise ConfigError(
+                f"tables.{one}.compute_kernel: fbgemm has {one} and {other} in one module, one on the GPU and one on "
+                "the host, where max_norm, decoupled and coupled decay and averages of touched rows do not find them; "
+                "give all tables the same compute_kernel"
+            )
         shapes = [weight.shape for weight in module.split_embedding_weights()]
         starts: list[int] = module.weights_physical_offsets
         self._unit = gcd(*(dim for _, dim in shapes), *starts)

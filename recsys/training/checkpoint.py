@@ -109,7 +109,9 @@ class Checkpoints:
         together(self._ranks, cannot, partial(self._make, layout.partial(directory)), self._group)
         save: Any = dcp.save
         if self._config.asynchronous:
-            save = partial(dcp.async_save, async_stager=_Stager())
+            # Nothing of what is written is on a GPU, where DCP's thread would look: each rank's at the first one.
+            writer = dcp.FileSystemWriter(layout.partial(directory), per_thread_copy_ahead=0)
+            save = partial(dcp.async_save, async_stager=_Stager(), storage_writer=writer)
         with _naming(cannot):
             saving = save(state, checkpoint_id=layout.partial(directory), process_group=self._group)
         self.begun, self._begun_at, self._has_asked = directory, time.monotonic(), False

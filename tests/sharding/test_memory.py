@@ -1,20 +1,24 @@
 """What the planner knows of machines and data: their memory, what tables take of it, and how long lists are."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 from ranks import run_ranks
 from runs import as_config
 from tiny import tiny_config, write_tiny_log
+from torchrec.distributed.planner.types import Storage
 
 from recsys.config import Config
 from recsys.data.splits import open_splits
 from recsys.host_memory import host_memory
 from recsys.runtime import Ranks
 from recsys.sharding.machine import RESERVED, Machine, this_machine
+from recsys.sharding.memory import Beside
 from recsys.sharding.plan import Plan, plan_as_dict
 from recsys.training.monitor import Monitor
 from recsys.training.run import Trainer
@@ -44,6 +48,18 @@ def _planned(ranks: Ranks, config: Config) -> dict[str, Any]:
     with Monitor(Path(config.output_dir), enabled=False) as monitor:
         sharded = Trainer(config, ranks, splits, monitor).sharded
     return {name: of["ranks"] for name, of in plan_as_dict(sharded.plan, config.tables).items()}
+
+
+@pytest.mark.parametrize(
+    ("device", "kernel", "hbm", "ddr"),
+    [("cuda", "fused", 5 * 4 * 4 + 5 * 8, 0), ("cuda", "fused_uvm", 5 * 8, 5 * 4 * 4), ("cpu", "fused", 0, 5 * 24)],
+)
+def test_what_each_row_has_is_on_the_gpu_wherever_the_rows_are(device: str, kernel: str, hbm: int, ddr: int) -> None:
+    """As fbgemm has the sum of rowwise Adagrad, and `recsys.sharding.rows` the steps that rows have had."""
+    shard = SimpleNamespace(size=[5, 4], storage=None)
+    option: Any = SimpleNamespace(shards=[shard], compute_kernel=kernel)
+    Beside(kept=1, row_bytes=8, gradients=0, is_copied=False).add_to(option, device)
+    assert shard.storage == Storage(hbm=hbm, ddr=ddr)
 
 
 def test_a_table_of_long_lists_has_a_rank_for_itself(tmp_path: Path) -> None:

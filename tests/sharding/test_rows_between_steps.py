@@ -367,6 +367,22 @@ def test_a_cache_that_the_config_asks_for_is_refused(tmp_path: Path, optimizers:
         Config.model_validate(raw)
 
 
+def test_tables_on_a_gpu_and_its_host_in_one_module_are_refused() -> None:
+    """Whose weights, as a table of either kernel has there, begin at 0 each."""
+    module = SplitTableBatchedEmbeddingBagsCodegen(
+        [(3, 4, EmbeddingLocation.HOST, ComputeDevice.CPU)] * 2, optimizer=EmbOptimType.EXACT_SGD
+    )
+    module.weights_physical_placements = [EmbeddingLocation.MANAGED.value, EmbeddingLocation.DEVICE.value]
+    pieces = [Piece("large", 0, 0, None), Piece("table-items", 0, 0, None)]
+    plain, decays = SparseOptimizerConfig(type="sgd"), {"weight_decay": 0.5, "weight_decay_mode": "decoupled"}
+    Rows([(module, pieces)], plain, {}, torch.device("cpu"))
+    for config, max_norms in ((plain, {"large": 1.0}), (SparseOptimizerConfig(type="sgd", **decays), {})):
+        with pytest.raises(
+            ConfigError, match=r"tables\.large\.compute_kernel: fbgemm has large and items in one module"
+        ):
+            Rows([(module, pieces)], config, max_norms, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("kind", ["adagrad", "rowwise_adagrad"])
 def test_a_sweep_passes_over_a_table_of_which_a_rank_has_no_row(kind: str) -> None:
     """As of one row, by rows on two ranks."""
