@@ -109,18 +109,27 @@ def test_rows_that_lie_on_one_gpu_are_not_divided(config: Path) -> None:
     assert kinds["user"] == "table_wise" and not any("row_wise" in kind for kind in kinds.values())
 
 
-def test_no_shard_is_wider_than_a_gpu_can_look_up(config: Path) -> None:
-    wide = ("--gpus-per-node", "2", "tables.user.embedding_dim=4096")
-    assert plan(config, *wide).stderr == (
-        "error: tables.user.embedding_dim: 4,096 is beyond the 2,048 columns of which fbgemm looks rows up on GPUs; "
-        "make it smaller, or set tables.user.sharding to [column_wise]\n"
-    )
-    told = plan(config, *wide, "--json", "tables.user.sharding=[column_wise]").stdout
-    (user,) = (row for row in json.loads(told)["plan"] if row["table"] == "user")
-    assert all(int(shard.split("x")[1]) <= 2048 for shard in user["shards"].split())
-    refused = plan(config, *wide, "tables.user.sharding=[column_wise]", "tables.user.min_partition=4096").stderr
-    assert refused.startswith("error: tables.user.min_partition: 4,096 is beyond the 2,048 columns")
-    assert plan(config, "--nproc", "2", "tables.user.embedding_dim=4096", "device=cpu").code == 0
+@pytest.mark.parametrize(
+    ("keys", "width"),
+    [
+        (("embedding_dim=2048",), 1024),
+        (("embedding_dim=2084", "sharding=[column_wise]"), 4),
+        (("embedding_dim=1028", "sharding=[table_column_wise]"), 4),
+        (("embedding_dim=3000", "sharding=[column_wise]", "min_partition=1024"), 1000),
+        (("embedding_dim=2048", "max_norm=1.0"), None),
+    ],
+)
+def test_no_shard_is_wider_than_a_gpu_can_look_up(config: Path, keys: tuple[str, ...], width: int | None) -> None:
+    given = ["--gpus-per-node", "1", "--json", *(f"tables.user.{key}" for key in keys)]
+    refused = plan(config, *given).stderr
+    assert refused.startswith("error: tables.user.embedding_dim: a GPU would have ") and refused.count("\n") == 1
+    if width is None:
+        assert refused.endswith("at most rightly; make it smaller\n")
+        return
+    assert refused.endswith(f", or set tables.user.sharding to [column_wise] and min_partition to {width}\n")
+    way_out = ("tables.user.sharding=[column_wise]", f"tables.user.min_partition={width}")
+    (user,) = (row for row in json.loads(plan(config, *given, *way_out).stdout)["plan"] if row["table"] == "user")
+    assert {int(shard.split("x")[1]) for shard in user["shards"].split()} == {width}
 
 
 def test_a_table_is_kept_on_the_gpu_that_has_room_for_it(config: Path) -> None:

@@ -25,9 +25,10 @@ _GPU_SHARDING = (*_CPU_SHARDING, "row_wise", "table_row_wise", "table_column_wis
 PLAN_TEXTS = ("table", "rows x dim", "sharding", "kernel", "ranks", "shards")
 """Columns of `plan_rows` that are texts; the last is a size."""
 
-_GPU_COLUMNS = 2048
-"""Of the widest shard that fbgemm 1.6 to 1.9 have kernels of a GPU for."""
-_BY_COLUMNS = {"column_wise", "table_column_wise", "grid_shard"}
+_GPU_COLUMNS = 1024
+"""Of the widest shard that a GPU looks up. fbgemm has kernels for up to 2,048, which gave zeros for those beyond it
+(https://github.com/meta-pytorch/torchrec/issues/3673).
+"""
 _ON_CPU = {*_CPU_SHARDING, "data_parallel"}
 _CONSTRAINTS = ("sharding", "compute_kernel", "min_partition", "max_norm")
 
@@ -101,6 +102,8 @@ def make_plan(
 
         why = why_nothing_fits(options, topology, _ways_out(tables, beside, then))
         raise ConfigError(f"tables: the planner found no placement on {ranks.world_size} ranks: {why}") from None
+    if ranks.device.type == "cuda":
+        _check_widths(plan, tables)
     options = by_table(ours.enumerate(model, [sharder]))
     return Plan(plan.plan, memory_by_rank(plan, options, ranks.world_size))
 
@@ -144,10 +147,7 @@ def _widths(columns: int) -> Iterator[int]:
 
 
 def _check_constraints(tables: Mapping[str, TableConfig], *, on_cpu: bool) -> None:
-    for name, table in tables.items():
-        if not on_cpu:
-            _check_width(name, table)
-            continue
+    for name, table in tables.items() if on_cpu else ():
         if lacking := sorted(set(table.sharding or ()) - _ON_CPU):
             raise ConfigError(
                 f"tables.{name}.sharding: {', '.join(lacking)} needs GPUs; "
@@ -159,17 +159,20 @@ def _check_constraints(tables: Mapping[str, TableConfig], *, on_cpu: bool) -> No
             )
 
 
-def _check_width(name: str, table: TableConfig) -> None:
-    kinds = set(table.sharding or WHOLE_ROWS)
-    if table.embedding_dim > _GPU_COLUMNS and not kinds <= _BY_COLUMNS:
+def _check_widths(plan: ShardingPlan, tables: Mapping[str, TableConfig]) -> None:
+    """Refuse shards that a GPU would look up wrongly."""
+    for name, planned in plan_as_dict(plan, tables).items():
+        table = tables[name]
+        widest = max((columns for *_, columns in planned["shards"]), default=table.embedding_dim)
+        if widest <= _GPU_COLUMNS:
+            continue
+        way_out = "make it smaller"
+        if table.max_norm is None and not table.data_parallel:
+            width = next(width for width in range(_GPU_COLUMNS, 0, -4) if table.embedding_dim % width == 0)
+            way_out += f", or set tables.{name}.sharding to [column_wise] and min_partition to {width}"
         raise ConfigError(
-            f"tables.{name}.embedding_dim: {table.embedding_dim:,} is beyond the {_GPU_COLUMNS:,} columns of which "
-            f"fbgemm looks rows up on GPUs; make it smaller, or set tables.{name}.sharding to [column_wise]"
-        )
-    if (table.min_partition or 0) > _GPU_COLUMNS:
-        raise ConfigError(
-            f"tables.{name}.min_partition: {table.min_partition:,} is beyond the {_GPU_COLUMNS:,} columns of which "
-            "fbgemm looks rows up on GPUs; make it smaller"
+            f"tables.{name}.embedding_dim: a GPU would have {widest:,} columns of each row, and fbgemm looks up "
+            f"{_GPU_COLUMNS:,} at most rightly; {way_out}"
         )
 
 
